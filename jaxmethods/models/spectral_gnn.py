@@ -1,0 +1,165 @@
+"""The spectral graph network of FedSSP: learned spectra become filters on the edges of a graph.
+
+Structure and defaults after the published code (FedSSP spec, 'Feature extractor'); layers are plain
+linen, initialised as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxmethods.graphs.layers import MaskedBatchNorm, segment_sum
+from jaxmethods.graphs.packing import SpectralBatch
+from jaxmethods.models.init import torch_dense
+from jaxmethods.stats.dropout import dropout
+
+
+class Dropout(nn.Module):
+  """Dropout from the "dropout" stream; the identity when `rate` is 0 or `train` is off."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    return dropout(x, self.rate, self.make_rng("dropout")) if train and self.rate else x
+
+
+class EigenvalueBlock(nn.Module):
+  """Pre-norm transformer block over the eigenvalues of each graph.
+
+  Rows hold several graphs; an eigenvalue attends only to those of its own graph.
+  """
+
+  heads: int
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self, z: jax.Array, graph: jax.Array, rows: tuple[tuple[int, int], ...], train: bool
+  ) -> jax.Array:
+    """Maps (N, H) to (N, H); `rows` gives (R, L) of each row group, in slot order."""
+    width = z.shape[-1]
+    t = nn.LayerNorm(epsilon=1e-5, name="norm_1")(z)
+    query, key, value = (torch_dense(width, name=name)(t) for name in ("query", "key", "value"))
+    drop = Dropout(self.dropout)
+    mixed, start = [], 0
+    for count, length in rows:
+      here = slice(start, start + count * length)
+      split = lambda x, here=here, n=count, l=length: x[here].reshape(n, l, self.heads, -1)
+      graph_rows = graph[here].reshape(count, length)
+      same = (graph_rows[:, :, None] == graph_rows[:, None, :])[:, None]
+      scores = jnp.einsum("rqhd,rkhd->rhqk", split(query), split(key))
+      scores = jnp.where(same, scores * (width // self.heads) ** -0.5, -1e30)
+      weights = drop(jax.nn.softmax(scores), train)
+      mixed.append(jnp.einsum("rhqk,rkhd->rqhd", weights, split(value)).reshape(-1, width))
+      start += count * length
+    z = z + drop(torch_dense(width, name="out")(jnp.concatenate(mixed)), train)
+    t = nn.LayerNorm(epsilon=1e-5, name="norm_2")(z)
+    t = nn.gelu(torch_dense(width, name="ffn_1")(t), approximate=False)
+    return z + drop(torch_dense(width, name="ffn_2")(t), train)
+
+
+class FilterEncoder(nn.Module):
+  """Encodes the filter value of every edge: (edges, M) -> (edges, H)."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, filters: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    x = filters
+    for i in (1, 2):
+      x = torch_dense(self.width, name=f"linear_{i}")(x)
+      # Each row stands for both directions of an edge.
+      x = MaskedBatchNorm(name=f"norm_{i}", copies=2)(x, mask, train)
+      x = nn.gelu(x, approximate=False)
+    return x
+
+
+class SpectralConv(nn.Module):
+  """Messages weighted per channel by the edge softmax of the filters, then a two-layer update."""
+
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self,
+    h: jax.Array,
+    batch: SpectralBatch,
+    filters: jax.Array,
+    total: jax.Array,
+    train: bool,
+  ) -> jax.Array:
+    """Returns the new (N, H); `filters` (E, H) are unnormalised, `total` (N, H) their sums."""
+    width, graphs, drop = h.shape[-1], batch.graphs, Dropout(self.dropout)
+    # The message depends on its source alone, so it is computed per node, not per edge.
+    message = nn.gelu(torch_dense(width, name="message")(h), approximate=False)
+    received = segment_sum(message[graphs.senders] * filters, graphs.receivers, h.shape[0])
+    h = h + drop(received / total, train)
+    update = h
+    for i in (1, 2):
+      update = torch_dense(width, name=f"linear_{i}")(update)
+      update = nn.relu(MaskedBatchNorm(name=f"norm_{i}")(update, graphs.nodes["mask"], train))
+    return h + drop(update, train)
+
+
+class SpectralGNN(nn.Module):
+  """Graph representation from node features and the graph's Laplacian spectrum.
+
+  The eigenvalue encoder and the filter encoder act on the spectrum only, never on node features or
+  classes, so clients of any domain can share them.
+
+  Attributes:
+    hidden: H, even.
+    heads: M, attention heads and learned spectra per graph.
+    layers: number of convolutions.
+    dropout: rate after features, attention, filters and updates.
+  """
+
+  hidden: int = 128
+  heads: int = 4
+  layers: int = 3
+  dropout: float = 0.1
+
+  @nn.compact
+  def __call__(self, batch: SpectralBatch, train: bool = False) -> jax.Array:
+    """Computes the representation of every graph, (G, H); rows of padding graphs are zero."""
+    graphs = batch.graphs
+    nodes, edges = graphs.nodes, graphs.edges
+    num_nodes, num_graphs = nodes["features"].shape[0], graphs.n_node.shape[0]
+    rows = tuple((p.shape[0], p.shape[2]) for p in batch.products)
+
+    h = nn.relu(torch_dense(self.hidden, name="node_encoder")(nodes["features"]))
+    z = torch_dense(self.hidden, name="eigenvalue_encoder")(batch.encoding)
+    z = EigenvalueBlock(self.heads, self.dropout, name="transformer")(
+      z, nodes["graph"], rows, train
+    )
+    spectra = torch_dense(self.heads, name="decoder")(z)
+
+    filters, start = [], 0
+    for products, (count, length) in zip(batch.products, rows, strict=True):
+      here = spectra[start : start + count * length].reshape(count, length, self.heads)
+      filters.append(jnp.einsum("rul,rlm->rum", products, here).reshape(-1, self.heads))
+      start += count * length
+    f = FilterEncoder(self.hidden, name="filter_encoder")(
+      jnp.concatenate(filters), batch.edge_mask, train
+    )
+    f = Dropout(self.dropout)(f[batch.twin], train)
+
+    # Softmax over the neighbours of each target, per channel. The shift cancels; one per channel
+    # serves all targets, since what batch norm and GELU give spans less than exp's range (|f| is
+    # at most the square root of the number of edges; exp keeps 88 + 87 in float32).
+    edge_mask = edges["mask"][:, None]
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(edge_mask, f, 0.0), axis=0))
+    f = jnp.where(edge_mask, jnp.exp(f - jnp.maximum(top - 60.0, 0.0)), 0.0)
+    total = segment_sum(f, graphs.receivers, num_nodes)
+    total = jnp.where(total > 0, total, 1.0)  # nodes without neighbours receive nothing
+
+    self.sow("intermediates", "edge_softmax", f / total[graphs.receivers])
+
+    for i in range(self.layers):
+      h = SpectralConv(self.dropout, name=f"conv_{i}")(h, batch, f, total, train)
+    h = jnp.where(nodes["mask"][:, None], h, 0.0)
+    count = jnp.where(graphs.globals["mask"], graphs.n_node, 1)
+    return segment_sum(h, nodes["graph"], num_graphs) / jnp.maximum(count, 1)[:, None]
