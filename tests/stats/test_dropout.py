@@ -13,7 +13,7 @@ from jaxmethods.stats.dropout import dropout, hash_bits, hash_dropout
 KEYS = [
   *(jax.random.key(seed) for seed in (0, 1, 2, 3)),
   *jax.random.split(jax.random.key(7), 2),
-  *(jax.random.fold_in(jax.random.key(7), step) for step in (0, 1)),
+  *(jax.random.fold_in(jax.random.key(8), step) for step in (0, 1)),
 ]
 
 
