@@ -1,0 +1,401 @@
+"""Message passing on flat batches: segment reductions, edge softmax, pooling, normalisation, layers.
+
+Arrays follow the batch layout of `jaxmethods.graphs`: N node slots, E edges from `senders` to
+`receivers`, sorted by receiver, G graphs. Masked edges and nodes have no influence on any result.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from jaxmethods.models.init import Linear
+
+# --- segment reductions -------------------------------------------------------------------------
+
+
+def segment_sum(
+  data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
+) -> Array:
+  """Sum of the rows of each segment; rows whose segment is out of range are left out.
+
+  Args:
+    data: (R, ...).
+    segments: (R,) int.
+    num_segments: S.
+    is_sorted: whether `segments` is non-decreasing.
+
+  Returns:
+    (S, ...), 0 for an empty segment.
+  """
+  return jax.ops.segment_sum(data, segments, num_segments, indices_are_sorted=is_sorted)
+
+
+def segment_mean(
+  data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
+) -> Array:
+  """Mean of the rows of each segment, 0 for an empty one; shapes as `segment_sum`."""
+  total = segment_sum(data, segments, num_segments, is_sorted=is_sorted)
+  ones = jnp.ones(segments.shape, data.dtype)
+  count = segment_sum(ones, segments, num_segments, is_sorted=is_sorted)
+  return total / jnp.maximum(count, 1).reshape(-1, *(1,) * (data.ndim - 1))
+
+
+def segment_max(
+  data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
+) -> Array:
+  """Largest row of each segment, entry by entry, 0 for an empty one; shapes as `segment_sum`."""
+  largest = jax.ops.segment_max(data, segments, num_segments, indices_are_sorted=is_sorted)
+  return jnp.where(largest == -jnp.inf, 0, largest)
+
+
+def _rows(x: Array, index: Array) -> Array:
+  """Rows of `x`; no bounds check, the batch builder has made it once."""
+  return x.at[index].get(mode="promise_in_bounds")
+
+
+def _drop(segments: Array, mask: Array | None, num_segments: int) -> Array:
+  """Sends masked rows out of range, where every segment reduction leaves them out for free."""
+  return segments if mask is None else jnp.where(mask, segments, num_segments)
+
+
+# --- along edges --------------------------------------------------------------------------------
+
+
+def neighbour_sum(
+  x: Array,
+  senders: Array,
+  receivers: Array,
+  edge_weights: Array | None = None,
+  edge_mask: Array | None = None,
+) -> Array:
+  """Adds up the rows of the senders at each receiver: the product A^T x.
+
+  Args:
+    x: (N, F).
+    senders: (E,) int.
+    receivers: (E,) int, sorted.
+    edge_weights: (E,), default 1.
+    edge_mask: (E,) bool, default all true.
+
+  Returns:
+    (N, F).
+  """
+  num_nodes = x.shape[0]
+  messages = _rows(x, senders)
+  if edge_weights is not None:
+    messages = messages * edge_weights[:, None]
+  return segment_sum(messages, _drop(receivers, edge_mask, num_nodes), num_nodes)
+
+
+def softmax_terms(
+  logits: Array, receivers: Array, num_nodes: int, edge_mask: Array | None = None
+) -> tuple[Array, Array]:
+  """Numerators and denominators of the softmax over the edges into each node.
+
+  A layer that sums messages with softmax weights divides once per node, after the sum:
+  `segment_sum(messages * numerators) / denominators`.
+
+  Args:
+    logits: (E, ...).
+    receivers: (E,) int, sorted.
+    num_nodes: N.
+    edge_mask: (E,) bool, default all true.
+
+  Returns:
+    Numerators (E, ...), 0 on masked edges, and denominators (N, ...), 1 for a node without edges.
+  """
+  receivers = _drop(receivers, edge_mask, num_nodes)
+  # The maximum is finite (0 without edges) and masked edges are set to -inf BEFORE exp: anything
+  # later gives NaN gradients that a `where` on the result does not remove.
+  largest = segment_max(jax.lax.stop_gradient(logits), receivers, num_nodes)
+  shifted = logits - largest.at[receivers].get(mode="clip")
+  if edge_mask is not None:
+    shifted = jnp.where(edge_mask.reshape(-1, *(1,) * (logits.ndim - 1)), shifted, -jnp.inf)
+  numerators = jnp.exp(shifted)
+  total = segment_sum(numerators, receivers, num_nodes)
+  return numerators, jnp.where(total == 0, 1, total)
+
+
+def edge_softmax(
+  logits: Array, receivers: Array, num_nodes: int, edge_mask: Array | None = None
+) -> Array:
+  """Softmax over the edges into each node, channel by channel; arguments as `softmax_terms`.
+
+  Returns:
+    (E, ...), 0 on masked edges; adds up to 1 over the edges into a node.
+  """
+  numerators, denominators = softmax_terms(logits, receivers, num_nodes, edge_mask)
+  return numerators / _rows(denominators, receivers)
+
+
+def pool(
+  nodes: Array,
+  graph: Array,
+  num_graphs: int,
+  mask: Array | None = None,
+  how: Literal["sum", "mean", "max"] = "sum",
+  *,
+  is_sorted: bool = False,
+) -> Array:
+  """One row per graph from its node rows.
+
+  Args:
+    nodes: (N, F).
+    graph: (N,) int, the graph of each node.
+    num_graphs: G.
+    mask: (N,) bool, default all true.
+    how: "sum", "mean" or "max"; an empty graph gives 0.
+    is_sorted: whether `graph` is non-decreasing AND masked nodes come last (packed rows are not).
+
+  Returns:
+    (G, F).
+
+  Raises:
+    ValueError: for another `how`.
+  """
+  reductions = {"sum": segment_sum, "mean": segment_mean, "max": segment_max}
+  if how not in reductions:
+    raise ValueError(f"pooling must be one of {', '.join(reductions)}, got {how!r}")
+  return reductions[how](nodes, _drop(graph, mask, num_graphs), num_graphs, is_sorted=is_sorted)
+
+
+# --- batch normalisation ------------------------------------------------------------------------
+
+
+def masked_moments(x: Array, mask: Array | None = None) -> tuple[Array, Array, Array]:
+  """Mean and biased variance of the real rows, differentiable.
+
+  Args:
+    x: (N, F).
+    mask: (N,) bool, default all true.
+
+  Returns:
+    Mean (F,), variance (F,) and the number of real rows () in the dtype of `x`.
+  """
+  real = jnp.ones((x.shape[0], 1), bool) if mask is None else mask[:, None]
+  count = real.sum(dtype=x.dtype)
+  n = jnp.maximum(count, 1)
+  mean = jnp.where(real, x, 0).sum(0) / n
+  # Two passes: E[x^2] - E[x]^2 cancels where the mean is large beside the spread.
+  variance = jnp.square(jnp.where(real, x - mean, 0)).sum(0) / n
+  return mean, variance, count
+
+
+@jax.custom_vjp
+def _standardise(x: Array, mask: Array | None, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+  mean, variance, count = masked_moments(x, mask)
+  y = (x - mean) * jax.lax.rsqrt(variance + epsilon)
+  if mask is not None:
+    y = jnp.where(mask[:, None], y, 0)
+  return y, (mean, variance, count)
+
+
+def _standardise_forward(x, mask, epsilon):
+  y, moments = _standardise(x, mask, epsilon)
+  _, variance, count = moments
+  return (y, moments), (y, mask, jax.lax.rsqrt(variance + epsilon), jnp.maximum(count, 1))
+
+
+def _standardise_backward(residuals, cotangents):
+  # Written out because it needs y alone: a third less memory and an eighth less time than autodiff
+  # (four Dense-BN-ReLU layers of 4368 x 128, one thread: 32.5 ms and 18 MB against 37 and 27).
+  y, mask, inverse_std, n = residuals
+  dy = cotangents[0] if mask is None else jnp.where(mask[:, None], cotangents[0], 0)
+  dx = inverse_std * (dy - (dy.sum(0) + y * (dy * y).sum(0)) / n)
+  return dx if mask is None else jnp.where(mask[:, None], dx, 0), None, None
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
+
+
+class MaskedBatchNorm(nn.Module):
+  """Batch normalisation over the real rows, with PyTorch's semantics.
+
+  Normalises with the biased variance; the running variance takes the unbiased one. Parameters
+  `scale`, `bias`; running values `mean`, `var` in the collection `batch_stats`. Masked rows come
+  out as `bias`.
+
+  Attributes:
+    momentum: weight of the new value in the running ones.
+    epsilon: added to the variance.
+  """
+
+  momentum: float = 0.1
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    mask: Array | None = None,
+    *,
+    train: bool,
+    count: Array | float | None = None,
+  ) -> Array:
+    """Normalises.
+
+    Args:
+      x: (N, F).
+      mask: (N,) bool, default all true.
+      train: use the statistics of this batch and move the running ones.
+      count: number of rows n in the factor n / (n - 1) of the running variance, default the real
+        rows. Statistics over undirected edges that stand for twice as many directed ones pass
+        those.
+
+    Returns:
+      (N, F), dtype of `x`.
+    """
+    width = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (width,))
+    bias = self.param("bias", nn.initializers.zeros, (width,))
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
+    running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
+    dtype = x.dtype
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))  # statistics never in half precision
+    if not train:
+      factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+      return (x * factor + (bias - running_mean.value * factor)).astype(dtype)
+    y, (mean, variance, real_rows) = _standardise(x, mask, self.epsilon)
+    if not self.is_initializing():
+      n = real_rows if count is None else jnp.asarray(count, x.dtype)
+      # A batch of padding only (a client that has run out of steps) leaves the running values alone.
+      momentum = jnp.where(real_rows > 0, self.momentum, 0.0)
+      for running, value in (
+        (running_mean, mean),
+        (running_var, variance * n / jnp.maximum(n - 1, 1)),
+      ):
+        running.value += momentum * (jax.lax.stop_gradient(value) - running.value)
+    return (y * scale + bias).astype(dtype)
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+class GIN(nn.Module):
+  """Graph isomorphism layer (Xu et al. 2019): MLP((1 + epsilon) h + sum of the neighbours).
+
+  MLP = Linear, ReLU, Linear, optionally with batch normalisation after the first Linear.
+
+  Attributes:
+    features: width of both linear layers.
+    epsilon: fixed weight of the node itself beyond 1 (1.0 where the published code has self loops
+      in its adjacency).
+    batch_norm: whether the MLP normalises.
+  """
+
+  features: int
+  epsilon: float = 0.0
+  batch_norm: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    senders: Array,
+    receivers: Array,
+    edge_weights: Array | None = None,
+    edge_mask: Array | None = None,
+    node_mask: Array | None = None,
+    *,
+    train: bool = False,
+  ) -> Array:
+    """(N, F) -> (N, features); edges as in `neighbour_sum`, `node_mask` for the normalisation."""
+    around = neighbour_sum(x, senders, receivers, edge_weights, edge_mask)
+    h = Linear(self.features, name="linear_0")((1.0 + self.epsilon) * x + around)
+    if self.batch_norm:
+      h = MaskedBatchNorm(name="norm")(h, node_mask, train=train)
+    return Linear(self.features, name="linear_1")(nn.relu(h))
+
+
+class GCN(nn.Module):
+  """Graph convolution (Kipf and Welling 2017) with self loops: D^-1/2 (A + I)^T D^-1/2 x W + b.
+
+  D is the weighted in-degree of A + I, at least 1. Self loops are added here, not in the edges.
+
+  Attributes:
+    features: width of the result.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    senders: Array,
+    receivers: Array,
+    edge_weights: Array | None = None,
+    edge_mask: Array | None = None,
+  ) -> Array:
+    """(N, F) -> (N, features); edges as in `neighbour_sum`."""
+    kernel = self.param("kernel", nn.initializers.glorot_uniform(), (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    ones = jnp.ones((x.shape[0], 1), x.dtype)
+    degree = 1.0 + neighbour_sum(ones, senders, receivers, edge_weights, edge_mask)
+    norm = jax.lax.rsqrt(jnp.maximum(degree, 1.0))
+
+    def propagate(h: Array) -> Array:
+      h = h * norm
+      return (h + neighbour_sum(h, senders, receivers, edge_weights, edge_mask)) * norm
+
+    # Both orders are the same product; edges cost by the width they carry.
+    h = propagate(x) @ kernel if x.shape[-1] < self.features else propagate(x @ kernel)
+    return h + bias
+
+
+class GAT(nn.Module):
+  """Graph attention (Velickovic et al. 2018) over the neighbours and the node itself.
+
+  e_jk = leaky_relu(a_src . z_j + a_dst . z_k), softmax over j; heads are concatenated. An edge
+  weight multiplies exp(e_jk), so that weights of 0 and 1 equal the graph without and with the edge.
+
+  Attributes:
+    features: width of one head.
+    heads: number of heads.
+    negative_slope: of the leaky ReLU.
+  """
+
+  features: int
+  heads: int = 1
+  negative_slope: float = 0.2
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    senders: Array,
+    receivers: Array,
+    edge_weights: Array | None = None,
+    edge_mask: Array | None = None,
+  ) -> Array:
+    """(N, F) -> (N, heads * features); edges as in `neighbour_sum`."""
+    num_nodes, shape = x.shape[0], (self.heads, self.features)
+    glorot = nn.initializers.glorot_uniform()
+    kernel = self.param("kernel", glorot, (x.shape[-1], self.heads * self.features))
+    source = self.param("source", glorot, shape)
+    target = self.param("target", glorot, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.heads * self.features,))
+
+    z = (x @ kernel).reshape(num_nodes, *shape)
+    from_source, to_target = (z * source).sum(-1), (z * target).sum(-1)  # (N, heads)
+    logits = nn.leaky_relu(
+      _rows(from_source, senders) + _rows(to_target, receivers), self.negative_slope
+    )
+    own_logits = nn.leaky_relu(from_source + to_target, self.negative_slope)
+    segments = _drop(receivers, edge_mask, num_nodes)
+    # The node itself takes part, so no softmax is ever empty and its maximum is finite.
+    largest = jax.ops.segment_max(logits, segments, num_nodes, indices_are_sorted=True)
+    largest = jax.lax.stop_gradient(jnp.maximum(largest, own_logits))
+    weights = jnp.exp(jnp.minimum(logits - _rows(largest, receivers), 0.0))
+    if edge_weights is not None:
+      weights = weights * edge_weights[:, None]
+    own = jnp.exp(own_logits - largest)
+    total = own + segment_sum(weights, segments, num_nodes)
+    messages = _rows(z, senders) * weights[:, :, None]
+    y = own[:, :, None] * z + segment_sum(messages, segments, num_nodes)
+    return (y / total[:, :, None]).reshape(num_nodes, -1) + bias
