@@ -201,7 +201,8 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
   encoding = np.zeros((num_slots, source.encoding.shape[1]), dtype)
   node_mask = np.zeros(num_slots, bool)
   products, edge_masks = [], []
-  senders, receivers, twins = [], [], []
+  nothing = np.zeros(0, np.int32)
+  senders, receivers, twins = [nothing], [nothing], [nothing]  # a batch may be empty
   n_node, n_edge, graph_id = [], [], []
 
   slot, twin_start = 0, 0

@@ -81,6 +81,8 @@ def sine_encoding(eigenvalues: np.ndarray, width: int) -> np.ndarray:
   """
   if width % 2:
     raise InputError(f"hidden: the sine encoding needs an even width, got {width}")
-  frequency = np.exp(np.arange(0, width, 2) * (-np.log(10000.0) / width))
-  phase = 100.0 * eigenvalues[..., None] * frequency
+  # The published code builds its frequencies in float32; in float64 they differ by 1e-7 relative,
+  # which the factor 100 turns into 1e-6 of the encoding.
+  exponent = np.arange(0, width, 2, dtype=np.float32) * np.float32(-np.log(10000.0) / width)
+  phase = 100.0 * eigenvalues[..., None] * np.exp(exponent).astype(np.float64)
   return np.concatenate([eigenvalues[..., None], np.sin(phase), np.cos(phase)], axis=-1)

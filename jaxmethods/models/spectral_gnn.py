@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from jaxmethods.graphs.layers import MaskedBatchNorm, segment_sum
 from jaxmethods.graphs.packing import SpectralBatch
-from jaxmethods.models.init import torch_dense
+from jaxmethods.models.init import Linear
 from jaxmethods.stats.dropout import dropout
 
 
@@ -42,7 +42,7 @@ class EigenvalueBlock(nn.Module):
     """Maps (N, H) to (N, H); `rows` gives (R, L) of each row group, in slot order."""
     width = z.shape[-1]
     t = nn.LayerNorm(epsilon=1e-5, name="norm_1")(z)
-    query, key, value = (torch_dense(width, name=name)(t) for name in ("query", "key", "value"))
+    query, key, value = (Linear(width, name=name)(t) for name in ("query", "key", "value"))
     drop = Dropout(self.dropout)
     mixed, start = [], 0
     for count, length in rows:
@@ -55,10 +55,10 @@ class EigenvalueBlock(nn.Module):
       weights = drop(jax.nn.softmax(scores), train)
       mixed.append(jnp.einsum("rhqk,rkhd->rqhd", weights, split(value)).reshape(-1, width))
       start += count * length
-    z = z + drop(torch_dense(width, name="out")(jnp.concatenate(mixed)), train)
+    z = z + drop(Linear(width, name="out")(jnp.concatenate(mixed)), train)
     t = nn.LayerNorm(epsilon=1e-5, name="norm_2")(z)
-    t = nn.gelu(torch_dense(width, name="ffn_1")(t), approximate=False)
-    return z + drop(torch_dense(width, name="ffn_2")(t), train)
+    t = nn.gelu(Linear(width, name="ffn_1")(t), approximate=False)
+    return z + drop(Linear(width, name="ffn_2")(t), train)
 
 
 class FilterEncoder(nn.Module):
@@ -70,9 +70,9 @@ class FilterEncoder(nn.Module):
   def __call__(self, filters: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
     x = filters
     for i in (1, 2):
-      x = torch_dense(self.width, name=f"linear_{i}")(x)
-      # Each row stands for both directions of an edge.
-      x = MaskedBatchNorm(name=f"norm_{i}", copies=2)(x, mask, train)
+      x = Linear(self.width, name=f"linear_{i}")(x)
+      # Each row stands for both directions of an edge, and the published code counts them both.
+      x = MaskedBatchNorm(name=f"norm_{i}")(x, mask, train=train, count=2 * mask.sum())
       x = nn.gelu(x, approximate=False)
     return x
 
@@ -94,13 +94,14 @@ class SpectralConv(nn.Module):
     """Returns the new (N, H); `filters` (E, H) are unnormalised, `total` (N, H) their sums."""
     width, graphs, drop = h.shape[-1], batch.graphs, Dropout(self.dropout)
     # The message depends on its source alone, so it is computed per node, not per edge.
-    message = nn.gelu(torch_dense(width, name="message")(h), approximate=False)
+    message = nn.gelu(Linear(width, name="message")(h), approximate=False)
     received = segment_sum(message[graphs.senders] * filters, graphs.receivers, h.shape[0])
     h = h + drop(received / total, train)
     update = h
     for i in (1, 2):
-      update = torch_dense(width, name=f"linear_{i}")(update)
-      update = nn.relu(MaskedBatchNorm(name=f"norm_{i}")(update, graphs.nodes["mask"], train))
+      update = Linear(width, name=f"linear_{i}")(update)
+      update = MaskedBatchNorm(name=f"norm_{i}")(update, graphs.nodes["mask"], train=train)
+      update = nn.relu(update)
     return h + drop(update, train)
 
 
@@ -130,12 +131,12 @@ class SpectralGNN(nn.Module):
     num_nodes, num_graphs = nodes["features"].shape[0], graphs.n_node.shape[0]
     rows = tuple((p.shape[0], p.shape[2]) for p in batch.products)
 
-    h = nn.relu(torch_dense(self.hidden, name="node_encoder")(nodes["features"]))
-    z = torch_dense(self.hidden, name="eigenvalue_encoder")(batch.encoding)
+    h = nn.relu(Linear(self.hidden, name="node_encoder")(nodes["features"]))
+    z = Linear(self.hidden, name="eigenvalue_encoder")(batch.encoding)
     z = EigenvalueBlock(self.heads, self.dropout, name="transformer")(
       z, nodes["graph"], rows, train
     )
-    spectra = torch_dense(self.heads, name="decoder")(z)
+    spectra = Linear(self.heads, name="decoder")(z)
 
     filters, start = [], 0
     for products, (count, length) in zip(batch.products, rows, strict=True):
