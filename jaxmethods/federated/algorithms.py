@@ -1,0 +1,251 @@
+"""Federated averaging and its relatives, as one function with options.
+
+fedavg  McMahan et al. 2017. Communication-efficient learning of deep networks from decentralized data.
+fedprox Li et al. 2020. Federated optimization in heterogeneous networks.
+fedper  Arivazhagan et al. 2019. Federated learning with personalization layers.
+fedopt  Reddi et al. 2021. Adaptive federated optimization (FedAvgM, FedAdam, FedYogi).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmethods.federated import paths
+from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
+from jaxmethods.federated.batching import Batching, prebatched
+from jaxmethods.federated.engine import weighted_mean
+
+Loss = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+
+
+class ClientState(NamedTuple):
+  """What a client keeps.
+
+  Attributes:
+    params: its local parameters (those that are not shared).
+    model_state: what is not trained by gradient, such as batch-norm statistics; never leaves it.
+    opt_state: optimiser state over all its parameters, or () if it starts anew every round.
+  """
+
+  params: Params
+  model_state: Any
+  opt_state: Any
+
+
+class ServerState(NamedTuple):
+  """Shared parameters and the state of the server's optimiser (() without one)."""
+
+  params: Params
+  opt_state: Any
+
+
+def init_client(
+  params: Params,
+  model_state: Any = (),
+  *,
+  shared: paths.Predicate = paths.everything,
+  optimizer: optax.GradientTransformation | None = None,
+) -> ClientState:
+  """Returns a client before its first round; vmap it over stacked parameters for a group.
+
+  Args:
+    params: all parameters of the client's model.
+    model_state: its non-trained collections.
+    shared: as given to `fedavg`.
+    optimizer: as given to `fedavg` if it keeps the optimiser state, else None.
+  """
+  local = paths.split(params, shared)[1]
+  return ClientState(local, model_state, optimizer.init(params) if optimizer else ())
+
+
+def fedavg(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  *,
+  shared: paths.Predicate = paths.everything,
+  proximal: float = 0.0,
+  weighted: bool = True,
+  local_epochs: int = 1,
+  server_optimizer: optax.GradientTransformation | None = None,
+  keep_optimizer: bool = False,
+  batches: Batching = prebatched,
+  unroll: int | bool = 1,
+) -> FederatedAlgorithm:
+  """Averages the shared parameters after local training of every client.
+
+  Args:
+    loss: (params, model_state, batch, key) -> (scalar, (model_state, metrics)); honours the sample mask in
+      `batch`.
+    optimizer: of the clients.
+    shared: which parameters are exchanged, by path "a/b/c"; the others never leave the client.
+    proximal: mu of FedProx: adds (mu / 2) ||w - w_server||^2 over the shared parameters to the loss.
+    weighted: average by example counts; False: every participating client counts the same.
+    local_epochs: passes over a client's batches per round.
+    server_optimizer: applied to the pseudo-gradient w_server - mean(w_client); None puts the mean in place.
+    keep_optimizer: keep each client's optimiser state from round to round (it then includes the
+      moments of the shared parameters); False starts it anew.
+    batches: (data, epoch key) -> Batches; `prebatched` or `batching.shuffled(batch_size)`.
+    unroll: of the loop over steps; more compiles longer and may run faster.
+  """
+
+  def init(params: Params, key: jax.Array) -> ServerState:
+    del key
+    start = paths.split(params, shared)[0]
+    return ServerState(start, server_optimizer.init(start) if server_optimizer else ())
+
+  def download(server: ServerState, index: jax.Array) -> Params:
+    del index
+    return server.params
+
+  def local(message, client: ClientState, data, key):
+    start = paths.merge(message, client.params)
+    opt_state = client.opt_state if keep_optimizer else optimizer.init(start)
+
+    def objective(params, model_state, batch, key):
+      value, aux = loss(params, model_state, batch, key)
+      if proximal:
+        drift = jax.tree.map(jnp.subtract, paths.split(params, shared)[0], message)
+        value += 0.5 * proximal * optax.tree.norm(drift, squared=True)
+      return value, aux
+
+    state, metrics = local_sgd(
+      objective,
+      optimizer,
+      (start, client.model_state, opt_state),
+      data,
+      key,
+      epochs=local_epochs,
+      batches=batches,
+      unroll=unroll,
+    )
+    upload, kept = paths.split(state[0], shared)
+    return ClientState(kept, state[1], state[2] if keep_optimizer else ()), upload, metrics
+
+  def server(state: ServerState, uploads, weights) -> ServerState:
+    counts = weights if weighted else (weights > 0).astype(weights.dtype)
+    mean = weighted_mean(uploads, counts)
+    # A round in which nobody took part leaves the server as it was.
+    someone = counts.sum() > 0
+    if server_optimizer is None:
+      return ServerState(_where(someone, mean, state.params), ())
+    gradient = jax.tree.map(jnp.subtract, state.params, mean)
+    updates, opt_state = server_optimizer.update(gradient, state.opt_state, state.params)
+    new = ServerState(optax.apply_updates(state.params, updates), opt_state)
+    return _where(someone, new, state)
+
+  def params(message, client: ClientState) -> Params:
+    return paths.merge(message, client.params)
+
+  return FederatedAlgorithm(init, download, local, server, params)
+
+
+def fedprox(loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.01, **options):
+  """FedAvg with the proximal term (mu / 2) ||w - w_server||^2 in every client's loss."""
+  return fedavg(loss, optimizer, proximal=mu, **options)
+
+
+def fedper(loss: Loss, optimizer: optax.GradientTransformation, local: tuple[str, ...], **options):
+  """FedAvg whose layers named in `local` (any part of the path) stay with the client."""
+  return fedavg(loss, optimizer, shared=paths.all_but(*local), **options)
+
+
+def local_only(loss: Loss, optimizer: optax.GradientTransformation, **options):
+  """No exchange at all: every client trains alone and keeps its optimiser state."""
+  return fedavg(loss, optimizer, shared=paths.nothing, **{"keep_optimizer": True, **options})
+
+
+def fedavgm(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  server_rate: float = 1.0,
+  momentum: float = 0.9,
+  **options,
+):
+  """FedAvg with momentum on the server (Hsu et al. 2019)."""
+  return fedavg(loss, optimizer, server_optimizer=optax.sgd(server_rate, momentum), **options)
+
+
+def fedadam(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  server_rate: float = 0.01,
+  tau: float = 1e-3,
+  **options,
+):
+  """FedAvg with Adam on the server; `tau` is its adaptivity (eps), b1 0.9 and b2 0.99 as published."""
+  adam = optax.adam(server_rate, b1=0.9, b2=0.99, eps=tau)
+  return fedavg(loss, optimizer, server_optimizer=adam, **options)
+
+
+def fedyogi(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  server_rate: float = 0.01,
+  tau: float = 1e-3,
+  **options,
+):
+  """FedAvg with Yogi on the server, settings as in `fedadam`."""
+  yogi = optax.yogi(server_rate, b1=0.9, b2=0.99, eps=tau)
+  return fedavg(loss, optimizer, server_optimizer=yogi, **options)
+
+
+def local_sgd(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  state: tuple[Params, Any, Any],
+  data: Any,
+  key: jax.Array,
+  *,
+  epochs: int = 1,
+  batches: Batching = prebatched,
+  unroll: int | bool = 1,
+) -> tuple[tuple[Params, Any, Any], dict[str, jax.Array]]:
+  """Trains one client for some epochs over its batches.
+
+  Args:
+    loss: as in `fedavg`.
+    optimizer: an optax transformation.
+    state: (params, model_state, opt_state).
+    data: what `batches` reads.
+    key: epoch e uses `fold_in(key, e)`, its step i `fold_in(fold_in(., 1), i)`.
+    epochs: passes over the data.
+    batches: (data, epoch key) -> Batches.
+    unroll: of the loop over steps.
+
+  Returns:
+    The new state, and the metrics of the loss averaged over all real steps, "loss" among them.
+  """
+
+  def train(state, batch, key):
+    params, model_state, opt_state = state
+    (value, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+      params, model_state, batch, key
+    )
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), model_state, opt_state), metrics | {"loss": value}
+
+  def epoch(state, epoch_key):
+    order_key, step_key = jax.random.fold_in(epoch_key, 0), jax.random.fold_in(epoch_key, 1)
+    steps = batches(data, order_key)
+
+    def step(state, xs):
+      batch, real, i = xs
+      new, metrics = train(state, batch, jax.random.fold_in(step_key, i))
+      return _where(real, new, state), _where(real, metrics, jax.tree.map(jnp.zeros_like, metrics))
+
+    numbers = jnp.arange(steps.real.shape[0])
+    state, metrics = jax.lax.scan(step, state, (*steps, numbers), unroll=unroll)
+    return state, (jax.tree.map(lambda m: m.sum(0), metrics), steps.real.sum())
+
+  epoch_keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(epochs))
+  state, (totals, steps) = jax.lax.scan(epoch, state, epoch_keys)
+  return state, jax.tree.map(lambda m: m.sum(0) / jnp.maximum(steps.sum(), 1), totals)
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

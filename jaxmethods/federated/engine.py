@@ -1,0 +1,297 @@
+"""One round of any federated algorithm as one pure function, for the caller to jit.
+
+`federated_round` maps `algorithm.local` over all clients and hands their stacked uploads to
+`algorithm.server`. Clients are kept in groups: a group is a pytree stacked on a leading client axis,
+so its clients share shapes, and groups may differ (size buckets, feature widths, architectures; only
+messages and uploads must look alike). How a group is mapped over changes the speed, never the result:
+
+  vmap   all clients of a group in one batched program. Best on GPU and TPU, and on CPU for dense nets.
+  scan   one client after the other (`lax.map`). Best on CPU otherwise: batched weights turn convolutions
+         into grouped ones (3 times slower), and one client's weights stay in the cache.
+  shard  clients spread over the mesh axis "clients", several per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmethods.federated.algorithm import (
+  ClientData,
+  ClientState,
+  FederatedAlgorithm,
+  ServerState,
+)
+
+ClientMap = Literal["vmap", "scan", "shard"]
+CLIENT_MAPS = ("vmap", "scan", "shard")
+CLIENTS_AXIS = "clients"
+
+
+class Cohort(NamedTuple):
+  """The clients of one round, few among many; see `sample_cohort`.
+
+  Attributes:
+    rows: for each group the rows that take part, (capacity,) int32 without repetition.
+    taking_part: (sum of capacities,) bool, False for rows that only fill a group's capacity.
+  """
+
+  rows: tuple[jax.Array, ...]
+  taking_part: jax.Array
+
+
+class Traffic(NamedTuple):
+  """Bytes that each client receives and sends in one round, (clients,) int64 each."""
+
+  down: np.ndarray
+  up: np.ndarray
+
+
+def default_client_map(platform: str | None = None) -> ClientMap:
+  """Returns the client map for a backend (the default one if None): "scan" on CPU, else "vmap"."""
+  return "scan" if (platform or jax.default_backend()) == "cpu" else "vmap"
+
+
+def federated_round(
+  algorithm: FederatedAlgorithm,
+  server: ServerState,
+  clients: Sequence[ClientState],
+  data: Sequence[ClientData],
+  weights: Sequence[jax.Array],
+  key: jax.Array,
+  *,
+  taking_part: jax.Array | None = None,
+  cohort: Cohort | None = None,
+  ids: Sequence[jax.Array] | None = None,
+  client_map: ClientMap | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  drop_nonfinite: bool = False,
+) -> tuple[ServerState, tuple[ClientState, ...], dict[str, jax.Array]]:
+  """Runs one round: download, local work of every client, upload, server.
+
+  Clients are numbered through the groups in order; that position is the `index` of
+  `algorithm.download` and the row of the uploads.
+
+  Args:
+    algorithm: the method.
+    server: server state.
+    clients: per group, client states stacked on a leading axis (group size, ...).
+    data: per group, client data stacked the same way.
+    weights: per group, (group size,) example counts; 0 marks a padding client.
+    key: the round's key. Client i works with `fold_in(key, ids[i])`.
+    taking_part: (clients,) bool; the others get weight 0 and keep their state. None: all.
+    cohort: runs only these clients, at the cost of these clients. The server then sees uploads and weights of
+      the cohort alone (its own per-client state cannot follow: GCFL needs `taking_part`), and
+      the metrics are the cohort's.
+    ids: per group, (group size,) integers: who a client is whatever row it sits in, so that bucketing and
+      padding leave its random numbers alone. Default: its position.
+    client_map: "vmap", "scan" or "shard"; None takes `default_client_map()`.
+    mesh: for "shard": a mesh with an axis "clients". Groups are padded up to a multiple of it (pad
+      beforehand with `padding.pad_clients` to save that copy).
+    drop_nonfinite: give a client whose upload holds NaN or infinity weight 0, let it keep its
+      earlier state, and report it in metrics["rejected"].
+
+  Returns:
+    The new server state, the new client states, and metrics as a dict of (clients,) arrays.
+  """
+  sizes = _check_groups(clients, data, weights, client_map, mesh)
+  if cohort is not None and taking_part is not None:
+    raise ValueError("give either taking_part or cohort, not both")
+  offsets = np.concatenate([[0], np.cumsum(sizes)])
+  index = [jnp.arange(o, o + n, dtype=jnp.int32) for o, n in zip(offsets, sizes, strict=False)]
+  groups = list(zip(clients, data, weights, index, index if ids is None else ids, strict=True))
+  if cohort is not None:
+    taking_part = cohort.taking_part
+    groups = [_take(g, rows) for g, rows in zip(groups, cohort.rows, strict=True)]
+
+  work = _client_map(_one_client(algorithm), client_map or default_client_map(), mesh)
+  outcome = [work(server, key, i, ident, c, d) for c, d, _, i, ident in groups]
+  states = [state for state, _, _ in outcome]
+  uploads = _concatenate([upload for _, upload, _ in outcome])
+  metrics = _concatenate([metric for _, _, metric in outcome])
+  counts = jnp.concatenate([w for _, _, w, _, _ in groups])
+
+  counted = taking_part
+  if drop_nonfinite:
+    finite = _finite_rows(uploads, counts.shape[0])
+    metrics["rejected"] = ~finite if taking_part is None else ~finite & taking_part
+    counted = finite if taking_part is None else finite & taking_part
+  if counted is not None:
+    counts = jnp.where(counted, counts, 0)
+    # A weight of zero does not silence NaN, so what does not count is not passed on either.
+    uploads = jax.tree.map(lambda x: jnp.where(_column(counted, x), x, 0), uploads)
+    cuts = np.cumsum([w.shape[0] for _, _, w, _, _ in groups])[:-1]
+    states = [
+      jax.tree.map(lambda new, old, keep=keep: jnp.where(_column(keep, new), new, old), state, old)
+      for state, (old, *_), keep in zip(states, groups, jnp.split(counted, cuts), strict=True)
+    ]
+  if cohort is not None:
+    states = [
+      jax.tree.map(lambda whole, part, rows=rows: whole.at[rows].set(part), whole, part)
+      for whole, part, rows in zip(clients, states, cohort.rows, strict=True)
+    ]
+  return algorithm.server(server, uploads, counts), tuple(states), metrics
+
+
+def sample_participants(key: jax.Array, num_clients: int, num: int) -> jax.Array:
+  """Draws `num` of `num_clients` clients uniformly without replacement; (num_clients,) bool."""
+  _check_sample(num_clients, num)
+  return jnp.zeros(num_clients, bool).at[jax.random.permutation(key, num_clients)[:num]].set(True)
+
+
+def sample_cohort(key: jax.Array, sizes: Sequence[int], num: int) -> Cohort:
+  """Draws `num` clients without replacement, spread evenly over the groups.
+
+  Systematic sampling over the groups, uniform inside a group: each client is drawn with probability
+  num / sum(sizes) exactly, and a group of n clients gives floor or ceil of its share
+  num * n / sum(sizes), so shapes are fixed and a round costs num clients, plus at most one
+  masked row per group.
+
+  Args:
+    key: random key.
+    sizes: clients per group (padding clients not included).
+    num: clients to draw.
+  """
+  total = sum(sizes)
+  _check_sample(total, num)
+  offset_key, *keys = jax.random.split(key, len(sizes) + 1)
+  # floor(cumulated share + u) with one u in [0, 1), in integer units of 1 / total.
+  whole, rest = np.divmod(num * np.cumsum([0, *sizes]), total)
+  carried = rest.astype(np.int32) + jax.random.randint(offset_key, (), 0, total) >= total
+  drawn = jnp.diff(whole.astype(np.int32) + carried)
+  rows, taking_part = [], []
+  for group, (n, group_key) in enumerate(zip(sizes, keys, strict=True)):
+    capacity = -(-num * n // total)
+    rows.append(jax.random.permutation(group_key, n)[:capacity].astype(jnp.int32))
+    taking_part.append(jnp.arange(capacity) < drawn[group])
+  return Cohort(tuple(rows), jnp.concatenate(taking_part))
+
+
+def weighted_mean(uploads: Any, weights: jax.Array) -> Any:
+  """Mean of stacked uploads, sum_i w_i u_i / sum_i w_i.
+
+  Args:
+    uploads: pytree of (clients, ...) arrays.
+    weights: (clients,), not negative. If all are zero the result is zero.
+  """
+  share = weights / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+  return jax.tree.map(lambda u: jnp.tensordot(share.astype(u.dtype), u, 1), uploads)
+
+
+def traffic(
+  algorithm: FederatedAlgorithm,
+  server: ServerState,
+  clients: Sequence[ClientState],
+  data: Sequence[ClientData],
+) -> Traffic:
+  """Counts the bytes of message and upload per client and round, without running anything."""
+  down, up = [], []
+  for client, examples in zip(clients, data, strict=True):
+    size = _leading(client, examples)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (client, examples))
+    message = jax.eval_shape(algorithm.download, server, jnp.int32(0))
+    _, upload, _ = jax.eval_shape(algorithm.local, message, *one, jax.random.key(0))
+    down += [_nbytes(message)] * size
+    up += [_nbytes(upload)] * size
+  return Traffic(np.array(down, np.int64), np.array(up, np.int64))
+
+
+def _one_client(algorithm: FederatedAlgorithm) -> Callable:
+  def one_client(server, key, index, ident, client, data):
+    message = algorithm.download(server, index)
+    return algorithm.local(message, client, data, jax.random.fold_in(key, ident))
+
+  return one_client
+
+
+def _client_map(one_client: Callable, how: ClientMap, mesh: jax.sharding.Mesh | None) -> Callable:
+  """Lifts (server, key, *one client) to (server, key, *stacked clients)."""
+  if how == "vmap":
+    return jax.vmap(one_client, in_axes=(None, None, 0, 0, 0, 0))
+  if how == "scan":
+    return lambda server, key, *stacked: jax.lax.map(
+      lambda args: one_client(server, key, *args), stacked
+    )
+  assert mesh is not None
+  spread, everywhere = jax.P(CLIENTS_AXIS), jax.P()
+  sharded = jax.shard_map(
+    _client_map(one_client, default_client_map(mesh.devices.flat[0].platform), None),
+    mesh=mesh,
+    in_specs=(everywhere, everywhere, spread, spread, spread, spread),
+    out_specs=spread,
+    # Replicated parameters meet local data here: with the check on, differentiating inside `local`
+    # would sum the gradients of the clients of different devices.
+    check_vma=False,
+  )
+
+  def padded(server, key, *stacked):
+    size = stacked[0].shape[0]
+    extra = -size % mesh.shape[CLIENTS_AXIS]
+    outcome = sharded(server, key, *(_pad_rows(x, extra) for x in stacked))
+    return jax.tree.map(lambda x: x[:size], outcome) if extra else outcome
+
+  return padded
+
+
+def _pad_rows(tree: Any, extra: int) -> Any:
+  """Repeats the first row `extra` times at the end: unlike zeros it is a client that surely works."""
+  if not extra:
+    return tree
+  return jax.tree.map(lambda x: jnp.concatenate([x, *[x[:1]] * extra]), tree)
+
+
+def _check_groups(clients, data, weights, client_map, mesh) -> list[int]:
+  if not len(clients) == len(data) == len(weights) > 0:
+    raise ValueError(
+      "clients, data and weights need the same number of groups, at least one; got "
+      f"{len(clients)}, {len(data)} and {len(weights)}"
+    )
+  if client_map is not None and client_map not in CLIENT_MAPS:
+    raise ValueError(f"client_map: {client_map!r} is none of {', '.join(CLIENT_MAPS)}")
+  if client_map == "shard" and (mesh is None or CLIENTS_AXIS not in mesh.shape):
+    raise ValueError(f"client_map 'shard' needs a mesh with an axis {CLIENTS_AXIS!r}")
+  sizes = []
+  for group, (client, examples, weight) in enumerate(zip(clients, data, weights, strict=True)):
+    size = weight.shape[0]
+    for x in jax.tree.leaves((client, examples)):
+      if x.ndim == 0 or x.shape[0] != size:
+        raise ValueError(f"group {group}: {size} weights, but an array of shape {x.shape}")
+    sizes.append(size)
+  return sizes
+
+
+def _check_sample(num_clients: int, num: int) -> None:
+  if not 1 <= num <= num_clients:
+    raise ValueError(f"cannot draw {num} of {num_clients} clients")
+
+
+def _take(tree: Any, rows: jax.Array) -> Any:
+  return jax.tree.map(lambda x: x[rows], tree)
+
+
+def _concatenate(trees: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *trees)
+
+
+def _column(rows: jax.Array, like: jax.Array) -> jax.Array:
+  return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
+
+
+def _finite_rows(tree: Any, size: int) -> jax.Array:
+  finite = jnp.ones(size, bool)
+  for x in jax.tree.leaves(tree):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      finite &= jnp.isfinite(x).reshape(size, -1).all(1)
+  return finite
+
+
+def _leading(client: Any, examples: Any) -> int:
+  return jax.tree.leaves((client, examples))[0].shape[0]
+
+
+def _nbytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
