@@ -168,7 +168,7 @@ def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int
   for length in lengths:
     here = (sizes > shorter) & (sizes <= length)
     density = links[here].sum() / max(sizes[here].sum(), 1)
-    capacity.append(max(int(1.1 * density * length), int(links[here].max(initial=1))))
+    capacity.append(max(int(1.3 * density * length), int(links[here].max(initial=1))))
     shorter = length
   return tuple(capacity)
 

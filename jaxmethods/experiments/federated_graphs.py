@@ -1,0 +1,427 @@
+"""Federated graph classification: clients, backbones and algorithms put together.
+
+The heavy half of `experiments.fedssp`: nothing here is imported before a run really starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+import optax
+
+from jaxmethods.data import describe, sources, spectra_cache, splits
+from jaxmethods.data.records import GraphData
+from jaxmethods.errors import InputError
+from jaxmethods.federated import algorithms, engine, gcfl, partition, paths
+from jaxmethods.federated.algorithm import FederatedAlgorithm
+from jaxmethods.federated.batching import Batches
+from jaxmethods.graphs.packing import SpectralBatch, pack
+from jaxmethods.graphs.spectral import Spectra
+from jaxmethods.graphs.structure import structure_features
+from jaxmethods.methods import fedssp as method
+from jaxmethods.models.fedstar import FedStar
+from jaxmethods.models.gin import GINClassifier
+from jaxmethods.models.init import torch_linear
+from jaxmethods.models.spectral_gnn import SpectralGNN
+from jaxmethods.runtime.experiment import Experiment
+
+if TYPE_CHECKING:
+  from jaxmethods.experiments.fedssp import Config
+
+
+class Clients(NamedTuple):
+  """The clients that hold parts of one data set: same features, same classes, same batch shapes.
+
+  Attributes:
+    names: one per client.
+    data: the graphs they share out.
+    train: batches, (clients, steps, ...); a client with fewer batches ends in empty ones.
+    held_out: validation and test graphs in batches of the same layout; `globals["split"]` is
+      1 for validation, 2 for test, 0 for padding.
+    counts: (clients,) number of training graphs.
+  """
+
+  names: list[str]
+  data: GraphData
+  train: Any
+  held_out: Any
+  counts: np.ndarray
+
+
+class Backbone(NamedTuple):
+  """A network that classifies graphs.
+
+  Attributes:
+    view: the part of a packed batch that it reads (the rest never reaches the device).
+    init: (key, batch, classes) -> (params, model state).
+    features: (params, model state, batch, key or None) -> (representations (G, H), model state); a
+      key means training.
+    classify: (params, representations) -> logits (G, C).
+  """
+
+  view: Callable[[SpectralBatch], Any]
+  init: Callable[[jax.Array, Any, int], tuple[Any, Any]]
+  features: Callable[[Any, Any, Any, jax.Array | None], tuple[jax.Array, Any]]
+  classify: Callable[[Any, jax.Array], jax.Array]
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def make_clients(data: GraphData, config: Config) -> Clients:
+  """Splits one data set among its clients and packs their batches.
+
+  Raises:
+    InputError: a client without training or test graphs, with one class only, or with features that
+      are not finite; the message names it.
+  """
+  name = data.source.name.split(":")[-1].split("/")[-1]
+  if not np.isfinite(data.graphs.nodes).all():
+    graph = np.repeat(np.arange(len(data.labels)), data.graphs.n_node)
+    bad = graph[~np.isfinite(data.graphs.nodes).all(1)][0]
+    raise InputError(f"{name}: graph {bad} has features that are not finite")
+  parts = partition.iid(len(data.labels), config.clients_per_domain, seed=config.split_seed)
+  names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
+  usable = np.asarray(data.graphs.n_edge) > 0
+  train, held_out, counts, split = [], [], [], np.zeros(len(data.labels), np.int32)
+  for client, part in zip(names, parts, strict=True):
+    pieces = splits.stratified_split(
+      data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed
+    )
+    # Graphs without edges have no spectrum to speak of: the published code trains and tests without.
+    fit, validation, test = (part[i][usable[part[i]]] for i in pieces)
+    for what, ids in (("training", fit), ("test", test)):
+      if not len(ids):
+        raise InputError(f"client {client}: no {what} graphs with edges among its {len(part)} graphs")
+    if len(np.unique(data.labels[fit])) < 2:
+      raise InputError(f"client {client}: its training graphs all have class {data.labels[fit][0]}")
+    split[validation], split[test] = 1, 2
+    train.append(_chunks(fit, config.batch_size))
+    held_out.append(_chunks(np.concatenate([validation, test]), config.batch_size))
+    counts.append(len(fit))
+
+  nodes = {"features": data.graphs.nodes}
+  if config.backbone == "fedstar":
+    nodes["structure"] = structure_features(data.graphs)
+  graphs = data.graphs._replace(nodes=nodes)
+  spectra = spectra_cache.laplacian_spectra(data.graphs)
+  to_clients = lambda batches: _pack_clients(graphs, data.labels, spectra, batches, config.hidden)
+  held_out = to_clients(held_out)
+  ids = held_out.graphs.globals["id"]
+  held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
+  return Clients(names, data, to_clients(train), held_out, np.array(counts, np.float32))
+
+
+def _chunks(ids: np.ndarray, size: int) -> list[np.ndarray]:
+  return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
+def _pack_clients(
+  graphs: jraph.GraphsTuple,
+  labels: np.ndarray,
+  spectra: Spectra,
+  batches: list[list[np.ndarray]],
+  hidden: int,
+) -> SpectralBatch:
+  """Packs the batches of several clients into one shape: (clients, steps, ...)."""
+  steps = max(map(len, batches))
+  empty = np.zeros(0, np.int64)
+  flat = [b for client in batches for b in client + [empty] * (steps - len(client))]
+  packed = pack(graphs, labels, spectra, flat, hidden)
+  return jax.tree.map(lambda x: x.reshape(len(batches), steps, *x.shape[1:]), packed)
+
+
+# --- backbones ------------------------------------------------------------------------------------
+
+
+def make_backbone(config: Config) -> Backbone:
+  """The network named by `config.backbone`, with a linear head on its representation."""
+  if config.backbone == "spectral":
+    model = SpectralGNN(config.hidden, config.heads, config.layers, config.dropout)
+    view = lambda batch: batch
+  else:
+    network = GINClassifier if config.backbone == "gin" else FedStar
+    model = network(config.hidden, config.layers, config.dropout)
+    view = lambda batch: batch.graphs
+
+  def init(key, batch, classes):
+    body, head = jax.random.split(key)
+    variables = dict(model.init(body, batch))
+    params = variables.pop("params")
+    width = jax.eval_shape(lambda: model.apply({"params": params, **variables}, batch)).shape[-1]
+    kernel_init, bias_init = torch_linear(width)
+    kernel_key, bias_key = jax.random.split(head)
+    params["head"] = {
+      "kernel": kernel_init(kernel_key, (width, classes)),
+      "bias": bias_init(bias_key, (classes,)),
+    }
+    return params, variables
+
+  def features(params, model_state, batch, key):
+    variables = {"params": params, **model_state}
+    if key is None:
+      return model.apply(variables, batch), model_state
+    return model.apply(
+      variables, batch, train=True, rngs={"dropout": key}, mutable=list(model_state)
+    )
+
+  def classify(params, representation):
+    return representation @ params["head"]["kernel"] + params["head"]["bias"]
+
+  return Backbone(view, init, features, classify)
+
+
+def _target(batch) -> tuple[jax.Array, jax.Array]:
+  graphs = batch.graphs if isinstance(batch, SpectralBatch) else batch
+  return graphs.globals["label"], graphs.globals["mask"]
+
+
+# --- algorithms -----------------------------------------------------------------------------------
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """The clients' optimiser, with PyTorch's two meanings of weight decay."""
+  if config.optimizer == "adamw":
+    return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+  return optax.chain(
+    optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate)
+  )
+
+
+# Input and output layers have the widths of a client's own data, so they never leave it.
+OWN_LAYERS = ("node_encoder", "embed", "head")
+
+
+def is_extractor(path: str) -> bool:
+  """Everything but the input layer and the head."""
+  return not set(OWN_LAYERS) & set(path.split("/"))
+
+
+def is_convolution(path: str) -> bool:
+  """The graph convolutions of GIN (what FedAvg and GCFL share in the published comparison)."""
+  return path.startswith("conv_")
+
+
+def is_structure(path: str) -> bool:
+  """FedStar's structure branch."""
+  return path.startswith("structure")
+
+
+class Setup(NamedTuple):
+  """An algorithm and how its clients begin.
+
+  Attributes:
+    algorithm: the federated algorithm.
+    client: (params, model state, client index) -> the client's first state.
+    offset: client state -> what is added to a representation when predicting, (H,) or 0.
+  """
+
+  algorithm: FederatedAlgorithm
+  client: Callable[[Any, Any, jax.Array], Any]
+  offset: Callable[[Any], Any]
+
+
+def make_algorithm(config: Config, backbone: Backbone, num_clients: int) -> Setup:
+  """The algorithm named by `config.algorithm` on a backbone."""
+  optimizer = make_optimizer(config)
+  if config.algorithm in ("fedssp", "gsks", "pgpa", "share_extractor"):
+    return _make_fedssp(config, backbone, optimizer)
+
+  def loss(params, model_state, batch, key):
+    representation, model_state = backbone.features(params, model_state, batch, key)
+    labels, mask = _target(batch)
+    value = method.cross_entropy(backbone.classify(params, representation), labels, mask)
+    return value, (model_state, {})
+
+  shared = is_extractor if config.backbone == "spectral" else is_convolution
+  shared = {"fedper": is_extractor, "local": paths.nothing, "fedstar": is_structure}.get(
+    config.algorithm, shared
+  )
+  options: dict[str, Any] = dict(
+    shared=shared, local_epochs=config.local_epochs, keep_optimizer=True
+  )
+  if config.algorithm == "gcfl":
+    algorithm = gcfl.gcfl(
+      loss, optimizer, num_clients=num_clients, eps_1=config.gcfl_eps_mean,
+      eps_2=config.gcfl_eps_max, first_split=config.gcfl_first_split, **options,
+    )  # fmt: skip
+    start = lambda params, state, index: gcfl.init_client(
+      params, state, shared=shared, optimizer=optimizer
+    )
+    return Setup(algorithm, start, lambda client: 0.0)
+  proximal = config.proximal if config.algorithm == "fedprox" else 0.0
+  algorithm = algorithms.fedavg(loss, optimizer, proximal=proximal, **options)
+
+  def start(params, model_state, index):
+    del index
+    return algorithms.init_client(params, model_state, shared=shared, optimizer=optimizer)
+
+  return Setup(algorithm, start, lambda client: 0.0)
+
+
+def _make_fedssp(config: Config, backbone: Backbone, optimizer) -> Setup:
+  preference = method.PreferenceOptimizer(config.preference_lr, config.preference_grad)
+  settings: dict[str, Any] = {
+    "fedssp": {},
+    "gsks": {"preference": None, "tau": 0.0},
+    "pgpa": {"shared": paths.nothing},
+    "share_extractor": {"shared": is_extractor},
+  }[config.algorithm]
+
+  def extract(params, model_state, batch, key):
+    return method.Output(*backbone.features(params, model_state, batch, key))
+
+  algorithm = method.fedssp(
+    extract,
+    backbone.classify,
+    _target,
+    optimizer,
+    **{
+      "tau": config.tau, "momentum": config.mu, "preference": preference,
+      "mean_mode": config.mean_mode, "optimizer_reset": config.optimizer_reset,
+      "local_epochs": config.local_epochs, **settings,
+    },
+  )  # fmt: skip
+
+  def start(params, model_state, index):
+    del index
+    zero = jnp.zeros(params["head"]["kernel"].shape[0])
+    return method.Client(params, model_state, zero, zero, optimizer.init(params))
+
+  # Until the first consensus is known the preference is zero, so adding it is always right.
+  use = config.eval_preference
+  return Setup(algorithm, start, lambda client: client.preference if use else 0.0)
+
+
+# --- the experiment -------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+  """Everything a checkpoint needs."""
+
+  server: Any
+  clients: tuple[Any, ...]
+  key: jax.Array
+  round: jax.Array
+
+
+class Federation(NamedTuple):
+  """What stays on the device for the whole run; one entry per group of clients."""
+
+  train: tuple[Any, ...]
+  weights: tuple[jax.Array, ...]
+
+
+def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
+  """Composes the experiment of one row.
+
+  Args:
+    config: of `experiments.fedssp`.
+    mesh: with an axis "clients" the clients of each group are spread over it.
+
+  Raises:
+    InputError: data that are missing or cannot be used, or a client that cannot be trained.
+  """
+  records = sources.load_graphs(config.data)
+  groups = [make_clients(data, config) for data in records]
+  backbone = make_backbone(config)
+  names = [name for group in groups for name in group.names]
+  setup = make_algorithm(config, backbone, len(names))
+  sharded = mesh is not None and engine.CLIENTS_AXIS in mesh.shape
+  client_map = "shard" if sharded else None if config.client_map == "auto" else config.client_map
+
+  everywhere = jax.NamedSharding(mesh, jax.P()) if sharded else None
+  put = lambda tree: jax.device_put(tree, everywhere)
+  views = tuple(put(backbone.view(group.train)) for group in groups)
+  federation = Federation(
+    views if config.algorithm in FEDSSP_ALGORITHMS else tuple(map(_prebatched, views)),
+    tuple(put(group.counts) for group in groups),
+  )
+  held_out = tuple(put(backbone.view(group.held_out)) for group in groups)
+
+  def init(key):
+    model_key, round_key = jax.random.split(key)
+    clients, first = [], None
+    for g, (group, view) in enumerate(zip(groups, views, strict=True)):
+      batch = jax.tree.map(lambda x: x[0, 0], view)
+      keys = jax.vmap(lambda i, g=g: jax.random.fold_in(jax.random.fold_in(model_key, g), i))(
+        jnp.arange(len(group.names))
+      )
+      make = lambda key, batch=batch, group=group: backbone.init(key, batch, group.data.num_classes)
+      params, model_state = jax.lax.map(make, keys)
+      clients.append(jax.vmap(setup.client)(params, model_state, jnp.arange(len(group.names))))
+      first = jax.tree.map(lambda x: x[0], params) if first is None else first
+    server = setup.algorithm.init(first, round_key)
+    return State(server, tuple(clients), round_key, jnp.zeros((), jnp.int32))
+
+  def batches(step: int) -> Iterator[Federation]:
+    del step  # which clients take part is drawn from the state's key and round
+    while True:
+      yield federation
+
+  def step(state: State, batch: Federation):
+    key = jax.random.fold_in(state.key, state.round)
+    work_key, cohort_key = jax.random.split(key)
+    taking_part = None
+    if config.participation < 1:
+      drawn = max(1, round(config.participation * len(names)))
+      taking_part = engine.sample_participants(cohort_key, len(names), drawn)
+    server, clients, metrics = engine.federated_round(
+      setup.algorithm, state.server, state.clients, batch.train, batch.weights, work_key,
+      taking_part=taking_part, client_map=client_map, mesh=mesh if sharded else None,
+    )  # fmt: skip
+    share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
+    metrics = {name: value @ share / share.sum() for name, value in metrics.items()}
+    traffic = engine.traffic(
+      setup.algorithm, state.server, state.clients, batch.train
+    )
+    metrics["bytes_up"] = share @ jnp.asarray(traffic.up, jnp.float32)
+    metrics["bytes_down"] = share @ jnp.asarray(traffic.down, jnp.float32)
+    return State(server, clients, state.key, state.round + 1), metrics
+
+  def evaluate(state: State, test) -> dict[str, jax.Array]:
+    accuracy = {"test": [], "validation": []}
+    index = 0
+    for clients, view in zip(state.clients, test, strict=True):
+      size = jax.tree.leaves(view)[0].shape[0]
+      ids = index + jnp.arange(size)
+      hits, totals = jax.lax.map(lambda args: count_hits(state.server, *args), (ids, clients, view))
+      share = hits / totals  # nan where a client has no validation graphs
+      accuracy["validation"].append(share[:, 0])
+      accuracy["test"].append(share[:, 1])
+      index += size
+    test_accuracy = jnp.concatenate(accuracy["test"])
+    return {
+      "test_accuracy": test_accuracy.mean(),
+      "validation_accuracy": jnp.nanmean(jnp.concatenate(accuracy["validation"])),
+      **{f"test_accuracy/{name}": test_accuracy[i] for i, name in enumerate(names)},
+    }
+
+  def count_hits(server, index, client, view):
+    """Right and all answers of one client on (validation, test), (2,) each."""
+    params = setup.algorithm.params(setup.algorithm.download(server, index), client)
+
+    def one(batch):
+      representation, _ = backbone.features(params, client.model_state, batch, None)
+      logits = backbone.classify(params, representation + setup.offset(client))
+      graphs = batch.graphs if isinstance(batch, SpectralBatch) else batch
+      part = graphs.globals["split"][:, None] == jnp.array([1, 2])
+      right = logits.argmax(-1) == graphs.globals["label"]
+      return (part & right[:, None]).sum(0), part.sum(0)
+
+    hits, totals = jax.lax.map(one, view)
+    return hits.sum(0), totals.sum(0)
+
+  def figures(state: State):
+    return federated_figures(names, evaluate, state, held_out)
+
+  about = describe.describe(records)
+  dropped = sum(int((group.data.graphs.n_edge == 0).sum()) for group in groups)
+  if dropped:
+    about += f"; {dropped} graphs without edges left out"
+  return Experiment(init, batches, step, evaluate, held_out, figures, config.steps, about)
