@@ -140,7 +140,7 @@ def _shapes(
     [
       (
         _round_up(int(graphs.n_node[chunk].sum()) + 1, node_multiple),
-        _round_up(int(graphs.n_edge[chunk].sum()), edge_multiple),
+        _round_up(max(int(graphs.n_edge[chunk].sum()), 1), edge_multiple),
         len(chunk) + 1,
       )
       for chunk in chunks
