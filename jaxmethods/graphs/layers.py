@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxmethods.models.init import Linear
+from jaxmethods.models.init import torch_linear
 
 # --- segment reductions -------------------------------------------------------------------------
 
@@ -306,10 +306,11 @@ class GIN(nn.Module):
   ) -> Array:
     """(N, F) -> (N, features); edges as in `neighbour_sum`, `node_mask` for the normalisation."""
     around = neighbour_sum(x, senders, receivers, edge_weights, edge_mask)
-    h = Linear(self.features, name="linear_0")((1.0 + self.epsilon) * x + around)
+    h = (1.0 + self.epsilon) * x + around
+    h = nn.Dense(self.features, name="linear_0", **torch_linear(x.shape[-1]))(h)
     if self.batch_norm:
       h = MaskedBatchNorm(name="norm")(h, node_mask, train=train)
-    return Linear(self.features, name="linear_1")(nn.relu(h))
+    return nn.Dense(self.features, name="linear_1", **torch_linear(self.features))(nn.relu(h))
 
 
 class GCN(nn.Module):
@@ -337,7 +338,8 @@ class GCN(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     ones = jnp.ones((x.shape[0], 1), x.dtype)
     degree = 1.0 + neighbour_sum(ones, senders, receivers, edge_weights, edge_mask)
-    norm = jax.lax.rsqrt(jnp.maximum(degree, 1.0))
+    # Not jnp.maximum, whose gradient is halved at the tie of a node without neighbours.
+    norm = jax.lax.rsqrt(jnp.where(degree < 1.0, 1.0, degree))
 
     def propagate(h: Array) -> Array:
       h = h * norm
@@ -391,7 +393,10 @@ class GAT(nn.Module):
     # The node itself takes part, so no softmax is ever empty and its maximum is finite.
     largest = jax.ops.segment_max(logits, segments, num_nodes, indices_are_sorted=True)
     largest = jax.lax.stop_gradient(jnp.maximum(largest, own_logits))
-    weights = jnp.exp(jnp.minimum(logits - _rows(largest, receivers), 0.0))
+    shifted = logits - _rows(largest, receivers)
+    if edge_mask is not None:
+      shifted = jnp.where(edge_mask[:, None], shifted, -jnp.inf)
+    weights = jnp.exp(shifted)
     if edge_weights is not None:
       weights = weights * edge_weights[:, None]
     own = jnp.exp(own_logits - largest)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.initializers import Initializer
 
 
-class LinearInit(NamedTuple):
-  """Initialisers for `nn.Dense(width, **torch_linear(fan_in)._asdict())`."""
+class LinearInit(TypedDict):
+  """The two initialisers of a linear layer, as keywords of `nn.Dense`."""
 
-  kernel_init: nn.initializers.Initializer
-  bias_init: nn.initializers.Initializer
+  kernel_init: Initializer
+  bias_init: Initializer
 
 
 def torch_linear(fan_in: int) -> LinearInit:
@@ -24,6 +24,9 @@ def torch_linear(fan_in: int) -> LinearInit:
 
   Args:
     fan_in: number of inputs (the bias has no other way to know it).
+
+  Returns:
+    Keywords for `nn.Dense(width, **torch_linear(x.shape[-1]))`.
   """
   bound = 1.0 / math.sqrt(fan_in) if fan_in > 0 else 0.0
 
@@ -31,21 +34,4 @@ def torch_linear(fan_in: int) -> LinearInit:
     del out_sharding
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  return LinearInit(uniform, uniform)
-
-
-class Linear(nn.Module):
-  """`nn.Dense` with PyTorch's default initialisation.
-
-  Attributes:
-    features: width of the result.
-  """
-
-  features: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    init = torch_linear(x.shape[-1])
-    kernel = self.param("kernel", init.kernel_init, (x.shape[-1], self.features))
-    bias = self.param("bias", init.bias_init, (self.features,))
-    return x @ kernel + bias
+  return {"kernel_init": uniform, "bias_init": uniform}
