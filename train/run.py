@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   from jaxmethods.runtime import workdir as workdir_lib
 
   workdir = args.workdir or command.default_workdir(args, file)
-  workdir_lib.check(workdir, config, method=args.method)
+  workdir_lib.check(workdir, config, may_extend=True, method=args.method)
   mesh = launch.start(args)
   experiment = method.build(config, mesh)
 
   import jax
 
-  from jaxmethods.runtime import loop, report
+  from jaxmethods.runtime import loop
 
   if jax.process_index() == 0:
     print(experiment.about, flush=True)
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(stopped, flush=True)
     return stopped.status
   if jax.process_index() == 0:
+    from jaxmethods.runtime import report  # matplotlib takes 0.6 s
+
     page = report.write(
       workdir,
       title=args.method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ class Checkpoints:
     if read_only:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
-      options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+      if jax.process_index() == 0:
+        # Saves that a kill interrupted. Orbax can clear them too, but in a thread that it does not
+        # join when nothing is saved, and which then complains at exit.
+        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
+          shutil.rmtree(unfinished)
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def __enter__(self) -> Checkpoints:
@@ -56,9 +62,13 @@ class Checkpoints:
     Raises:
       InputError: if there are checkpoints and none can be read.
     """
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-    )
+
+    def describe(x: Any) -> Any:
+      if not isinstance(x, jax.Array):  # numpy comes back as numpy
+        return x
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    abstract = jax.tree.map(describe, like)
     damaged: list[int] = []
     reason = ""
     for step in sorted(self._manager.all_steps(), reverse=True):

@@ -22,8 +22,9 @@ from jaxmethods.runtime.experiment import RunConfig
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
-# Top-level names of a config file that are not keys of the config.
-_METHOD, _SHORT = "method", "short"
+# Top-level names of a config file that are not keys of the config: what `to_yaml` puts first, and
+# the part for `--short`.
+_METHOD, _SEEDS, _SHORT = "method", "seeds", "short"
 
 
 def load(
@@ -51,17 +52,18 @@ def load(
   written_by = contents.pop(_METHOD, method)
   if method and written_by != method:
     raise InputError(f"{file}: is a config of method {written_by!r}, not of {method!r}")
-  shortened = contents.pop(_SHORT, None)
-  if shortened is not None and not isinstance(shortened, Mapping):
+  contents.pop(_SEEDS, None)
+  shortened = contents.pop(_SHORT, {})
+  if not isinstance(shortened, dict):
     raise InputError(f"{file}: {_SHORT}: must be a mapping of config keys, got {shortened!r}")
-  if short and shortened is None:
+  if short and not shortened:
     raise InputError(f"--short: {file or 'the config'} has no `{_SHORT}:` part")
 
   for key, value in _leaves(contents):
     config = _set(config, key, value, f"{file}: ")
   # The short part is checked even when it is not asked for, so that a typo in it is found early.
   shorter = config
-  for key, value in _leaves(shortened or {}):
+  for key, value in _leaves(shortened):
     shorter = _set(shorter, key, value, f"{file}: {_SHORT}: ")
   config = shorter if short else config
   for key, text in overrides:
@@ -99,7 +101,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
   except yaml.YAMLError as error:
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}" if mark else ""
-    problem = getattr(error, "problem", None) or _first_line(error)
+    problem = getattr(error, "problem", "") or _first_line(error)
     raise InputError(f"{file}{where}: is not valid YAML: {problem}") from None
   if not isinstance(contents, dict):
     raise InputError(f"{file}: must hold `key: value` lines, got {_brief(contents)}")

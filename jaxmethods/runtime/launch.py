@@ -128,7 +128,7 @@ def _has_huge_pages() -> bool:
 
 def _keep_compiled_programs() -> None:
   default = Path.home() / ".cache" / "jaxmethods" / "xla"
-  if jax.config.jax_compilation_cache_dir is None:  # else: JAX_COMPILATION_CACHE_DIR is set
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(default))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -22,11 +22,10 @@ from jaxmethods.runtime.checkpoints import Checkpoints
 from jaxmethods.runtime.experiment import Experiment, RunConfig, State
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display, MetricLog, plain
+from jaxmethods.runtime.workdir import CHECKPOINTS
 
-CHECKPOINTS = "checkpoints"
 
-
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
   """The run was asked to stop, and has saved what it had; `status` is the exit status."""
 
   def __init__(self, name: str, status: int, step: int):
@@ -64,7 +63,7 @@ def train(
     Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
   writer = jax.process_index() == 0
-  last = experiment.num_steps
+  experiment, last = ordered(experiment), experiment.num_steps
   state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
   step, evaluate = compile_experiment(experiment, state, mesh, donate=not debug)
   if writer:
@@ -111,6 +110,21 @@ def train(
   return state, evaluated
 
 
+def evaluate(
+  experiment: Experiment, config: RunConfig, checkpoints: Path, mesh: Mesh | None = None
+) -> tuple[int, State, dict[str, Any]]:
+  """Returns (step, state, metrics) of the newest checkpoint in the directory `checkpoints`."""
+  experiment = ordered(experiment)
+  state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
+  with Checkpoints(checkpoints, read_only=True) as reader:
+    restored = reader.restore(state)
+  if restored is None:
+    raise InputError(f"{checkpoints}: there is no complete checkpoint yet")
+  step, state = restored
+  _, evaluate = compile_experiment(experiment, state, mesh)
+  return step, state, plain(jax.device_get(evaluate(state, experiment.test)))
+
+
 def compile_experiment(
   experiment: Experiment, state: State, mesh: Mesh | None, *, donate: bool = True
 ) -> tuple[Callable, Callable]:
@@ -125,8 +139,17 @@ def compile_experiment(
   if mesh:
     sharding = jax.tree.map(lambda x: x.sharding, state)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
+  step = jax.jit(
+    experiment.step,
+    donate_argnums=0 if donate else (),
+    out_shardings=(sharding, replicated) if mesh else None,
+  )
+  return step, jax.jit(experiment.evaluate, out_shardings=replicated)
 
-  # jax sorts the keys of a dict; their order is meant (the first metric is the one that counts).
+
+def ordered(experiment: Experiment) -> Experiment:
+  """Returns the experiment with metrics that keep their order through jit, which sorts a dict."""
+
   def step(state: State, batch: Any) -> tuple[State, OrderedDict]:
     state, metrics = experiment.step(state, batch)
     return state, OrderedDict(metrics)
@@ -134,14 +157,7 @@ def compile_experiment(
   def evaluate(state: State, test: Any) -> OrderedDict:
     return OrderedDict(experiment.evaluate(state, test))
 
-  return (
-    jax.jit(
-      step,
-      donate_argnums=0 if donate else (),
-      out_shardings=(sharding, replicated) if mesh else None,
-    ),
-    jax.jit(evaluate, out_shardings=replicated),
-  )
+  return experiment._replace(step=step, evaluate=evaluate)
 
 
 def _evaluation_due(k: int, config: RunConfig, last: int) -> bool:

@@ -11,9 +11,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from jaxmethods.runtime import metric_log, workdir
 
@@ -27,7 +31,7 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
 figcaption, .about { color: #555; }
 """
-_PLOT = {
+_PLOT: dict[Any, Any] = {
   "figure.dpi": 120,
   "font.size": 11,
   "axes.spines.top": False,
@@ -61,8 +65,8 @@ def write(
   pictures = dict(figures)
   if len(lines) > 1:
     pictures = {"curves": curves(lines), **pictures}
-  rows = [(name, _text(value)) for name, value in metrics.items()]
-  body = [f"<p>After step {step}:</p>", _table(("metric", "value"), rows)]
+  table = _table(("metric", "value"), metric_rows(metrics))
+  body = [f"<p>After step {step}:</p>", table]
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
   return _page(directory, title, about, body)
@@ -80,6 +84,24 @@ def write_comparison(
   """Writes the page of a comparison: its table, and `comparison.png`."""
   body = [_table(header, rows), _picture(directory, "comparison", figure)]
   return _page(directory, title, about, body)
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns (name, text) of every metric."""
+  return [(name, _text(value)) for name, value in metrics.items()]
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+  """Prints a table to the terminal."""
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for name in header:
+    table.add_column(name, overflow="fold")
+  for row in rows:
+    table.add_row(*row)
+  console = Console(highlight=False)
+  if not console.is_terminal:
+    console = Console(highlight=False, width=160)  # a file is not 80 columns wide
+  console.print(table)
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
@@ -185,5 +207,5 @@ def _page(directory: Path, title: str, about: str, body: Sequence[str]) -> Path:
 
 def _text(value: Any) -> str:
   if isinstance(value, list):
-    return ", ".join(map(_text, value))
+    return ", ".join("-" if v is None else f"{v:.3g}" for v in np.ravel(np.array(value, object)))
   return "not finite" if value is None else f"{value:.6g}"

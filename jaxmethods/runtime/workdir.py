@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from jaxmethods.runtime import config as config_lib
 from jaxmethods.runtime.experiment import RunConfig
 
 CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
 
 
-def check(workdir: Path, config: RunConfig, **header: Any) -> None:
+def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **header: Any) -> None:
   """Raises `InputError` if the run in `workdir` has another config than this one.
-
-  More `steps` than before are allowed: a finished run may go on.
 
   Args:
     workdir: directory of the run; need not exist.
     config: config of the run that is about to start.
+    may_extend: whether more `steps` than before are allowed: a finished run may go on.
     **header: further entries of the file that must agree, such as the method.
   """
   parents = [workdir, *workdir.parents]
@@ -38,7 +39,7 @@ def check(workdir: Path, config: RunConfig, **header: Any) -> None:
   except (OSError, ValueError, AttributeError, yaml.YAMLError):
     raise InputError(f"{file}: is not the config of a run; choose another --workdir") from None
   before, now = differing.get("steps", (0, 0))
-  if isinstance(before, int) and before < now:
+  if may_extend and isinstance(before, int) and before < now:
     print(f"{workdir}: going on from {before} to {now} steps")
     del differing["steps"]
   if differing:
@@ -63,3 +64,8 @@ def write_text(file: Path, text: str) -> None:
     stream.flush()
     os.fsync(stream.fileno())
   temporary.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+  """Replaces `file` by `value` as JSON, in one step."""
+  write_text(file, json.dumps(value, indent=2) + "\n")
