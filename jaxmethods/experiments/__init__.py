@@ -6,9 +6,15 @@ module is imported by name when it is asked for; it provides
   Config                         frozen dataclass, a `RunConfig`
   build(config, mesh=None)       -> Experiment
   rows(config)                   -> {row name: config}: the method and its baselines for eval.compare
+
+A method of one's own is any importable module with these three names: `--method package.module`.
 """
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
+
+from jaxmethods.errors import InputError, nearest
 
 
 class Method(NamedTuple):
@@ -28,3 +34,35 @@ METHODS: dict[str, Method] = {
     embedded_run="2 min",
   ),
 }
+
+
+def load(name: str) -> ModuleType:
+  """Returns the module of a method in `METHODS`, or of one's own (`package.module`)."""
+  if name in METHODS:
+    return importlib.import_module(f"{__name__}.{name}")
+  if "." not in name:
+    raise InputError(
+      f"--method {name}: unknown method, the nearest is {nearest(name, METHODS)}; --list shows all"
+    )
+  try:
+    module = importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+      raise InputError(f"--method {name}: there is no module {error.name}") from None
+    raise
+  if missing := [part for part in ("Config", "build", "rows") if not hasattr(module, part)]:
+    raise InputError(f"--method {name}: the module has no {' and no '.join(missing)}")
+  return module
+
+
+def listing() -> str:
+  """Returns the table of `--list`."""
+  cells = [("name", "embedded run", "paper", "what it does")]
+  cells += [
+    (name, m.embedded_run, f"{m.title} ({m.paper})", m.summary) for name, m in METHODS.items()
+  ]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join(
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in cells
+  )

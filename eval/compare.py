@@ -1,0 +1,161 @@
+"""Compares a method with its baselines, many seeds each: `python -m eval.compare --method NAME`.
+
+Every row is trained alike. Finished rows, and the one under way, are kept in the workdir: the same
+command continues a comparison that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxmethods.errors import InputError, nearest
+from jaxmethods.runtime import command, launch
+
+if TYPE_CHECKING:
+  from jaxmethods.runtime.experiment import RunConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line and returns the exit status."""
+  args, overrides = command.parse(_parser(), argv)
+
+  from jaxmethods import experiments
+
+  if args.list:
+    print(experiments.listing())
+    return 0
+
+  from jaxmethods.runtime import config as config_lib
+  from jaxmethods.runtime import workdir as workdir_lib
+
+  method = experiments.load(args.method)
+  file = command.config_file(args)
+  config = config_lib.load(
+    method.Config, file, short=args.short, overrides=overrides, method=args.method
+  )
+  if args.print_config:
+    print(config_lib.to_yaml(config, method=args.method), end="")
+    return 0
+  rows = _chosen(method.rows(config), args.rows)
+  if args.seeds < 1:
+    raise InputError(f"--seeds: must be at least 1, got {args.seeds}")
+  if args.json and not args.json.resolve().parent.is_dir():
+    raise InputError(f"--json {args.json}: there is no directory {args.json.resolve().parent}")
+  workdir = args.workdir or command.default_workdir(args, file, "compare-")
+  workdir_lib.check(workdir, config, method=args.method, seeds=args.seeds)
+  mesh = launch.start(args)
+
+  import jax
+
+  from jaxmethods.runtime import loop, report, seeds
+
+  seed_map = args.seed_map or ("scan" if jax.default_backend() == "cpu" else "vmap")
+  writer = jax.process_index() == 0
+  results: list[dict[str, Any]] = []
+  about = ""
+  for name, row in rows.items():
+    finished, running = workdir / "rows" / f"{name}.json", workdir / "rows" / name
+    if not finished.exists():
+      experiment = method.build(row, mesh)
+      if writer:
+        workdir_lib.create(workdir, config, method=args.method, seeds=args.seeds)
+        if not about:
+          print(experiment.about, flush=True)
+      try:
+        values, seconds = seeds.train(
+          experiment,
+          row,
+          running,
+          seeds=args.seeds,
+          seed_map=seed_map,
+          title=name,
+          mesh=mesh,
+        )
+      except loop.Stopped as stopped:
+        print(stopped, flush=True)
+        return stopped.status
+      metrics = {metric: seeds.summarize(numbers) for metric, numbers in values.items()}
+      result = {"name": name, "metrics": metrics, "seconds": round(seconds, 3)}
+      about = experiment.about
+      del experiment  # its data, before the next row loads its own
+      if writer:
+        workdir_lib.write_json(finished, {"about": about, "row": result})
+        shutil.rmtree(running)
+    else:
+      kept = json.loads(finished.read_text(encoding="utf-8"))
+      about, result = kept["about"], kept["row"]
+    results.append(result)
+
+  if writer:
+    for target in filter(None, (workdir / "compare.json", args.json)):
+      workdir_lib.write_json(target, {"rows": results})
+    title = f"{args.method}: {args.seeds} seeds, mean ± 95 % interval"
+    header, lines = _table(results)
+    report.print_table(title, header, lines)
+    page = report.write_comparison(
+      workdir,
+      title=title,
+      about=about,
+      header=header,
+      rows=lines,
+      figure=report.intervals(results, list(results[0]["metrics"])[:2]),
+    )
+    print(f"see {page}")
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = command.parser("eval.compare", "Trains a method and its baselines alike, many seeds.")
+  add = parser.add_argument_group("comparison").add_argument
+  add("--rows", metavar="A,B", help="which of the method's rows (default: all)")
+  add("--seeds", metavar="N", type=int, default=5, help="seeds for each row (default: 5)")
+  add("--json", metavar="FILE", type=Path, help="also write the results there")
+  add(
+    "--seed_map",
+    choices=("vmap", "scan"),
+    help="all seeds at once, or one after the other in one program (default: scan on CPU, else vmap)",
+  )
+  return parser
+
+
+def _chosen(rows: Mapping[str, RunConfig], names: str | None) -> dict[str, RunConfig]:
+  """Returns the rows that `--rows` names, in its order."""
+  chosen = list(rows) if names is None else [name.strip() for name in names.split(",")]
+  for name in chosen:
+    if name not in rows:
+      raise InputError(f"--rows: unknown row {name!r}, the nearest is {nearest(name, rows)}")
+  return {name: rows[name] for name in chosen}
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+  """Returns header and lines: the first metric with its seeds, then the others."""
+  names = list(results[0]["metrics"])
+  header = ["", names[0], "each seed", *names[1:], "seconds"]
+  lines = []
+  for row in results:
+    first, *others = (row["metrics"].get(name) for name in names)
+    each = " ".join("nan" if value is None else f"{value:.4g}" for value in first["values"])
+    lines.append(
+      [row["name"], _interval(first), each, *map(_interval, others), f"{row['seconds']:.1f}"]
+    )
+  return header, lines
+
+
+def _interval(result: Mapping[str, Any] | None) -> str:
+  if result is None:  # a row without this metric
+    return "-"
+  if result["mean"] is None:
+    return "not finite"
+  spread = "" if result["ci95"] is None else f" ± {result['ci95']:.2g}"
+  return f"{result['mean']:.4g}{spread}"
+
+
+if __name__ == "__main__":
+  launch.set_allocator()
+  sys.exit(command.run(main))

@@ -1,0 +1,105 @@
+"""What the three entry points share: flags, one-line errors, exit statuses. Imports no jax."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxmethods.errors import InputError
+
+# Beside the package in a clone; absent from a wheel, where the dataclass defaults are all there is.
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# Results go to standard output, and so does progress; an error is alone on standard error.
+BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports errors as `InputError`, like everything else that is wrong with the input."""
+
+  def error(self, message: str) -> NoReturn:
+    raise InputError(message)
+
+
+def parser(program: str, purpose: str) -> argparse.ArgumentParser:
+  """Returns a parser with the flags that every entry point has."""
+  result = _Parser(
+    prog=f"python -m {program}",
+    description=purpose,
+    allow_abbrev=False,
+    epilog="Any other --key VALUE sets a key of the method's config, e.g. --seed 2 or --model.width 64; "
+    "--print_config shows them all.",
+  )
+  add = result.add_argument
+  add("--method", metavar="NAME", help="a method of --list, or package.module of your own")
+  add("--config", metavar="FILE", type=Path, help="YAML file (default: configs/NAME.yaml)")
+  add("--short", action="store_true", help="apply the `short:` part of the config: a quick look")
+  add("--workdir", metavar="DIR", type=Path, help="where the run is kept (default: under runs/)")
+  add("--mesh", metavar="NAME=SIZE,..", default="", help="spread over devices, e.g. clients=8")
+  add("--print_config", action="store_true", help="print the resolved config and stop")
+  add("--list", action="store_true", help="list the methods and stop")
+  add("--debug", action="store_true", help="stop at the first NaN, log compilations; slower")
+  add("--no_cache", action="store_true", help="do not keep compiled programs between runs")
+  hosts = result.add_argument_group("several processes (default: from the environment)")
+  add = hosts.add_argument
+  env = os.environ.get
+  add(
+    "--coordinator", metavar="HOST:PORT", default=env("JAX_COORDINATOR_ADDRESS"), help="or `auto`"
+  )
+  add("--num_processes", metavar="N", type=int, default=env("JAX_NUM_PROCESSES"))
+  add("--process_id", metavar="I", type=int, default=env("JAX_PROCESS_ID"))
+  return result
+
+
+def parse(
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+  """Returns the flags, and the (config key, value) pairs that are left."""
+  args, rest = parser.parse_known_args(argv)
+  overrides = []
+  rest.reverse()
+  while rest:
+    word = rest.pop()
+    if not word.startswith("--") or word == "--":
+      raise InputError(f"unexpected argument {word!r}: everything is --key VALUE")
+    key, equals, value = word[2:].partition("=")
+    if not equals:
+      if not rest or rest[-1].startswith("--"):
+        raise InputError(f"--{key}: needs a value")
+      value = rest.pop()
+    overrides.append((key, value))
+  if not args.method and not args.list:
+    raise InputError("--method: is needed; --list shows the methods")
+  return args, overrides
+
+
+def config_file(args: argparse.Namespace) -> Path | None:
+  """Returns the YAML file that `--config` or `--method` means, if there is one."""
+  default = CONFIGS / f"{args.method}.yaml"
+  return args.config or (default if default.is_file() else None)
+
+
+def default_workdir(args: argparse.Namespace, file: Path | None, kind: str = "") -> Path:
+  """Returns runs/METHOD/`default`, `paper`, ...: the config file's name; short runs apart."""
+  stem = file.stem if file else args.method
+  name = "default" if stem == args.method else stem.removeprefix(f"{args.method}_")
+  return Path("runs", args.method, kind + name + ("-short" if args.short else ""))
+
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> Any:
+  """Calls `main`, and turns an `InputError` into one line and exit status 2."""
+  try:
+    return main(argv)
+  except InputError as error:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
+  except KeyboardInterrupt:
+    return 130
+  except BrokenPipeError:  # `... --list | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,230 @@
+"""The training loop: the only one, for every method."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxmethods.errors import InputError
+from jaxmethods.runtime.checkpoints import Checkpoints
+from jaxmethods.runtime.experiment import Experiment, RunConfig, State
+from jaxmethods.runtime.launch import replicate
+from jaxmethods.runtime.metric_log import Display, MetricLog, plain
+from jaxmethods.runtime.workdir import CHECKPOINTS
+
+
+class Stopped(Exception):
+  """The run was asked to stop, and has saved what it had; `status` is the exit status."""
+
+  def __init__(self, name: str, status: int, step: int):
+    super().__init__(f"stopped by {name}, saved at step {step}; the same command continues")
+    self.status = status
+
+
+def train(
+  experiment: Experiment,
+  config: RunConfig,
+  workdir: Path,
+  *,
+  create_workdir: Callable[[], None],
+  title: str,
+  mesh: Mesh | None = None,
+  debug: bool = False,
+) -> tuple[State, dict[str, Any]]:
+  """Runs an experiment to its end, from its last checkpoint if `workdir` has one.
+
+  Args:
+    experiment: what to train.
+    config: settings of the run.
+    workdir: where checkpoints and metrics are kept.
+    create_workdir: called once the experiment has shown that it can start, so that bad input
+      leaves nothing behind.
+    title: name beside the progress bar.
+    mesh: devices to use; None for one.
+    debug: whether NaNs are traced to the operation that made them.
+
+  Returns:
+    The final state, and the metrics of its evaluation.
+
+  Raises:
+    InputError: the loss is not finite; the last good checkpoint is kept.
+    Stopped: SIGTERM or SIGINT came; the state has been saved.
+  """
+  writer = jax.process_index() == 0
+  experiment, last = ordered(experiment), experiment.num_steps
+  state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
+  step, evaluate = compile_experiment(experiment, state, mesh, donate=not debug)
+  if writer:
+    create_workdir()
+
+  with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
+    start, state = checkpoints.restore(state) or (0, state)
+    if start and writer:
+      print(f"continuing from step {start} in {workdir}", flush=True)
+    evaluated: dict[str, Any] = {}
+    with (
+      Signals() as signals,
+      MetricLog(workdir, start) if writer else contextlib.nullcontext() as log,
+      Display(title, start, last, quiet=not writer) as display,
+    ):
+      batches = experiment.batches(start)
+      pending: dict[int, Any] = {}  # step -> metrics still on the device
+      metrics: dict[str, Any] | None = None
+      clock = time.perf_counter()
+      for k in range(start + 1, last + 1):
+        with _nan_named(k, debug):
+          state, pending[k] = step(state, next(batches))
+        logged = k % config.log_every == 0 or k == last
+        if logged:
+          metrics = _fetch_checked(pending)
+          if _evaluation_due(k, config, last):
+            evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+            metrics |= evaluated
+          seconds, clock = time.perf_counter() - clock, time.perf_counter()
+          if log:
+            log.write(k, {**metrics, "seconds": round(seconds, 4)})
+        display.update(k, metrics if logged else None)
+        stop = signals.received(agree=logged)
+        if stop or k % config.checkpoint_every == 0 or k == last:
+          _fetch_checked(pending)  # a state whose loss is not finite must not replace a good one
+          if log:
+            log.sync()
+          checkpoints.save(k, state)
+        if stop and k < last:
+          checkpoints.wait()
+          raise Stopped(stop.name, 128 + stop, k)
+  if not evaluated:  # the run was complete already
+    evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+  return state, evaluated
+
+
+def evaluate(
+  experiment: Experiment, config: RunConfig, checkpoints: Path, mesh: Mesh | None = None
+) -> tuple[int, State, dict[str, Any]]:
+  """Returns (step, state, metrics) of the newest checkpoint in the directory `checkpoints`."""
+  experiment = ordered(experiment)
+  state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
+  with Checkpoints(checkpoints, read_only=True) as reader:
+    restored = reader.restore(state)
+  if restored is None:
+    raise InputError(f"{checkpoints}: there is no complete checkpoint yet")
+  step, state = restored
+  _, evaluate = compile_experiment(experiment, state, mesh)
+  return step, state, plain(jax.device_get(evaluate(state, experiment.test)))
+
+
+def compile_experiment(
+  experiment: Experiment, state: State, mesh: Mesh | None, *, donate: bool = True
+) -> tuple[Callable, Callable]:
+  """Returns (step, evaluate), jitted.
+
+  On a mesh the state keeps the sharding that `init` gave it (or XLA might choose another one after
+  the first step, and compile again), and metrics come out replicated, so that every process can
+  read them.
+  """
+  sharding: Any = None
+  replicated: Any = None
+  if mesh:
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+  step = jax.jit(
+    experiment.step,
+    donate_argnums=0 if donate else (),
+    out_shardings=(sharding, replicated) if mesh else None,
+  )
+  return step, jax.jit(experiment.evaluate, out_shardings=replicated)
+
+
+def ordered(experiment: Experiment) -> Experiment:
+  """Returns the experiment with metrics that keep their order through jit, which sorts a dict."""
+
+  def step(state: State, batch: Any) -> tuple[State, OrderedDict]:
+    state, metrics = experiment.step(state, batch)
+    return state, OrderedDict(metrics)
+
+  def evaluate(state: State, test: Any) -> OrderedDict:
+    return OrderedDict(experiment.evaluate(state, test))
+
+  return experiment._replace(step=step, evaluate=evaluate)
+
+
+def _evaluation_due(k: int, config: RunConfig, last: int) -> bool:
+  """Whether a multiple of `eval_every` lies between the logged step `k` and the one before it."""
+  previous = (k - 1) // config.log_every * config.log_every
+  return k == last or k // config.eval_every > previous // config.eval_every
+
+
+def _fetch_checked(pending: dict[int, Any]) -> dict[str, Any]:
+  """Empties `pending`; returns its last metrics. Raises if a loss in it is not finite."""
+  fetched = jax.device_get(pending)
+  pending.clear()
+  for k, metrics in fetched.items():
+    for name, value in metrics.items():
+      if "loss" in name and not np.all(np.isfinite(value)):
+        raise _not_finite(k, f"{name} is {value}")
+  return plain(fetched[max(fetched)]) if fetched else {}
+
+
+def _not_finite(k: int, what: str) -> InputError:
+  return InputError(
+    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate, "
+    "or --debug to find the operation"
+  )
+
+
+@contextlib.contextmanager
+def _nan_named(k: int, debug: bool) -> Iterator[None]:
+  """Names the step at which jax_debug_nans stopped, after the traceback of the operation."""
+  try:
+    yield
+  except FloatingPointError as error:
+    if debug:
+      traceback.print_exception(error)
+    raise _not_finite(k, str(error).split("\n", 1)[0]) from None
+
+
+class Signals:
+  """Remembers SIGTERM and SIGINT until the loop can act; a second one acts at once."""
+
+  def __init__(self) -> None:
+    self._received: signal.Signals | None = None
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> Signals:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    self._received = signal.Signals(number)
+    for other in self._previous:
+      signal.signal(other, signal.SIG_DFL)
+
+  def received(self, *, agree: bool) -> signal.Signals | None:
+    """Returns the signal to act upon now.
+
+    Several processes must save at the same step, so they act on a signal to any of them, and only
+    at steps where `agree` is true in all.
+    """
+    if jax.process_count() == 1:
+      return self._received
+    if not agree:
+      return None
+    numbers = multihost_utils.process_allgather(np.int32(self._received or 0))
+    return signal.Signals(int(numbers.max())) if numbers.max() else None

@@ -1,0 +1,211 @@
+"""report.html: one page that shows a run to a person, with its pictures beside it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: there may be no screen
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxmethods.runtime import metric_log, workdir
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid #ddd; }
+td { font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; }
+img { max-width: 100%; }
+figcaption, .about { color: #555; }
+"""
+_PLOT: dict[Any, Any] = {
+  "figure.dpi": 120,
+  "font.size": 11,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.alpha": 0.25,
+}
+_COLUMNS = 2
+
+
+def write(
+  directory: Path,
+  *,
+  title: str,
+  about: str,
+  step: int,
+  metrics: Mapping[str, Any],
+  figures: Mapping[str, Figure],
+) -> Path:
+  """Writes report.html and its PNGs into `directory`; returns the page.
+
+  Args:
+    directory: a workdir; the curves come from its metrics.jsonl.
+    title: name of the method.
+    about: the data: what, how many, where from, real or generated.
+    step: step of the state that was evaluated.
+    metrics: result of the evaluation.
+    figures: the experiment's own pictures.
+  """
+  lines = metric_log.read(directory) if (directory / metric_log.METRICS).exists() else []
+  pictures = dict(figures)
+  if len(lines) > 1:
+    pictures = {"curves": curves(lines), **pictures}
+  table = _table(("metric", "value"), metric_rows(metrics))
+  body = [f"<p>After step {step}:</p>", table]
+  for name, figure in pictures.items():
+    body.append(_picture(directory, name, figure))
+  return _page(directory, title, about, body)
+
+
+def write_comparison(
+  directory: Path,
+  *,
+  title: str,
+  about: str,
+  header: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  figure: Figure,
+) -> Path:
+  """Writes the page of a comparison: its table, and `comparison.png`."""
+  body = [_table(header, rows), _picture(directory, "comparison", figure)]
+  return _page(directory, title, about, body)
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns (name, text) of every metric."""
+  return [(name, _text(value)) for name, value in metrics.items()]
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+  """Prints a table to the terminal."""
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for name in header:
+    table.add_column(name, overflow="fold")
+  for row in rows:
+    table.add_row(*row)
+  console = Console(highlight=False)
+  if not console.is_terminal:
+    console = Console(highlight=False, width=160)  # a file is not 80 columns wide
+  console.print(table)
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
+  """Draws every scalar of metrics.jsonl against the step, the loss first."""
+  names = list(dict.fromkeys(name for line in lines for name in line))
+  scalars = [
+    name
+    for name in names
+    if name not in ("step", "seconds")
+    and all(isinstance(line.get(name, 0), int | float | None) for line in lines)
+  ]
+  rows = -(-len(scalars) // _COLUMNS)
+  with plt.rc_context(_PLOT):
+    figure, axes = plt.subplots(
+      rows, _COLUMNS, figsize=(9, 2.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, scalars, strict=False):
+      points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+      marker = "o" if len(points) < 30 else ""
+      axis.plot(*zip(*points, strict=True), color="C0", marker=marker, markersize=3)
+      axis.set(title=name.replace("_", " "), xlabel="step")
+      axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes.flat[len(scalars) :]:
+      axis.set_axis_off()
+  return figure
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+  """Draws mean, 95% interval and single seeds of every row, one panel for each metric.
+
+  Args:
+    rows: entries {"name", "metrics": {metric: {"mean", "ci95", "values"}}}, best read top down.
+    metrics: which metrics to draw.
+  """
+  with plt.rc_context(_PLOT):
+    figure, axes = plt.subplots(
+      1,
+      len(metrics),
+      figsize=(2.5 + 4.2 * len(metrics), 1.3 + 0.45 * len(rows)),
+      sharey=True,
+      squeeze=False,
+      layout="constrained",
+    )
+    for axis, metric in zip(axes.flat, metrics, strict=True):
+      _interval_panel(axis, rows, metric)
+    axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0, 0].invert_yaxis()
+  return figure
+
+
+def _interval_panel(axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+  for height, row in enumerate(rows):
+    result = row["metrics"].get(metric)
+    if result is None or result["mean"] is None:
+      continue
+    color = "C1" if height == 0 else "C0"  # the method itself comes first
+    axis.plot(
+      result["values"],
+      [height] * len(result["values"]),
+      "o",
+      ms=4,
+      alpha=0.35,
+      color=color,
+      mec="none",
+    )
+    axis.errorbar(
+      result["mean"], height, xerr=result["ci95"], fmt="o", ms=7, capsize=4, lw=2, color=color
+    )
+  axis.set(xlabel=f"{metric.replace('_', ' ')}: seeds, mean, 95 % interval")
+  axis.grid(False, axis="y")
+
+
+def _picture(directory: Path, name: str, figure: Figure) -> str:
+  file = directory / f"{name}.png"
+  figure.savefig(file, dpi=120, facecolor="white")
+  plt.close(figure)
+  caption = html.escape(name.replace("_", " "))
+  return (
+    f'<figure><img src="{html.escape(file.name)}" alt="{caption}">'
+    f"<figcaption>{caption}</figcaption></figure>"
+  )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  def line(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+  body = "\n".join(line(row, "td") for row in rows)
+  return f"<table>\n{line(header, 'th')}\n{body}\n</table>"
+
+
+def _page(directory: Path, title: str, about: str, body: Sequence[str]) -> Path:
+  page = directory / "report.html"
+  text = "\n".join(body)
+  workdir.write_text(
+    page,
+    f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>\n"
+    f"<style>{_STYLE}</style>\n<p class='about'>{html.escape(about)}</p>\n"
+    f"<h1>{html.escape(title)}</h1>\n{text}\n</html>\n",
+  )
+  return page
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, list):
+    return ", ".join("-" if v is None else f"{v:.3g}" for v in np.ravel(np.array(value, object)))
+  return "not finite" if value is None else f"{value:.6g}"

@@ -1,0 +1,71 @@
+"""The directory of a run: its config, and files that are never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxmethods.errors import InputError
+from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime.experiment import RunConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **header: Any) -> None:
+  """Raises `InputError` if the run in `workdir` has another config than this one.
+
+  Args:
+    workdir: directory of the run; need not exist.
+    config: config of the run that is about to start.
+    may_extend: whether more `steps` than before are allowed: a finished run may go on.
+    **header: further entries of the file that must agree, such as the method.
+  """
+  parents = [workdir, *workdir.parents]
+  if blocking := next((path for path in parents if path.exists() and not path.is_dir()), None):
+    raise InputError(f"--workdir {workdir}: {blocking} is a file, a directory is needed")
+  file = workdir / CONFIG
+  if not file.exists():
+    return
+  try:
+    old = yaml.safe_load(file.read_text())
+    new = yaml.safe_load(config_lib.to_yaml(config, **header))
+    differing = config_lib.differences(old, new)
+  except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    raise InputError(f"{file}: is not the config of a run; choose another --workdir") from None
+  before, now = differing.get("steps", (0, 0))
+  if may_extend and isinstance(before, int) and before < now:
+    print(f"{workdir}: going on from {before} to {now} steps")
+    del differing["steps"]
+  if differing:
+    listed = ", ".join(f"{key} (was {a!r}, now {b!r})" for key, (a, b) in differing.items())
+    raise InputError(f"--workdir {workdir}: holds a run with another config: {listed}")
+
+
+def create(workdir: Path, config: RunConfig, **header: Any) -> None:
+  """Makes the directory and writes its config."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(workdir / CONFIG, config_lib.to_yaml(config, **header))
+  except OSError as error:
+    raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from None
+
+
+def write_text(file: Path, text: str) -> None:
+  """Replaces `file` in one step: readers, and a kill, see the old text or the new."""
+  temporary = file.with_name(f".{file.name}.{os.getpid()}")
+  with temporary.open("w", encoding="utf-8") as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  temporary.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+  """Replaces `file` by `value` as JSON, in one step."""
+  write_text(file, json.dumps(value, indent=2) + "\n")
