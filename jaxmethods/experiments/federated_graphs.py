@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 import optax
+from flax import linen as nn
 
-from jaxmethods.data import describe, sources, spectra_cache, splits
+from jaxmethods.data import records as data_records
+from jaxmethods.data import sources, spectra_cache, splits
 from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
 from jaxmethods.federated import algorithms, engine, gcfl, partition, paths
@@ -24,8 +26,8 @@ from jaxmethods.graphs.packing import SpectralBatch, pack
 from jaxmethods.graphs.spectral import Spectra
 from jaxmethods.graphs.structure import structure_features
 from jaxmethods.methods import fedssp as method
-from jaxmethods.models.fedstar import FedStar
-from jaxmethods.models.gin import GINClassifier
+from jaxmethods.models.fedstar import FedStarBackbone
+from jaxmethods.models.gin import GINBackbone
 from jaxmethods.models.init import torch_linear
 from jaxmethods.models.spectral_gnn import SpectralGNN
 from jaxmethods.runtime.experiment import Experiment
@@ -59,8 +61,8 @@ class Backbone(NamedTuple):
   Attributes:
     view: the part of a packed batch that it reads (the rest never reaches the device).
     init: (key, batch, classes) -> (params, model state).
-    features: (params, model state, batch, key or None) -> (representations (G, H), model state); a
-      key means training.
+    features: (params, model state, batch, key or None) -> (representations, model state); a key
+      means training.
     classify: (params, representations) -> logits (G, C).
   """
 
@@ -85,7 +87,7 @@ def make_clients(data: GraphData, config: Config) -> Clients:
     graph = np.repeat(np.arange(len(data.labels)), data.graphs.n_node)
     bad = graph[~np.isfinite(data.graphs.nodes).all(1)][0]
     raise InputError(f"{name}: graph {bad} has features that are not finite")
-  parts = partition.iid(len(data.labels), config.clients_per_domain, seed=config.split_seed)
+  parts = partition.iid(data.labels, config.clients_per_domain, seed=config.split_seed)
   names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
   usable = np.asarray(data.graphs.n_edge) > 0
   train, held_out, counts, split = [], [], [], np.zeros(len(data.labels), np.int32)
@@ -140,40 +142,55 @@ def _pack_clients(
 
 
 def make_backbone(config: Config) -> Backbone:
-  """The network named by `config.backbone`, with a linear head on its representation."""
+  """The network named by `config.backbone`."""
   if config.backbone == "spectral":
-    model = SpectralGNN(config.hidden, config.heads, config.layers, config.dropout)
-    view = lambda batch: batch
-  else:
-    network = GINClassifier if config.backbone == "gin" else FedStar
-    model = network(config.hidden, config.layers, config.dropout)
-    view = lambda batch: batch.graphs
+    return _spectral_backbone(SpectralGNN(config.hidden, config.heads, config.layers, config.dropout))
+  network = GINBackbone if config.backbone == "gin" else FedStarBackbone
+  return _gin_backbone(lambda classes: network(classes, config.hidden, config.layers, config.dropout))
+
+
+def _spectral_backbone(model: SpectralGNN) -> Backbone:
+  """FedSSP's network with a linear head."""
 
   def init(key, batch, classes):
-    body, head = jax.random.split(key)
+    body, kernel_key, bias_key = jax.random.split(key, 3)
     variables = dict(model.init(body, batch))
-    params = variables.pop("params")
-    width = jax.eval_shape(lambda: model.apply({"params": params, **variables}, batch)).shape[-1]
-    kernel_init, bias_init = torch_linear(width)
-    kernel_key, bias_key = jax.random.split(head)
-    params["head"] = {
-      "kernel": kernel_init(kernel_key, (width, classes)),
-      "bias": bias_init(bias_key, (classes,)),
+    linear = torch_linear(model.hidden)
+    head = {
+      "kernel": linear["kernel_init"](kernel_key, (model.hidden, classes)),
+      "bias": linear["bias_init"](bias_key, (classes,)),
     }
-    return params, variables
+    return variables.pop("params") | {"head": head}, variables
 
   def features(params, model_state, batch, key):
-    variables = {"params": params, **model_state}
-    if key is None:
-      return model.apply(variables, batch), model_state
-    return model.apply(
-      variables, batch, train=True, rngs={"dropout": key}, mutable=list(model_state)
-    )
+    return _apply(model, params, model_state, batch, key)
 
   def classify(params, representation):
     return representation @ params["head"]["kernel"] + params["head"]["bias"]
 
-  return Backbone(view, init, features, classify)
+  return Backbone(lambda batch: batch, init, features, classify)
+
+
+def _gin_backbone(model: Callable[[int], nn.Module]) -> Backbone:
+  """A network that ends in its own head: its features are the logits."""
+
+  def init(key, batch, classes):
+    variables = dict(model(classes).init(key, batch))
+    return variables.pop("params"), variables
+
+  def features(params, model_state, batch, key):
+    classes = params["head"]["bias"].shape[-1]
+    return _apply(model(classes), params, model_state, batch, key)
+
+  return Backbone(lambda batch: batch.graphs, init, features, lambda params, logits: logits)
+
+
+def _apply(model: nn.Module, params, model_state, batch, key):
+  variables = {"params": params, **model_state}
+  if key is None:
+    return model.apply(variables, batch), model_state
+  collections = list(model_state)
+  return model.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=collections)
 
 
 def _target(batch) -> tuple[jax.Array, jax.Array]:
@@ -212,6 +229,15 @@ def is_structure(path: str) -> bool:
   return path.startswith("structure")
 
 
+# FedSSP and its ablations: settings of one algorithm.
+FEDSSP: dict[str, dict[str, Any]] = {
+  "fedssp": {},
+  "gsks": {"preference": None, "tau": 0.0},
+  "pgpa": {"shared": paths.nothing},
+  "share_extractor": {"shared": is_extractor},
+}
+
+
 class Setup(NamedTuple):
   """An algorithm and how its clients begin.
 
@@ -229,7 +255,7 @@ class Setup(NamedTuple):
 def make_algorithm(config: Config, backbone: Backbone, num_clients: int) -> Setup:
   """The algorithm named by `config.algorithm` on a backbone."""
   optimizer = make_optimizer(config)
-  if config.algorithm in ("fedssp", "gsks", "pgpa", "share_extractor"):
+  if config.algorithm in FEDSSP:
     return _make_fedssp(config, backbone, optimizer)
 
   def loss(params, model_state, batch, key):
@@ -266,12 +292,6 @@ def make_algorithm(config: Config, backbone: Backbone, num_clients: int) -> Setu
 
 def _make_fedssp(config: Config, backbone: Backbone, optimizer) -> Setup:
   preference = method.PreferenceOptimizer(config.preference_lr, config.preference_grad)
-  settings: dict[str, Any] = {
-    "fedssp": {},
-    "gsks": {"preference": None, "tau": 0.0},
-    "pgpa": {"shared": paths.nothing},
-    "share_extractor": {"shared": is_extractor},
-  }[config.algorithm]
 
   def extract(params, model_state, batch, key):
     return method.Output(*backbone.features(params, model_state, batch, key))
@@ -284,7 +304,7 @@ def _make_fedssp(config: Config, backbone: Backbone, optimizer) -> Setup:
     **{
       "tau": config.tau, "momentum": config.mu, "preference": preference,
       "mean_mode": config.mean_mode, "optimizer_reset": config.optimizer_reset,
-      "local_epochs": config.local_epochs, **settings,
+      "local_epochs": config.local_epochs, **FEDSSP[config.algorithm],
     },
   )  # fmt: skip
 
@@ -308,6 +328,11 @@ class State(NamedTuple):
   clients: tuple[Any, ...]
   key: jax.Array
   round: jax.Array
+
+
+def _prebatched(view) -> Batches:
+  """Batches for the standard algorithms; one without a real graph is no step."""
+  return Batches(view, _target(view)[1].any(-1))
 
 
 class Federation(NamedTuple):
@@ -339,7 +364,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   put = lambda tree: jax.device_put(tree, everywhere)
   views = tuple(put(backbone.view(group.train)) for group in groups)
   federation = Federation(
-    views if config.algorithm in FEDSSP_ALGORITHMS else tuple(map(_prebatched, views)),
+    views if config.algorithm in FEDSSP else tuple(map(_prebatched, views)),
     tuple(put(group.counts) for group in groups),
   )
   held_out = tuple(put(backbone.view(group.held_out)) for group in groups)
@@ -418,9 +443,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return hits.sum(0), totals.sum(0)
 
   def figures(state: State):
-    return federated_figures(names, evaluate, state, held_out)
+    return {}
 
-  about = describe.describe(records)
+  about = data_records.describe(records)
   dropped = sum(int((group.data.graphs.n_edge == 0).sum()) for group in groups)
   if dropped:
     about += f"; {dropped} graphs without edges left out"

@@ -159,7 +159,7 @@ def fedssp(
 
   def init(params: Any, key: jax.Array) -> Server:
     del key
-    consensus = jnp.zeros(jax.tree.leaves(params["head"])[0].shape[0])
+    consensus = jnp.zeros(params["head"]["kernel"].shape[0])
     return Server(split(params, shared)[0], consensus, jnp.zeros((), jnp.int32))
 
   def download(server: Server, index: jax.Array) -> Server:

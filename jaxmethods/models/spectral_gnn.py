@@ -12,8 +12,13 @@ from flax import linen as nn
 
 from jaxmethods.graphs.layers import MaskedBatchNorm, segment_sum
 from jaxmethods.graphs.packing import SpectralBatch
-from jaxmethods.models.init import Linear
+from jaxmethods.models.init import torch_linear
 from jaxmethods.stats.dropout import dropout
+
+
+def linear(width: int, name: str, x: jax.Array) -> jax.Array:
+  """A `Dense` submodule of the calling module with PyTorch's initialisation, applied to `x`."""
+  return nn.Dense(width, name=name, **torch_linear(x.shape[-1]))(x)
 
 
 class Dropout(nn.Module):
@@ -42,7 +47,7 @@ class EigenvalueBlock(nn.Module):
     """Maps (N, H) to (N, H); `rows` gives (R, L) of each row group, in slot order."""
     width = z.shape[-1]
     t = nn.LayerNorm(epsilon=1e-5, name="norm_1")(z)
-    query, key, value = (Linear(width, name=name)(t) for name in ("query", "key", "value"))
+    query, key, value = (linear(width, name, t) for name in ("query", "key", "value"))
     drop = Dropout(self.dropout)
     mixed, start = [], 0
     for count, length in rows:
@@ -55,10 +60,10 @@ class EigenvalueBlock(nn.Module):
       weights = drop(jax.nn.softmax(scores), train)
       mixed.append(jnp.einsum("rhqk,rkhd->rqhd", weights, split(value)).reshape(-1, width))
       start += count * length
-    z = z + drop(Linear(width, name="out")(jnp.concatenate(mixed)), train)
+    z = z + drop(linear(width, "out", jnp.concatenate(mixed)), train)
     t = nn.LayerNorm(epsilon=1e-5, name="norm_2")(z)
-    t = nn.gelu(Linear(width, name="ffn_1")(t), approximate=False)
-    return z + drop(Linear(width, name="ffn_2")(t), train)
+    t = nn.gelu(linear(width, "ffn_1", t), approximate=False)
+    return z + drop(linear(width, "ffn_2", t), train)
 
 
 class FilterEncoder(nn.Module):
@@ -70,7 +75,7 @@ class FilterEncoder(nn.Module):
   def __call__(self, filters: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
     x = filters
     for i in (1, 2):
-      x = Linear(self.width, name=f"linear_{i}")(x)
+      x = linear(self.width, f"linear_{i}", x)
       # Each row stands for both directions of an edge, and the published code counts them both.
       x = MaskedBatchNorm(name=f"norm_{i}")(x, mask, train=train, count=2 * mask.sum())
       x = nn.gelu(x, approximate=False)
@@ -94,12 +99,12 @@ class SpectralConv(nn.Module):
     """Returns the new (N, H); `filters` (E, H) are unnormalised, `total` (N, H) their sums."""
     width, graphs, drop = h.shape[-1], batch.graphs, Dropout(self.dropout)
     # The message depends on its source alone, so it is computed per node, not per edge.
-    message = nn.gelu(Linear(width, name="message")(h), approximate=False)
+    message = nn.gelu(linear(width, "message", h), approximate=False)
     received = segment_sum(message[graphs.senders] * filters, graphs.receivers, h.shape[0])
     h = h + drop(received / total, train)
     update = h
     for i in (1, 2):
-      update = Linear(width, name=f"linear_{i}")(update)
+      update = linear(width, f"linear_{i}", update)
       update = MaskedBatchNorm(name=f"norm_{i}")(update, graphs.nodes["mask"], train=train)
       update = nn.relu(update)
     return h + drop(update, train)
@@ -131,12 +136,12 @@ class SpectralGNN(nn.Module):
     num_nodes, num_graphs = nodes["features"].shape[0], graphs.n_node.shape[0]
     rows = tuple((p.shape[0], p.shape[2]) for p in batch.products)
 
-    h = nn.relu(Linear(self.hidden, name="node_encoder")(nodes["features"]))
-    z = Linear(self.hidden, name="eigenvalue_encoder")(batch.encoding)
+    h = nn.relu(linear(self.hidden, "node_encoder", nodes["features"]))
+    z = linear(self.hidden, "eigenvalue_encoder", batch.encoding)
     z = EigenvalueBlock(self.heads, self.dropout, name="transformer")(
       z, nodes["graph"], rows, train
     )
-    spectra = Linear(self.heads, name="decoder")(z)
+    spectra = linear(self.heads, "decoder", z)
 
     filters, start = [], 0
     for products, (count, length) in zip(batch.products, rows, strict=True):
