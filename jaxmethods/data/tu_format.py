@@ -164,10 +164,10 @@ def parse(name: str, source: TextFiles) -> RawGraphs:
   file, text = parts["A"]
   # A set in which no graph has an edge has an empty edge file.
   edges = _table(file, text, np.int64, columns=2) if text.strip() else np.zeros((0, 2), np.int64)
-  inside = ((edges >= 1) & (edges <= num_nodes)).all(1)
+  inside: np.ndarray = ((edges >= 1) & (edges <= num_nodes)).all(1)
   _check_rows(inside, file, f"node id outside 1..{num_nodes}")
   senders, receivers = edges.T - 1
-  same_graph = np.equal(graph_of_node[senders], graph_of_node[receivers])
+  same_graph = graph_of_node[senders] == graph_of_node[receivers]
   _check_rows(same_graph, file, "the edge joins two graphs")
   senders, receivers = _undirected(file, senders, receivers, num_nodes)
   return RawGraphs(
