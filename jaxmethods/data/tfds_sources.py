@@ -14,7 +14,8 @@ import io
 import socket
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,10 @@ def load_graphs(
 def _load_graph_set(name: str, features: Features, max_degree: int | None) -> GraphData:
   known = {config.name: config for config in Tu.BUILDER_CONFIGS}
   config = known.get(name) or tfds.core.BuilderConfig(name=name)
-  builder = _prepared(lambda **where: Tu(config=config, **where), f"tu/{name}")
+  builder = _builder(f"tu/{name}", functools.partial(Tu, config=config))
+  if not builder.is_prepared():
+    tu.read(name)  # a missing or damaged set stops here, before TFDS makes folders
+    _prepare(builder, f"tu/{name}")
   source = builder.as_data_source(split="full")
   examples = [source[i] for i in range(len(source))]
   n_node = np.array([example["num_nodes"] for example in examples], np.int32)
@@ -168,7 +172,7 @@ def load_arrays(name: str) -> ArrayData:
       size.
   """
   name, _, split = name.partition(":")
-  builder = _prepared(lambda **where: tfds.builder(name, try_gcs=False, **where), name)
+  builder = _builder(name, functools.partial(tfds.builder, name, try_gcs=False))
   images = [key for key, f in builder.info.features.items() if isinstance(f, tfds.features.Image)]
   labels = [
     key for key, f in builder.info.features.items() if isinstance(f, tfds.features.ClassLabel)
@@ -178,6 +182,10 @@ def load_arrays(name: str) -> ArrayData:
       f"tfds:{name}: expected one image and one class label per example, "
       f"found the features {', '.join(builder.info.features)}"
     )
+  if not builder.is_prepared():
+    if not isinstance(builder, SklearnDigits):
+      _check_network(name)
+    _prepare(builder, name)
   wanted = [split] if split else list(builder.info.splits)
   splits = {}
   for each in wanted:
@@ -206,12 +214,11 @@ def load_arrays(name: str) -> ArrayData:
   return ArrayData(splits, num_classes, source_record)
 
 
-def _prepared(make: Any, name: str) -> tfds.core.DatasetBuilder:
-  """The builder with its files in place: found, written, or downloaded."""
-  folder = data_dir() / "tensorflow_datasets"
+def _builder(name: str, make: Callable[..., tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:
+  """The builder of a set, which may still have to be prepared."""
   tfds.disable_progress_bar()
   try:
-    builder = make(data_dir=folder, file_format="array_record")
+    return make(data_dir=_folder(), file_format="array_record")
   except tfds.core.registered.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name.partition("/")[0], known, n=1)
@@ -219,30 +226,33 @@ def _prepared(make: Any, name: str) -> tfds.core.DatasetBuilder:
     raise InputError(f"tfds:{name}: TFDS has no such set{hint}") from error
   except ValueError as error:
     raise InputError(f"tfds:{name}: TFDS has no such config or version") from error
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
+  """Downloads, if need be, and writes the files of a set."""
   try:
-    if not builder.is_prepared():
-      if isinstance(builder, Tu):
-        tu.read(builder.builder_config.name)  # a missing set stops here, before TFDS makes folders
-      elif not isinstance(builder, SklearnDigits):
-        _check_network()
-      with contextlib.redirect_stdout(sys.stderr):  # TFDS announces its work with print
-        builder.download_and_prepare()
-  except InputError:
-    raise
-  except Exception as error:  # TFDS lets through whatever its transport and builders raise
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise InputError(
-      f"tfds:{name} is not in {folder} and could not be prepared ({reason}): put the folder "
-      f"{name.partition('/')[0]}/ of a machine where TFDS prepared it as array_record there"
-    ) from error
-  return builder
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS announces its work with print
+      builder.download_and_prepare()
+  except Exception as error:  # TFDS lets through whatever its transport and its builders raise
+    raise _unavailable(name, " ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def _check_network() -> None:
+def _check_network(name: str) -> None:
   """Fails at once without a network, where TFDS itself retries for minutes."""
   if urllib.request.getproxies():
     return  # behind a proxy, names need not resolve here
   try:
     socket.getaddrinfo("storage.googleapis.com", 443)
   except OSError as error:
-    raise OSError("no network: storage.googleapis.com is unknown") from error
+    raise _unavailable(name, "no network") from error
+
+
+def _unavailable(name: str, reason: str) -> InputError:
+  return InputError(
+    f"tfds:{name} is not in {_folder()} and could not be prepared ({reason}): put the folder "
+    f"{name.partition('/')[0]}/ of a machine where TFDS prepared it as array_record there"
+  )
+
+
+def _folder() -> Path:
+  return data_dir() / "tensorflow_datasets"

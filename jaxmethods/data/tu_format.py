@@ -164,7 +164,7 @@ def parse(name: str, source: TextFiles) -> RawGraphs:
   file, text = parts["A"]
   # A set in which no graph has an edge has an empty edge file.
   edges = _table(file, text, np.int64, columns=2) if text.strip() else np.zeros((0, 2), np.int64)
-  inside: np.ndarray = ((edges >= 1) & (edges <= num_nodes)).all(1)
+  inside = (edges.min(axis=1) >= 1) & (edges.max(axis=1) <= num_nodes)
   _check_rows(inside, file, f"node id outside 1..{num_nodes}")
   senders, receivers = edges.T - 1
   same_graph = graph_of_node[senders] == graph_of_node[receivers]
