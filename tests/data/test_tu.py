@@ -90,6 +90,8 @@ def test_features(write_tiny):
   np.testing.assert_array_equal(degree, np.eye(4)[[2, 2, 3, 1, 1, 2, 1]])
   clipped = load_graphs("tu:TINY", features="degree", max_degree=2)[0].graphs.nodes
   np.testing.assert_array_equal(clipped, np.eye(3)[[2, 2, 2, 1, 1, 2, 1]])
+  with pytest.raises(InputError, match="max_degree=0"):
+    load_graphs("tu:TINY", features="degree", max_degree=0)
   with pytest.raises(InputError, match=r"features='colour'.*labels"):
     load_graphs("tu:TINY", features="colour")
 
