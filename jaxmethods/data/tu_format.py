@@ -161,7 +161,9 @@ def parse(name: str, source: TextFiles) -> RawGraphs:
     file, text = parts["node_attributes"]
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, caught below
       node_attributes = _table(file, text, np.float64, rows=num_nodes).astype(np.float32)
-    _check_rows(np.isfinite(node_attributes).all(1), file, "an attribute is not a finite number")
+    _check_rows(
+      np.isfinite(node_attributes).all(axis=1), file, "an attribute is not a finite number"
+    )
 
   file, text = parts["A"]
   # A set in which no graph has an edge has an empty edge file.
@@ -244,7 +246,7 @@ def _graph_of_node(file: str, text: bytes) -> np.ndarray:
   return graph
 
 
-def _check_rows(good: np.ndarray, file: str, problem: str) -> None:
+def _check_rows(good: np.ndarray | np.bool_, file: str, problem: str) -> None:
   if not good.all():
     raise InputError(f"{file}: row {int(good.argmin()) + 1}: {problem}")
 
