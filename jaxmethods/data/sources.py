@@ -9,7 +9,7 @@
 | `tfds:tu/NAME` | the same graphs through TensorFlow Datasets' storage |
 | `tfds:NAME`, `tfds:NAME:SPLIT` | images of TensorFlow Datasets |
 | `folder:PATH` | images as class/file or domain/class/file |
-| `npz:PATH` | arrays |
+| `npz:PATH` | arrays: `x`, `y` or `train_x`, `train_y`, ... |
 
 `$JAXMETHODS_DATA` (default `~/.cache/jaxmethods`) is the local data folder. A missing source says what
 to do about it; nothing falls back to other data.
@@ -18,8 +18,9 @@ to do about it; nothing falls back to other data.
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
-from jaxmethods.data import embedded, tu
+from jaxmethods.data import embedded, local, tu
 from jaxmethods.data.records import ArrayData, GraphData
 from jaxmethods.data.tu_format import Features
 from jaxmethods.errors import InputError
@@ -47,26 +48,56 @@ def load_graphs(
   kind, _, rest = name.partition(":")
   if kind == "tu" and rest:
     return [tu.load(each, features, max_degree) for each in tu.expand(rest)]
+  if name.startswith("tfds:tu/"):
+    from jaxmethods.data import tfds_sources
+
+    return tfds_sources.load_graphs(name.removeprefix("tfds:tu/"), features, max_degree)
   if name in _GRAPH_NAMES:
     if features != "auto" or max_degree is not None:
       raise InputError(f"{name}: its features are fixed; use tu:NAME to choose them")
     return embedded.load_graphs(rest)
-  raise _unknown(name, "graphs", (*_GRAPH_NAMES, "tu:NAME", "tfds:tu/NAME"), _ARRAY_NAMES)
+  raise _unknown(name, "graphs", (*_GRAPH_NAMES, "tu:NAME", "tfds:tu/NAME"))
 
 
-def load_arrays(name: str) -> ArrayData:
-  """Loads labelled images or feature vectors."""
+def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
+  """Loads labelled images or feature vectors.
+
+  Args:
+    name: `digits`, `embedded:mnist5k`, `tfds:NAME[:SPLIT]`, `folder:PATH` or `npz:PATH`; see the
+      module docstring.
+    image_size: side to which the images of a folder are resized.
+
+  Returns:
+    The record.
+
+  Raises:
+    InputError: for an unknown name, or missing or damaged data.
+  """
+  kind, _, rest = name.partition(":")
+  if image_size is not None and (kind != "folder" or image_size < 1):
+    raise InputError(
+      f"{name}: image_size={image_size}: expected a positive size, for folder:PATH only"
+    )
   if name in _ARRAY_NAMES:
     return embedded.load_arrays(name.removeprefix("embedded:"))
-  valid = (*_ARRAY_NAMES, "tfds:NAME", "folder:PATH", "npz:PATH")
-  raise _unknown(name, "arrays", valid, _GRAPH_NAMES)
+  if kind == "tfds" and rest and not rest.startswith("tu/"):
+    from jaxmethods.data import tfds_sources
+
+    return tfds_sources.load_arrays(rest)
+  if kind == "folder" and rest:
+    return local.load_folder(Path(rest).expanduser(), image_size)
+  if kind == "npz" and rest:
+    return local.load_npz(Path(rest).expanduser())
+  raise _unknown(name, "arrays", (*_ARRAY_NAMES, "tfds:NAME", "folder:PATH", "npz:PATH"))
 
 
-def _unknown(name: str, what: str, valid: tuple[str, ...], other: tuple[str, ...]) -> InputError:
-  if name in other:
-    return InputError(
-      f"data {name!r} is not a source of {what}: expected one of {', '.join(valid)}"
-    )
+def _unknown(name: str, what: str, valid: tuple[str, ...]) -> InputError:
+  """The error for a name that is no source of `what`."""
+  known = f"sources of {what}: {', '.join(valid)}"
+  if name.partition(":")[0] == "hf":
+    return InputError(f"{name}: hf: names models, which jaxmethods.models reads, not data; {known}")
+  if name in (*_GRAPH_NAMES, *_ARRAY_NAMES) or name.startswith("tfds:tu/"):
+    return InputError(f"{name}: not a source of {what}; {known}")
   close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
   hint = f"did you mean {close[0]!r}? " if close else ""
-  return InputError(f"unknown data {name!r}: {hint}sources of {what}: {', '.join(valid)}")
+  return InputError(f"unknown data {name!r}: {hint}{known}")

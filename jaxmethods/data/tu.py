@@ -86,7 +86,7 @@ def expand(selection: str) -> tuple[str, ...]:
     if all(group in GROUPS for group in groups):
       # One order whatever the spelling, so that client k is the same set in SM-BIO and BIO-SM.
       names += [name for group in GROUPS if group in groups for name in GROUPS[group]]
-    elif item in NAMES or (re.fullmatch(r"\w[\w.-]*", item) and _find_local(item)):
+    elif item in NAMES or (re.fullmatch(r"\w[\w.-]*", item) and _is_local(item)):
       names.append(item)
     else:
       near = {name.lower(): name for name in (*GROUPS, *NAMES)}
@@ -125,7 +125,7 @@ def read(name: str) -> tuple[RawGraphs, str]:
   """The checked graphs of a set, before features are chosen, and their origin."""
   text = _find_local(name)
   if text is None:
-    compact = files.data_dir() / "tudataset_extra" / f"{name}.npz"
+    compact = _compact_path(name)
     if compact.exists():
       return parse_compact(compact), f"{compact} (compact copy)"
     text = _find_in_wheel(name) or _fetch(name)
@@ -133,6 +133,14 @@ def read(name: str) -> tuple[RawGraphs, str]:
   if name in PUBLISHED_SHA256 and text.sha256() != PUBLISHED_SHA256[name]:
     origin += " (differs from the published files)"  # allowed, but the report shall say so
   return parse(name, text), origin
+
+
+def _is_local(name: str) -> bool:
+  return _compact_path(name).exists() or _find_local(name) is not None
+
+
+def _compact_path(name: str) -> Path:
+  return files.data_dir() / "tudataset_extra" / f"{name}.npz"
 
 
 def _find_local(name: str) -> TextFiles | None:

@@ -73,7 +73,7 @@ class RawGraphs(NamedTuple):
 def to_graph_data(
   raw: RawGraphs, source: Source, features: Features = "auto", max_degree: int | None = None
 ) -> GraphData:
-  """Chooses node features and numbers the classes."""
+  """Chooses node features (see `node_features`) and numbers the classes."""
   classes, labels = np.unique(raw.graph_labels, return_inverse=True)
   graphs = jraph.GraphsTuple(
     nodes=node_features(raw, features, max_degree, source.name),
@@ -109,6 +109,8 @@ def node_features(
   """
   if kind not in get_args(Features):
     raise InputError(f"features={kind!r}: expected one of {', '.join(get_args(Features))}")
+  if max_degree is not None and max_degree < 1:
+    raise InputError(f"max_degree={max_degree}: expected at least 1")
   if kind == "auto":
     kind = (
       "labels"
@@ -157,17 +159,19 @@ def parse(name: str, source: TextFiles) -> RawGraphs:
     node_labels = _table(*parts["node_labels"], np.int64, rows=num_nodes)
   if "node_attributes" in parts:
     file, text = parts["node_attributes"]
-    node_attributes = _table(file, text, np.float64, rows=num_nodes)
-    _check_rows(np.isfinite(node_attributes).all(1), file, "an attribute is not a finite number")
-    node_attributes = node_attributes.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, caught below
+      node_attributes = _table(file, text, np.float64, rows=num_nodes).astype(np.float32)
+    _check_rows(
+      np.isfinite(node_attributes).all(axis=1), file, "an attribute is not a finite number"
+    )
 
   file, text = parts["A"]
   # A set in which no graph has an edge has an empty edge file.
   edges = _table(file, text, np.int64, columns=2) if text.strip() else np.zeros((0, 2), np.int64)
-  inside = ((edges >= 1) & (edges <= num_nodes)).all(1)
+  inside = (edges.min(axis=1) >= 1) & (edges.max(axis=1) <= num_nodes)
   _check_rows(inside, file, f"node id outside 1..{num_nodes}")
   senders, receivers = edges.T - 1
-  same_graph = np.equal(graph_of_node[senders], graph_of_node[receivers])
+  same_graph = graph_of_node[senders] == graph_of_node[receivers]
   _check_rows(same_graph, file, "the edge joins two graphs")
   senders, receivers = _undirected(file, senders, receivers, num_nodes)
   return RawGraphs(
@@ -242,7 +246,7 @@ def _graph_of_node(file: str, text: bytes) -> np.ndarray:
   return graph
 
 
-def _check_rows(good: np.ndarray, file: str, problem: str) -> None:
+def _check_rows(good: np.ndarray | np.bool_, file: str, problem: str) -> None:
   if not good.all():
     raise InputError(f"{file}: row {int(good.argmin()) + 1}: {problem}")
 

@@ -1,0 +1,126 @@
+"""Image folders and npz archives of the user."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmethods.data.sources import load_arrays
+from jaxmethods.errors import InputError
+
+
+def _image(path, value, size=(4, 4), mode="L"):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new(mode, size, value).save(path)
+
+
+def test_classes(tmp_path):
+  _image(tmp_path / "dog" / "1.png", 10)
+  _image(tmp_path / "cat" / "1.png", 20)
+  _image(tmp_path / "cat" / "2.PNG", 30)
+  (tmp_path / "cat" / "notes.txt").write_text("no image")
+  data = load_arrays(f"folder:{tmp_path}")
+  x, y = data.splits["all"]
+  assert x.shape == (3, 4, 4, 1) and x.dtype == np.uint8 and data.num_classes == 2
+  np.testing.assert_array_equal(x[:, 0, 0, 0], [20, 30, 10])
+  np.testing.assert_array_equal(y, [0, 0, 1])
+
+
+def test_domains_grey_beside_colour_and_sizes(tmp_path):
+  _image(tmp_path / "photo" / "cat" / "1.png", (1, 2, 3), mode="RGB")
+  _image(tmp_path / "photo" / "dog" / "1.png", (4, 5, 6), mode="RGB")
+  _image(tmp_path / "sketch" / "dog" / "1.png", 9)
+  data = load_arrays(f"folder:{tmp_path}")
+  assert list(data.splits) == ["photo", "sketch"]
+  x, y = data.splits["sketch"]
+  np.testing.assert_array_equal(x[0, 0, 0], [9, 9, 9])
+  np.testing.assert_array_equal(y, [1])  # classes are numbered over all domains
+  _image(tmp_path / "sketch" / "dog" / "2.png", 9, size=(6, 5))
+  with pytest.raises(InputError, match=r"2\.png: 6x5 pixels, the others 4x4"):
+    load_arrays(f"folder:{tmp_path}")
+  assert load_arrays(f"folder:{tmp_path}", image_size=3).splits["sketch"][0].shape == (2, 3, 3, 3)
+
+
+def test_bad_folders(tmp_path):
+  with pytest.raises(InputError, match="no such folder"):
+    load_arrays(f"folder:{tmp_path}/none")
+  with pytest.raises(InputError, match="expected folders class/image"):
+    load_arrays(f"folder:{tmp_path}")
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  with pytest.raises(InputError, match="no images"):
+    load_arrays(f"folder:{tmp_path}")
+  (tmp_path / "a" / "b" / "1.png").write_bytes(b"\x89PNG broken")
+  with pytest.raises(InputError, match=r"1\.png: not a readable image"):
+    load_arrays(f"folder:{tmp_path}")
+
+
+def test_npz_spellings(tmp_path):
+  x, y = np.arange(12, dtype=np.uint8).reshape(4, 3), np.array([0, 1, 2, 1])
+  for keys in (("x", "y"), ("train_x", "train_y"), ("x_train", "y_train")):
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (x, y), strict=True)))
+    data = load_arrays(f"npz:{tmp_path}/a.npz")
+    (split,) = data.splits
+    assert split == ("all" if keys[0] == "x" else "train") and data.num_classes == 3
+    np.testing.assert_array_equal(data.splits[split][0], x)
+    assert data.splits[split][1].dtype == np.int32
+  np.savez(
+    tmp_path / "a.npz", x=x, y=y, domain=[0, 1, 1, 0], domains=["p", "q"], classes=list("abcd")
+  )
+  data = load_arrays(f"npz:{tmp_path}/a.npz")
+  np.testing.assert_array_equal(data.splits["q"][0], x[1:3])
+  assert data.num_classes == 4
+
+
+def test_npz_of_encoded_images(tmp_path):
+  encoded = []
+  for value in (10, 200):
+    png = io.BytesIO()
+    Image.new("RGB", (5, 4), (value, 0, 0)).save(png, "PNG")
+    encoded.append(png.getvalue())
+  arrays = {
+    "test_jpeg": np.frombuffer(b"".join(encoded), np.uint8),
+    "test_offset": np.cumsum([0, *map(len, encoded)]),
+    "test_y": np.array([1, 0], np.uint8),
+  }
+  np.savez(tmp_path / "a.npz", **arrays)
+  x, _ = load_arrays(f"npz:{tmp_path}/a.npz").splits["test"]
+  assert x.shape == (2, 4, 5, 3)
+  np.testing.assert_array_equal(x[:, 0, 0, 0], [10, 200])
+  del arrays["test_offset"]
+  np.savez(tmp_path / "a.npz", **arrays)
+  with pytest.raises(InputError, match="without test_offset"):
+    load_arrays(f"npz:{tmp_path}/a.npz")
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    ({"z": [1]}, "expected x and y.*it has z"),
+    ({"x": [[1.0]]}, "x without y"),
+    ({"x": [[1.0]], "y": [0, 1]}, "x has 1 rows, y 2"),
+    ({"x": np.zeros((0, 2)), "y": np.zeros(0, int)}, "x has 0 rows"),
+    ({"x": [[1.0]], "y": [0.5]}, "y: expected class numbers"),
+    ({"x": [[1.0]], "y": [-1]}, "y: expected class numbers"),
+    ({"x": [[1.0], [np.nan]], "y": [0, 1]}, "x: row 1 is not finite"),
+    ({"x": [[1.0]], "y": [3], "classes": ["a"]}, "label 3, but 1 classes"),
+    ({"x": [[1.0]], "y": [0], "domain": [2], "domains": ["a"]}, "domain outside"),
+    ({"x": [[1.0]], "y": [0], "domain": [0, 0]}, "domain has 2 rows"),
+    ({"x": np.array([[None]]), "y": [0]}, "not a readable npz"),
+  ],
+)
+def test_bad_archives(tmp_path, arrays, message):
+  np.savez(tmp_path / "a.npz", **arrays)
+  with pytest.raises(InputError, match=message):
+    load_arrays(f"npz:{tmp_path}/a.npz")
+
+
+def test_files_that_are_no_archive(tmp_path):
+  with pytest.raises(InputError, match="no such file"):
+    load_arrays(f"npz:{tmp_path}/a.npz")
+  np.savez(tmp_path / "a.npz", x=np.zeros((9, 9)), y=np.zeros(9, int))
+  whole = (tmp_path / "a.npz").read_bytes()
+  for content in (b"", b"rubbish", whole[: len(whole) // 2]):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match="not a readable npz"):
+      load_arrays(f"npz:{tmp_path}/a.npz")
