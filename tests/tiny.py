@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Literal
 
 from etils import epy
@@ -29,6 +30,7 @@ class Optimizer:
 class Config(RunConfig):
   data: str = "digits"
   batch_size: int = 64
+  pause: float = 0.0  # seconds before each batch: time for a test to kill the run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
@@ -48,6 +50,7 @@ def build(config: Config, mesh=None) -> Experiment:
 
   def batches(k):
     while True:
+      time.sleep(config.pause)
       rows = np.random.default_rng((config.seed, k)).choice(train, config.batch_size)
       yield spread((x[rows], y[rows]))
       k += 1
