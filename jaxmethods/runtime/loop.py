@@ -179,8 +179,8 @@ def _fetch_checked(pending: dict[int, Any]) -> dict[str, Any]:
 
 def _not_finite(k: int, what: str) -> InputError:
   return InputError(
-    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate, "
-    "or --debug to find the operation"
+    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate; "
+    "--debug names the operation that makes a NaN"
   )
 
 

@@ -105,19 +105,20 @@ def test_damaged_newest_checkpoint_is_set_aside(cli, tmp_path, undisturbed):
 
 
 def test_nan_loss_names_the_step_and_keeps_the_last_checkpoint(cli, tmp_path):
-  arguments = (*COMMAND, "--pause", 0, "--optimizer.learning_rate", 1e37, "--log_every", 10)
-  result = cli(*arguments, "--checkpoint_every", 1)
-  assert result.returncode == 2
-  assert len(result.stderr.splitlines()) == 1
-  (line,) = result.stderr.splitlines()
-  step = int(line.removeprefix("error: step ").split(":")[0])
-  assert "loss is " in line
-  assert final_state(tmp_path / "w")[0] == step - 1
+  # Step 13 is not logged (every second is), the checkpoint before it is of step 7.
+  arguments = (*COMMAND, "--pause", 0, "--nan_at", 13)
+  for _ in range(2):  # starting again does not lose the checkpoint either
+    result = cli(*arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: step 13: loss is nan")
+    assert final_state(tmp_path / "w")[0] == 7
+    assert [line["step"] for line in metrics(tmp_path / "w")] == [2, 4, 6, 8, 10, 12]
 
   result = cli(*arguments, "--workdir", "debug", "--debug")
   assert result.returncode == 2
   assert "tests/tiny.py" in result.stderr  # the traceback of the operation
-  assert result.stderr.splitlines()[-1].startswith("error: step ")
+  assert result.stderr.splitlines()[-1].startswith("error: step 13: ")
 
 
 def test_killed_comparison_continues(cli, spawn, tmp_path):
