@@ -233,13 +233,14 @@ def test_compare(cli, tmp_path):
   last = [line["a_loss"] for line in lines(tmp_path / "w") if line["step"] in (16, 18, 20)]
   assert rows[0]["metrics"]["a_loss"]["values"][0] == pytest.approx(sum(last) / 3, rel=1e-4)
 
-  # Both ways to map seeds agree; only one row is asked for.
-  result = cli(
-    "eval.compare", *TINY, *arguments[:6], "--workdir", "v", "--seeds", 3, "--seed_map", "vmap",
-    "--rows", "adam",
-  )  # fmt: skip
-  assert result.returncode == 0, result.stderr
-  (adam,) = json.loads((tmp_path / "v/compare.json").read_text())["rows"]
-  assert adam["metrics"]["a_loss"]["values"] == pytest.approx(
-    rows[1]["metrics"]["a_loss"]["values"], rel=1e-4
-  )
+  # All ways to map seeds agree; only one row is asked for.
+  for seed_map in ("vmap", "scan"):
+    result = cli(
+      "eval.compare", *TINY, *arguments[:6], "--workdir", seed_map, "--seeds", 3, "--seed_map",
+      seed_map, "--rows", "adam",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (adam,) = json.loads((tmp_path / seed_map / "compare.json").read_text())["rows"]
+    assert adam["metrics"]["a_loss"]["values"] == pytest.approx(
+      rows[1]["metrics"]["a_loss"]["values"], rel=1e-4
+    )
