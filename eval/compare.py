@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   from jaxmethods.runtime import loop, report, seeds
 
-  seed_map = args.seed_map or ("scan" if jax.default_backend() == "cpu" else "vmap")
+  # On two CPU cores, 5 seeds: a convnet step takes 88 ms in the loop, 366 under vmap, 690 under scan;
+  # a dense one 440, 584, 401.
+  seed_map = args.seed_map or ("loop" if jax.default_backend() == "cpu" else "vmap")
   writer = jax.process_index() == 0
   results: list[dict[str, Any]] = []
   about = ""
@@ -118,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
   add("--json", metavar="FILE", type=Path, help="also write the results there")
   add(
     "--seed_map",
-    choices=("vmap", "scan"),
-    help="all seeds at once, or one after the other in one program (default: scan on CPU, else vmap)",
+    choices=("vmap", "scan", "loop"),
+    help="all seeds at once in one program, one after the other in it, or the program of one seed "
+    "called for each (default: loop on CPU, else vmap)",
   )
   return parser
 

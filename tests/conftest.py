@@ -1,14 +1,56 @@
-"""Fixtures for all tests."""
+"""Tests run on CPU, and keep compiled programs between runs: most of their time is compilation."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("JAXMETHODS_TEST_CACHE", Path.home() / ".cache/jaxmethods/xla-tests"))
+
+# In the environment, so that the command lines that tests start have them too. pytest imports this
+# before any test imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 
 @pytest.fixture
-def golden_file():
+def golden_file() -> Callable[[str], np.lib.npyio.NpzFile]:
   """Opens reference vectors by name from $JAXMETHODS_GOLDEN, else tests/golden."""
-  folder = Path(os.environ.get("JAXMETHODS_GOLDEN") or Path(__file__).parent / "golden")
+  folder = Path(os.environ.get("JAXMETHODS_GOLDEN") or ROOT / "tests" / "golden")
   return lambda name: np.load(folder / f"{name}.npz")
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+  """Starts `python -m MODULE ARGUMENTS` in an empty directory."""
+
+  def start(module: str, *arguments: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+      [sys.executable, "-m", module, *map(str, arguments)],
+      cwd=tmp_path,
+      env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture
+def cli(spawn: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.CompletedProcess]:
+  """Runs `python -m MODULE ARGUMENTS` to its end."""
+
+  def run(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    process = spawn(module, *arguments, **environment)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+  return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Literal
 
 from etils import epy
@@ -29,6 +30,8 @@ class Optimizer:
 class Config(RunConfig):
   data: str = "digits"
   batch_size: int = 64
+  nan_at: int = 0  # step whose features are NaN; 0 for none
+  pause: float = 0.0  # seconds before each batch: time for a test to kill the run
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
@@ -48,9 +51,10 @@ def build(config: Config, mesh=None) -> Experiment:
 
   def batches(k):
     while True:
+      time.sleep(config.pause)
       rows = np.random.default_rng((config.seed, k)).choice(train, config.batch_size)
-      yield spread((x[rows], y[rows]))
       k += 1
+      yield spread((x[rows] * (np.nan if k == config.nan_at else 1), y[rows]))
 
   def spread(batch):
     if mesh is None:

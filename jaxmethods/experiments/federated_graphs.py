@@ -60,7 +60,7 @@ class Backbone(NamedTuple):
 
   Attributes:
     view: the part of a packed batch that it reads (the rest never reaches the device).
-    init: (key, batch, classes) -> (params, model state).
+    init: (key, shapes of a batch, classes) -> (params, model state).
     features: (params, model state, batch, key or None) -> (representations, model state); a key
       means training.
     classify: (params, representations) -> logits (G, C).
@@ -154,7 +154,7 @@ def _spectral_backbone(model: SpectralGNN) -> Backbone:
 
   def init(key, batch, classes):
     body, kernel_key, bias_key = jax.random.split(key, 3)
-    variables = dict(model.init(body, batch))
+    variables = dict(model.lazy_init(body, batch))
     linear = torch_linear(model.hidden)
     head = {
       "kernel": linear["kernel_init"](kernel_key, (model.hidden, classes)),
@@ -175,7 +175,7 @@ def _gin_backbone(model: Callable[[int], nn.Module]) -> Backbone:
   """A network that ends in its own head: its features are the logits."""
 
   def init(key, batch, classes):
-    variables = dict(model(classes).init(key, batch))
+    variables = dict(model(classes).lazy_init(key, batch))
     return variables.pop("params"), variables
 
   def features(params, model_state, batch, key):
@@ -371,16 +371,17 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def init(key):
     model_key, round_key = jax.random.split(key)
-    clients, first = [], None
-    for g, (group, view) in enumerate(zip(groups, views, strict=True)):
-      batch = jax.tree.map(lambda x: x[0, 0], view)
-      keys = jax.vmap(lambda i, g=g: jax.random.fold_in(jax.random.fold_in(model_key, g), i))(
-        jnp.arange(len(group.names))
-      )
-      make = lambda key, batch=batch, group=group: backbone.init(key, batch, group.data.num_classes)
-      params, model_state = jax.lax.map(make, keys)
-      clients.append(jax.vmap(setup.client)(params, model_state, jnp.arange(len(group.names))))
-      first = jax.tree.map(lambda x: x[0], params) if first is None else first
+    clients, first, index = [], None, 0
+    for group, view in zip(groups, views, strict=True):
+      # Shapes alone: the parameters are drawn without compiling or running a forward pass.
+      batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), view)
+      members = []
+      for _ in group.names:
+        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.data.num_classes)
+        members.append(setup.client(*model, jnp.asarray(index)))
+        first = model[0] if first is None else first
+        index += 1
+      clients.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     server = setup.algorithm.init(first, round_key)
     return State(server, tuple(clients), round_key, jnp.zeros((), jnp.int32))
 

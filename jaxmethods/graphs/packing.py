@@ -54,13 +54,12 @@ def row_lengths(sizes: np.ndarray, multiple: int = 8) -> tuple[int, ...]:
   Returns:
     Ascending row lengths, the last at least the largest size.
   """
-  round_up = lambda n: int(-(-n // multiple) * multiple)
-  longest = round_up(sizes.max())
+  longest = _round_up(sizes.max(), multiple)
   cost = lambda chosen, length: chosen.sum() * (1 + length / 400)
   best, best_cost = (longest,), 0.9 * cost(sizes, longest)
   for quantile in (0.5, 0.75, 0.9, 0.95, 0.98):
     # A row should hold a few graphs, or the slack at its end eats what shorter attention saves.
-    short = round_up(2 * np.quantile(sizes, quantile))
+    short = _round_up(2 * np.quantile(sizes, quantile), multiple)
     if short >= longest:
       continue
     small = sizes <= short
@@ -68,6 +67,10 @@ def row_lengths(sizes: np.ndarray, multiple: int = 8) -> tuple[int, ...]:
     if split_cost < best_cost:
       best, best_cost = (short, longest), split_cost
   return best
+
+
+def _round_up(n: float, multiple: int) -> int:
+  return int(-(-n // multiple) * multiple)
 
 
 def first_fit_decreasing(
@@ -135,7 +138,7 @@ def pack(
     for layout in layouts
   ):
     num_rows = (*num_rows[:-1], num_rows[-1] + 1)
-  num_edges = max(int(graphs.n_edge[ids].sum()) for ids in batches)
+  num_edges = _round_up(max(int(graphs.n_edge[ids].sum()) for ids in batches), 16)
   shape = _Shape(
     lengths, num_rows, row_edges, num_edges, sum(num_rows) + max(len(ids) for ids in batches)
   )
@@ -162,13 +165,14 @@ class _Source(NamedTuple):
 
 
 def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int, ...]:
-  """Undirected edge slots of a row: a tenth above the average, and never below the densest graph."""
+  """Undirected edge slots of a row: a third above the average, never below the densest graph."""
   sizes, links = np.asarray(graphs.n_node)[ids], np.asarray(graphs.n_edge)[ids] // 2
   capacity, shorter = [], 0
   for length in lengths:
     here = (sizes > shorter) & (sizes <= length)
     density = links[here].sum() / max(sizes[here].sum(), 1)
-    capacity.append(max(int(1.3 * density * length), int(links[here].max(initial=1))))
+    slots = max(1.3 * density * length, links[here].max(initial=1))
+    capacity.append(_round_up(slots, 8))
     shorter = length
   return tuple(capacity)
 

@@ -73,8 +73,8 @@ def load(
       raise InputError(f"{min(missing)}: has no value")
     return typing.cast(ConfigT, OmegaConf.to_object(config))
   except (ValueError, OmegaConfBaseException) as error:  # __post_init__, or a broken ${...}
-    key = getattr(error, "full_key", None)
-    raise InputError(f"{key}: {_first_line(error)}" if key else _first_line(error)) from None
+    where = getattr(error, "full_key", None)
+    raise InputError(f"{where}: {_first_line(error)}" if where else _first_line(error)) from None
 
 
 def to_yaml(config: RunConfig, **header: Any) -> str:

@@ -72,6 +72,7 @@ def start(args: argparse.Namespace) -> Mesh | None:
     logging.getLogger("jax._src.dispatch").addFilter(lambda r: "XLA" in r.getMessage())
   else:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+  jax.config.update("jax_enable_compilation_cache", not args.no_cache)
   if not args.no_cache:
     _keep_compiled_programs()
 
@@ -102,7 +103,12 @@ def replicate(tree, mesh: Mesh | None):
     if not isinstance(x, jax.Array) or getattr(x, "weak_type", False):  # keys have no weak_type
       x = jax.numpy.asarray(x, dtype=jax.numpy.result_type(x))
     if everywhere and x.sharding.device_set != everywhere.device_set:
-      x = jax.device_put(x, everywhere)
+      is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+      # jax 0.10 cannot put a key on devices of other processes, but jit can.
+      if is_key:
+        x = jax.jit(lambda key: key, out_shardings=everywhere)(x)
+      else:
+        x = jax.device_put(x, everywhere)
     x = x.copy() if id(x) in seen else x
     seen.add(id(x))
     return x
@@ -128,7 +134,7 @@ def _has_huge_pages() -> bool:
 
 def _keep_compiled_programs() -> None:
   default = Path.home() / ".cache" / "jaxmethods" / "xla"
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(default))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

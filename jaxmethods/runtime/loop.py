@@ -81,7 +81,6 @@ def train(
     ):
       batches = experiment.batches(start)
       pending: dict[int, Any] = {}  # step -> metrics still on the device
-      metrics: dict[str, Any] | None = None
       clock = time.perf_counter()
       for k in range(start + 1, last + 1):
         with _nan_named(k, debug):
@@ -95,7 +94,7 @@ def train(
           seconds, clock = time.perf_counter() - clock, time.perf_counter()
           if log:
             log.write(k, {**metrics, "seconds": round(seconds, 4)})
-        display.update(k, metrics if logged else None)
+        display.update(k, {"loss": metrics["loss"], **evaluated} if logged else None)
         stop = signals.received(agree=logged)
         if stop or k % config.checkpoint_every == 0 or k == last:
           _fetch_checked(pending)  # a state whose loss is not finite must not replace a good one
@@ -179,8 +178,8 @@ def _fetch_checked(pending: dict[int, Any]) -> dict[str, Any]:
 
 def _not_finite(k: int, what: str) -> InputError:
   return InputError(
-    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate, "
-    "or --debug to find the operation"
+    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate; "
+    "--debug names the operation that makes a NaN"
   )
 
 

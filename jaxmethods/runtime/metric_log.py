@@ -17,7 +17,6 @@ from rich.progress import (
   MofNCompleteColumn,
   Progress,
   TextColumn,
-  TimeElapsedColumn,
   TimeRemainingColumn,
 )
 
@@ -101,9 +100,8 @@ class Display:
     self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     self._bar = Progress(
       TextColumn("{task.description}"),
-      BarColumn(),
+      BarColumn(bar_width=16),
       MofNCompleteColumn(),
-      TimeElapsedColumn(),
       TimeRemainingColumn(),
       TextColumn("{task.fields[metrics]}"),
       console=self._console,
@@ -120,11 +118,12 @@ class Display:
     self._bar.stop()
 
   def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-    """Shows that `step` is done, and the first few metrics."""
+    """Shows that `step` is done, and as many of the metrics as fit."""
     if metrics is None:
       self._bar.update(self._task, completed=step)
       return
-    text = describe(metrics)
+    room = self._console.width - len(self._title) - 36 if not self._bar.disable else 200
+    text = _describe(metrics, room)
     self._bar.update(self._task, completed=step, metrics=text)
     due = time.monotonic() - self._said > 5 or step == self._num_steps
     if self._bar.disable and due:
@@ -132,7 +131,13 @@ class Display:
       self._console.print(f"{self._title} {step}/{self._num_steps} {text}", markup=False)
 
 
-def describe(metrics: Mapping[str, Any], most: int = 4) -> str:
-  """Returns the first few scalar metrics as `name value` text."""
-  scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "seconds"}
-  return " ".join(f"{name} {value:.4g}" for name, value in list(scalars.items())[:most])
+def _describe(metrics: Mapping[str, Any], room: int) -> str:
+  """Returns the scalar metrics as `name value` text, as many as have room."""
+  text = ""
+  for name, value in metrics.items():
+    if isinstance(value, int | float):
+      longer = f"{text}{name} {value:.4g} "
+      if len(longer) > room:
+        break
+      text = longer
+  return text.rstrip()

@@ -140,7 +140,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figu
     figure, axes = plt.subplots(
       1,
       len(metrics),
-      figsize=(2.5 + 4.2 * len(metrics), 1.3 + 0.45 * len(rows)),
+      figsize=(1.5 + 4.2 * len(metrics), 1.5 + 0.5 * len(rows)),
       sharey=True,
       squeeze=False,
       layout="constrained",
@@ -158,19 +158,20 @@ def _interval_panel(axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str) 
     if result is None or result["mean"] is None:
       continue
     color = "C1" if height == 0 else "C0"  # the method itself comes first
+    values = result["values"]
     axis.plot(
-      result["values"],
-      [height] * len(result["values"]),
-      "o",
-      ms=4,
-      alpha=0.35,
-      color=color,
-      mec="none",
+      values, [height + 0.22] * len(values), "o", ms=4.5, alpha=0.5, color=color, mec="none"
     )
     axis.errorbar(
       result["mean"], height, xerr=result["ci95"], fmt="o", ms=7, capsize=4, lw=2, color=color
     )
-  axis.set(xlabel=f"{metric.replace('_', ' ')}: seeds, mean, 95 % interval")
+  axis.set(
+    title=metric.replace("_", " "),
+    xlabel="mean and 95 % interval; below: each seed",
+    ylim=(-0.6, len(rows) - 0.4),
+  )
+  axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+  axis.margins(x=0.08)
   axis.grid(False, axis="y")
 
 

@@ -1,4 +1,4 @@
-"""One experiment from many seeds, in one program: what eval.compare runs for each row."""
+"""One experiment from many seeds side by side: what eval.compare runs for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy import special
 
 from jaxmethods.runtime import loop
 from jaxmethods.runtime.checkpoints import Checkpoints
-from jaxmethods.runtime.experiment import Experiment, RunConfig
+from jaxmethods.runtime.experiment import Experiment, RunConfig, State
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display
 
@@ -40,8 +40,9 @@ def train(
     config: its settings; seed i starts from `config.seed + i`.
     directory: where the run under way is kept.
     seeds: number of copies.
-    seed_map: "vmap" (all at once) or "scan" (one after the other inside the program, which needs
-      the temporaries of one).
+    seed_map: "vmap" (one program, all seeds at once), "scan" (one program, one seed after the
+      other, which needs the temporaries of one) or "loop" (the program of one seed, called for
+      each).
     title: name beside the progress bar.
     mesh: devices to use; None for one.
 
@@ -51,15 +52,13 @@ def train(
   Raises:
     loop.Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
-  experiment = _mapped(loop.ordered(experiment), seed_map)
-  last = experiment.num_steps
+  experiment, last = loop.ordered(experiment), experiment.num_steps
   copies = [experiment.init(jax.random.key(config.seed + seed)) for seed in range(seeds)]
-  state = replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies), mesh)
+  shapes = jax.eval_shape(experiment.evaluate, copies[0], experiment.test)
+  names = [name for name, value in shapes.items() if value.shape == ()]
+  sums = {name: np.zeros(seeds) for name in names}
+  state, step, evaluate = _over_seeds(experiment, copies, seed_map, mesh)
   del copies
-  step, evaluate = loop.compile_experiment(experiment, state, mesh)
-  shapes = jax.eval_shape(experiment.evaluate, state, experiment.test)
-  sums = {name: np.zeros(seeds) for name, value in shapes.items() if value.shape == (seeds,)}
-  names = list(sums)
   evaluated = [last - i * config.eval_every for i in range(config.average_last)]
   evaluated = [k for k in evaluated if k > 0]
 
@@ -77,12 +76,11 @@ def train(
       for k in range(start + 1, last + 1):
         state, metrics = step(state, next(batches))
         if k in evaluated:
-          measured = jax.device_get(evaluate(state, experiment.test))
+          measured = _fetch(evaluate(state, experiment.test))
           sums = {name: sums[name] + measured[name] for name in sums}
         logged = k % config.log_every == 0 or k == last
         if logged:
-          loss = jax.device_get(metrics["loss"])
-          display.update(k, {"loss": float(np.mean(loss))})
+          display.update(k, {"loss": float(np.mean(_fetch(metrics)["loss"]))})
         stop = signals.received(agree=logged)
         seconds = earlier + time.perf_counter() - clock
         if stop or k % config.checkpoint_every == 0 or k == last:
@@ -107,14 +105,33 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
   }
 
 
-def _mapped(experiment: Experiment, seed_map: str) -> Experiment:
-  """Returns the experiment over a leading axis of seeds; they share the batches and the test."""
+def _over_seeds(
+  experiment: Experiment, copies: list[State], seed_map: str, mesh: Mesh | None
+) -> tuple[State, Callable, Callable]:
+  """Returns (state, step, evaluate) of all seeds; they share the batches and the test."""
+  if seed_map == "loop":
+    states = replicate(copies, mesh)
+    one_step, one_evaluate = loop.compile_experiment(experiment, states[0], mesh)
 
-  def over_seeds(function: Callable) -> Callable:
+    def step(states: list[State], batch: Any) -> tuple[list[State], list[Any]]:
+      done = [one_step(state, batch) for state in states]
+      return [state for state, _ in done], [metrics for _, metrics in done]
+
+    return states, step, lambda states, test: [one_evaluate(state, test) for state in states]
+
+  def mapped(function: Callable) -> Callable:
     if seed_map == "vmap":
       return jax.vmap(function, in_axes=(0, None))
     return lambda states, data: jax.lax.map(lambda state: function(state, data), states)
 
-  return experiment._replace(
-    step=over_seeds(experiment.step), evaluate=over_seeds(experiment.evaluate)
-  )
+  together = experiment._replace(step=mapped(experiment.step), evaluate=mapped(experiment.evaluate))
+  state = replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies), mesh)
+  return state, *loop.compile_experiment(together, state, mesh)
+
+
+def _fetch(metrics: Any) -> dict[str, np.ndarray]:
+  """Returns metrics with a leading axis of seeds, from either form that `_over_seeds` makes."""
+  metrics = jax.device_get(metrics)
+  if isinstance(metrics, list):
+    return {name: np.stack([one[name] for one in metrics]) for name in metrics[0]}
+  return metrics

@@ -1,0 +1,51 @@
+# The environment is made when it is missing, and brought up to date when pyproject.toml changes.
+
+METHOD ?= fedssp
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train eval compare test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this help
+	@echo "make TARGET [METHOD=name] [ARGS='--key value ...'], e.g. make train METHOD=fedssp ARGS='--seed 2'"
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+train: $(READY)  ## Train METHOD on its embedded data; again: continue
+	$(BIN)/python -m train.run --method $(METHOD) $(ARGS)
+
+eval: $(READY)  ## Evaluate the last checkpoint of METHOD: table, results.json, report.html
+	$(BIN)/python -m eval.run --method $(METHOD) $(ARGS)
+
+compare: $(READY)  ## Train METHOD and its baselines, 5 seeds each: one table, one picture
+	$(BIN)/python -m eval.compare --method $(METHOD) $(ARGS)
+
+test: lint  ## Lint, check the import contract, run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## Check style, format, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## Time us beside the peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	for file in benchmarks/*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done
+
+clean:  ## Remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@

@@ -1,0 +1,89 @@
+"""Allocator, compilation cache, and placing a state on a mesh."""
+
+import os
+import platform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.runtime import launch
+
+SETTINGS = ("JAXMETHODS_ALLOCATOR", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+
+
+@pytest.fixture
+def executed(monkeypatch) -> list[dict[str, str]]:
+  """Returns the environments that the program was executed again with."""
+  environments: list[dict[str, str]] = []
+  monkeypatch.setattr(os, "execve", lambda path, arguments, env: environments.append(env))
+  monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+  monkeypatch.setattr(launch, "_has_huge_pages", lambda: True)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  for name in [*os.environ]:
+    if name in SETTINGS or name.startswith("MALLOC_"):
+      monkeypatch.delenv(name)
+  return environments
+
+
+def test_allocator_is_set_once(executed, monkeypatch):
+  launch.set_allocator()
+  (environment,) = executed
+  assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+  monkeypatch.setenv("JAXMETHODS_ALLOCATOR", environment["JAXMETHODS_ALLOCATOR"])
+  launch.set_allocator()
+  assert len(executed) == 1
+
+
+def test_allocator_without_huge_pages(executed, monkeypatch):
+  monkeypatch.setattr(launch, "_has_huge_pages", lambda: False)
+  launch.set_allocator()
+  assert executed[0]["MALLOC_MMAP_MAX_"] == "0"
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("JAXMETHODS_ALLOCATOR", "0"),
+    ("GLIBC_TUNABLES", "glibc.malloc.check=1"),
+    ("MALLOC_ARENA_MAX", "2"),
+    ("LD_PRELOAD", "libtcmalloc.so"),
+    ("JAX_PLATFORMS", "cuda"),
+  ],
+)
+def test_allocator_is_left_alone(executed, monkeypatch, name, value):
+  monkeypatch.setenv(name, value)
+  launch.set_allocator()
+  assert executed == []
+
+
+def test_allocator_needs_glibc(executed, monkeypatch):
+  monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+  launch.set_allocator()
+  assert executed == []
+
+
+def test_compiled_programs_are_kept_unless_told_not_to(cli, tmp_path):
+  command = ("train.run", "--method", "tests.tiny", "--steps", 2)
+  environment = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+  cache = tmp_path / ".cache/jaxmethods/xla"
+  assert cli(*command, "--workdir", "a", "--no_cache", **environment).returncode == 0
+  assert not cache.exists()
+  result = cli(*command, **environment)
+  assert result.returncode == 0, result.stderr
+  assert list(cache.iterdir())
+  assert (tmp_path / "runs/tests.tiny/default/report.html").exists()  # the default workdir
+
+
+def test_replicate_resolves_what_a_restored_state_cannot_have():
+  x = jnp.arange(3.0)
+  tree = {"twice": [x, x], "weak": jnp.asarray(1.0) * 2, "number": 3, "key": jax.random.key(1)}
+  placed = launch.replicate(tree, None)
+  first, second = placed["twice"]
+  assert first is not second
+  assert not placed["weak"].weak_type
+  assert not placed["number"].weak_type
+  np.testing.assert_array_equal(second, x)
+  # Such a tree can be donated.
+  jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf, tree), donate_argnums=0)(placed)
