@@ -55,7 +55,7 @@ def segment_max(
 
 def _rows(x: Array, index: Array) -> Array:
   """Rows of `x`; no bounds check, the batch builder has made it once."""
-  return x.at[index].get(mode="promise_in_bounds")
+  return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
 def _drop(segments: Array, mask: Array | None, num_segments: int) -> Array:
