@@ -44,7 +44,8 @@ def measure(bench: Path) -> dict:
     def __call__(self, batch):
       h = batch.nodes["features"]
       for _ in range(3):
-        h = nn.relu(GIN(64)(h, batch.senders, batch.receivers, edge_mask=batch.edges["mask"]))
+        conv = GIN(64, symmetric=True)
+        h = nn.relu(conv(h, batch.senders, batch.receivers, edge_mask=batch.edges["mask"]))
       pooled = pool(h, batch.nodes["graph"], len(batch.n_node), batch.nodes["mask"], is_sorted=True)
       return nn.Dense(4)(pooled)
 

@@ -80,11 +80,46 @@ def test_pool_names_the_choices():
     layers.pool(jnp.ones((2, 1)), jnp.zeros(2, int), 1, how="median")
 
 
-def test_neighbour_sum(edges):
+@pytest.mark.parametrize("how", ["csr", "segments", None])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_neighbour_sum_and_its_gradients(how, symmetric, edges):
   weights, a = edges
-  x = BATCH.nodes["features"]
-  y = layers.neighbour_sum(x, BATCH.senders, BATCH.receivers, weights, BATCH.edges["mask"])
-  np.testing.assert_allclose(y, a @ x, rtol=1e-5, atol=1e-5)
+  if weights is not None and symmetric:
+    a = a + a.T
+    weights = np.where(BATCH.edges["mask"], a[BATCH.receivers, BATCH.senders], 7.0)
+    weights = jnp.asarray(weights, jnp.float32)
+  x, target = np.random.default_rng(0).normal(size=(2, len(a), 40)).astype(np.float32)
+  mask = BATCH.edges["mask"]
+
+  @jax.jit
+  def f(x, weights):
+    args = x, BATCH.senders, BATCH.receivers, weights, mask
+    y = layers.neighbour_sum(*args, symmetric=symmetric, how=how)
+    return (y * target).sum(), y
+
+  (dx, d_weights), y = jax.grad(f, (0, 1), has_aux=True)(x, weights)
+  np.testing.assert_allclose(y, a @ x, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(dx, a.T @ target, rtol=1e-4, atol=1e-4)
+  if d_weights is not None:
+    expected = (x[BATCH.senders] * target[BATCH.receivers]).sum(1) * mask
+    np.testing.assert_allclose(d_weights, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_csr_sum_under_vmap_and_padding():
+  batches = batching.batch_graphs(DATA, range(10), 5)
+  stacked = batching.stack(batches)
+  x = jax.random.normal(jax.random.key(0), (2, stacked.nodes["mask"].shape[1], 40))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def f(x, batch, how):
+    mask = batch.edges["mask"]
+    y = layers.neighbour_sum(x, batch.senders, batch.receivers, None, mask, symmetric=True, how=how)
+    return jnp.sin(y).sum()
+
+  def both(how):
+    return jax.vmap(jax.value_and_grad(lambda x, b: f(x, b, how)))(x, stacked)
+
+  chex.assert_trees_all_close(both("csr"), both("segments"), rtol=1e-3, atol=1e-4)
 
 
 # --- edge softmax
@@ -303,6 +338,7 @@ LAYERS = {
   "gin": layers.GIN(6),
   "gin_norm": layers.GIN(6, batch_norm=True),
   "gcn": layers.GCN(6),
+  "gcn_csr": layers.GCN(40),  # wide enough for the sparse product
   "gat": layers.GAT(3, heads=2),
 }
 every_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
