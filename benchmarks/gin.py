@@ -10,6 +10,7 @@ nodes. Both sides run alternately in fresh processes; the peer needs its own env
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -78,7 +79,7 @@ def measure(bench: Path) -> dict:
     )
     return losses.mean(where=batch.globals["mask"])
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):
     params, moments = state
     loss, grads = jax.value_and_grad(loss_of)(params, batch)
