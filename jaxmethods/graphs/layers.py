@@ -6,12 +6,14 @@ Arrays follow the batch layout of `jaxmethods.graphs`: N node slots, E edges fro
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.experimental import sparse
 
 from jaxmethods.models.init import torch_linear
 
@@ -55,7 +57,7 @@ def segment_max(
 
 def _rows(x: Array, index: Array) -> Array:
   """Rows of `x`; no bounds check, the batch builder has made it once."""
-  return x.at[index].get(mode="promise_in_bounds")
+  return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
 def _drop(segments: Array, mask: Array | None, num_segments: int) -> Array:
@@ -72,6 +74,9 @@ def neighbour_sum(
   receivers: Array,
   edge_weights: Array | None = None,
   edge_mask: Array | None = None,
+  *,
+  symmetric: bool = False,
+  how: Literal["csr", "segments"] | None = None,
 ) -> Array:
   """Adds up the rows of the senders at each receiver: the product A^T x.
 
@@ -80,16 +85,64 @@ def neighbour_sum(
     senders: (E,) int.
     receivers: (E,) int, sorted.
     edge_weights: (E,), default 1.
-    edge_mask: (E,) bool, default all true.
+    edge_mask: (E,) bool, default all true; masked edges last.
+    symmetric: promises that every edge is there in both directions with the same weight; the
+      gradient is then the same product again instead of an unsorted scatter.
+    how: "segments" (gather and segment sum) or "csr" (sparse product, float32 only). Default csr
+      on CPU for rows wide enough to gain: 16k nodes, 131k edges, F = 64: 3.5 ms against 30; 2.6k
+      nodes, 10k edges: 0.21 against 0.49 (F = 64), 0.13 against 0.07 (F = 16).
 
   Returns:
     (N, F).
   """
+  x, senders, receivers = map(jnp.asarray, (x, senders, receivers))
+  if how is None:
+    wide = x.dtype == jnp.float32 and x.shape[-1] >= 32
+    how = "csr" if wide and jax.default_backend() == "cpu" else "segments"
+  if how == "csr":
+    return _csr_sum(x, senders, receivers, edge_weights, edge_mask, symmetric)
   num_nodes = x.shape[0]
   messages = _rows(x, senders)
   if edge_weights is not None:
     messages = messages * edge_weights[:, None]
   return segment_sum(messages, _drop(receivers, edge_mask, num_nodes), num_nodes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _csr_sum(x, senders, receivers, weights, mask, symmetric):
+  del symmetric
+  num_nodes = x.shape[0]
+  values = jnp.ones(senders.shape, x.dtype) if weights is None else weights.astype(x.dtype)
+  if mask is not None:
+    values = jnp.where(mask, values, 0)
+  counts = jnp.zeros(num_nodes + 1, senders.dtype).at[receivers + 1].add(1, indices_are_sorted=True)
+  matrix = sparse.BCSR((values, senders, jnp.cumsum(counts)), shape=(num_nodes, num_nodes))
+  return matrix @ x
+
+
+def _csr_sum_forward(x, senders, receivers, weights, mask, symmetric):
+  y = _csr_sum(x, senders, receivers, weights, mask, symmetric)
+  # x is needed for the gradient of the weights only.
+  return y, (None if weights is None else x, senders, receivers, weights, mask)
+
+
+def _csr_sum_backward(symmetric, residuals, dy):
+  x, senders, receivers, weights, mask = residuals
+  if symmetric:
+    dx = _csr_sum(dy, senders, receivers, weights, mask, True)
+  else:
+    back = _rows(dy, receivers) if weights is None else _rows(dy, receivers) * weights[:, None]
+    num_nodes = dy.shape[0]
+    dx = segment_sum(back, _drop(senders, mask, num_nodes), num_nodes, is_sorted=False)
+  if weights is None:
+    return dx, None, None, None, None
+  d_weights = (_rows(x, senders) * _rows(dy, receivers)).sum(-1).astype(weights.dtype)
+  if mask is not None:
+    d_weights = jnp.where(mask, d_weights, 0)
+  return dx, None, None, d_weights, None
+
+
+_csr_sum.defvjp(_csr_sum_forward, _csr_sum_backward)
 
 
 def softmax_terms(
@@ -286,11 +339,13 @@ class GIN(nn.Module):
     epsilon: fixed weight of the node itself beyond 1 (1.0 where the published code has self loops
       in its adjacency).
     batch_norm: whether the MLP normalises.
+    symmetric: as in `neighbour_sum`; true of every batch of `GraphData` without edge weights.
   """
 
   features: int
   epsilon: float = 0.0
   batch_norm: bool = False
+  symmetric: bool = False
 
   @nn.compact
   def __call__(
@@ -305,7 +360,8 @@ class GIN(nn.Module):
     train: bool = False,
   ) -> Array:
     """(N, F) -> (N, features); edges as in `neighbour_sum`, `node_mask` for the normalisation."""
-    around = neighbour_sum(x, senders, receivers, edge_weights, edge_mask)
+    edges = senders, receivers, edge_weights, edge_mask
+    around = neighbour_sum(x, *edges, symmetric=self.symmetric)
     h = (1.0 + self.epsilon) * x + around
     h = nn.Dense(self.features, name="linear_0", **torch_linear(x.shape[-1]))(h)
     if self.batch_norm:
@@ -320,9 +376,11 @@ class GCN(nn.Module):
 
   Attributes:
     features: width of the result.
+    symmetric: as in `neighbour_sum`.
   """
 
   features: int
+  symmetric: bool = False
 
   @nn.compact
   def __call__(
@@ -337,13 +395,14 @@ class GCN(nn.Module):
     kernel = self.param("kernel", nn.initializers.glorot_uniform(), (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     ones = jnp.ones((x.shape[0], 1), x.dtype)
-    degree = 1.0 + neighbour_sum(ones, senders, receivers, edge_weights, edge_mask)
+    edges = senders, receivers, edge_weights, edge_mask
+    degree = 1.0 + neighbour_sum(ones, *edges)
     # Not jnp.maximum, whose gradient is halved at the tie of a node without neighbours.
     norm = jax.lax.rsqrt(jnp.where(degree < 1.0, 1.0, degree))
 
     def propagate(h: Array) -> Array:
       h = h * norm
-      return (h + neighbour_sum(h, senders, receivers, edge_weights, edge_mask)) * norm
+      return (h + neighbour_sum(h, *edges, symmetric=self.symmetric)) * norm
 
     # Both orders are the same product; edges cost by the width they carry.
     h = propagate(x) @ kernel if x.shape[-1] < self.features else propagate(x @ kernel)

@@ -34,7 +34,7 @@ class StructureBranch(nn.Module):
     s = nn.Dense(self.hidden, name="embed", **torch_linear(structure.shape[-1]))(structure)
     states = [s]
     for layer in range(self.num_layers):
-      conv = GCN(self.hidden, name=f"conv_{layer}")
+      conv = GCN(self.hidden, symmetric=True, name=f"conv_{layer}")
       s = jnp.tanh(conv(s, batch.senders, batch.receivers, edge_mask=batch.edges["mask"]))
       states.append(s)
     return states
@@ -68,7 +68,7 @@ class FedStarBackbone(nn.Module):
     x = nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)
     for layer in range(self.num_layers):
-      conv = GIN(self.hidden, name=f"conv_{layer}")
+      conv = GIN(self.hidden, symmetric=True, name=f"conv_{layer}")
       h = jnp.concatenate([h, states[layer]], axis=-1)
       h = conv(h, batch.senders, batch.receivers, edge_mask=batch.edges["mask"])
       h = self._drop(nn.relu(h), train)

@@ -38,7 +38,7 @@ class GINBackbone(nn.Module):
     x = nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)
     for layer in range(self.num_layers):
-      conv = GIN(self.hidden, name=f"conv_{layer}")
+      conv = GIN(self.hidden, symmetric=True, name=f"conv_{layer}")
       h = conv(h, batch.senders, batch.receivers, edge_mask=batch.edges["mask"])
       h = self._drop(nn.relu(h), train)
     h = pool(h, nodes["graph"], batch.n_node.shape[0], nodes["mask"])
