@@ -156,7 +156,7 @@ def minimum_cut(weights: jax.Array, member: jax.Array | None = None) -> tuple[ja
 
     def add(_, order):
       # Add the node that is most tightly connected to those added so far.
-      tightness, added, last, before = order
+      tightness, added, last, _ = order
       node = jnp.where(alive & ~added, tightness, -jnp.inf).argmax().astype(jnp.int32)
       left = (alive & ~added).any()
       step = (tightness + weights[node], added.at[node].set(True), node, last)

@@ -41,8 +41,8 @@ def bucket_clients(
   """Sorts clients by size into buckets, pads each to its largest client and puts them on the device.
 
   Args:
-    clients: for each client, arrays that share their first axis (its examples); all clients have the same
-      names and trailing shapes.
+    clients: for each client, arrays that share their first axis (its examples); all clients have
+      the same names and trailing shapes.
     max_buckets: the most buckets, so the most shapes that the round compiles; None: 1 on CPU, else 4.
     multiple: bucket lengths are multiples of this, normally the batch size.
 

@@ -87,7 +87,7 @@ def shards(
   labels = _check_labels(labels, "labels")
   _check_request(len(labels), num_clients, min_examples)
   num_shards = num_clients * shards_per_client
-  if not 1 <= shards_per_client or num_shards > len(labels):
+  if shards_per_client < 1 or num_shards > len(labels):
     raise InputError(
       f"shards_per_client: {num_clients} clients with {shards_per_client} shards each need at least "
       f"{num_shards} examples and one shard, got {len(labels)} examples"
