@@ -79,14 +79,15 @@ def fedavg(
   """Averages the shared parameters after local training of every client.
 
   Args:
-    loss: (params, model_state, batch, key) -> (scalar, (model_state, metrics)); honours the sample mask in
-      `batch`.
+    loss: (params, model_state, batch, key) -> (scalar, (model_state, metrics)); honours the sample
+      mask in `batch`.
     optimizer: of the clients.
     shared: which parameters are exchanged, by path "a/b/c"; the others never leave the client.
     proximal: mu of FedProx: adds (mu / 2) ||w - w_server||^2 over the shared parameters to the loss.
     weighted: average by example counts; False: every participating client counts the same.
     local_epochs: passes over a client's batches per round.
-    server_optimizer: applied to the pseudo-gradient w_server - mean(w_client); None puts the mean in place.
+    server_optimizer: applied to the pseudo-gradient w_server - mean(w_client); None puts the mean
+      in place.
     keep_optimizer: keep each client's optimiser state from round to round (it then includes the
       moments of the shared parameters); False starts it anew.
     batches: (data, epoch key) -> Batches; `prebatched` or `batching.shuffled(batch_size)`.
@@ -212,7 +213,8 @@ def local_sgd(
     optimizer: an optax transformation.
     state: (params, model_state, opt_state).
     data: what `batches` reads.
-    key: epoch e uses `fold_in(key, e)`, its step i `fold_in(fold_in(., 1), i)`.
+    key: split into an order key and a step key per epoch; step i gets `fold_in(step key, i)`, so
+      padding steps leave the other steps' numbers alone.
     epochs: passes over the data.
     batches: (data, epoch key) -> Batches.
     unroll: of the loop over steps.
@@ -229,21 +231,23 @@ def local_sgd(
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), model_state, opt_state), metrics | {"loss": value}
 
-  def epoch(state, epoch_key):
-    order_key, step_key = jax.random.fold_in(epoch_key, 0), jax.random.fold_in(epoch_key, 1)
+  def skip(state, batch, key):
+    _, metrics = jax.eval_shape(train, state, batch, key)
+    return state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+
+  def epoch(state, keys):
+    order_key, step_key = keys
     steps = batches(data, order_key)
 
     def step(state, xs):
       batch, real, i = xs
-      new, metrics = train(state, batch, jax.random.fold_in(step_key, i))
-      return _where(real, new, state), _where(real, metrics, jax.tree.map(jnp.zeros_like, metrics))
+      return jax.lax.cond(real, train, skip, state, batch, jax.random.fold_in(step_key, i))
 
     numbers = jnp.arange(steps.real.shape[0])
     state, metrics = jax.lax.scan(step, state, (*steps, numbers), unroll=unroll)
     return state, (jax.tree.map(lambda m: m.sum(0), metrics), steps.real.sum())
 
-  epoch_keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(epochs))
-  state, (totals, steps) = jax.lax.scan(epoch, state, epoch_keys)
+  state, (totals, steps) = jax.lax.scan(epoch, state, jax.random.split(key, (epochs, 2)))
   return state, jax.tree.map(lambda m: m.sum(0) / jnp.maximum(steps.sum(), 1), totals)
 
 

@@ -41,9 +41,9 @@ def shuffled(batch_size: int) -> Batching:
   def batches(data: dict[str, jax.Array], key: jax.Array) -> Batches:
     mask = data["mask"]
     steps = -(-mask.shape[0] // batch_size)
-    # One number per position rather than `permutation`, whose result depends on the padded length.
-    draw = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)) >> 1)
-    order = jnp.argsort(jnp.where(mask, draw(jnp.arange(mask.shape[0])), jnp.uint32(2**32 - 1)))
+    # Threefry's i-th number does not depend on how many are drawn, so padding cannot change the order.
+    draw = jax.random.bits(key, mask.shape) >> 1
+    order = jnp.argsort(jnp.where(mask, draw, jnp.uint32(2**32 - 1)))
     order = jnp.pad(order, (0, steps * batch_size - mask.shape[0]), constant_values=-1)
     order = order.reshape(steps, batch_size)
     batch = {name: x[order] for name, x in data.items()}

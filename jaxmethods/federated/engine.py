@@ -5,9 +5,11 @@
 so its clients share shapes, and groups may differ (size buckets, feature widths, architectures; only
 messages and uploads must look alike). How a group is mapped over changes the speed, never the result:
 
-  vmap   all clients of a group in one batched program. Best on GPU and TPU, and on CPU for dense nets.
-  scan   one client after the other (`lax.map`). Best on CPU otherwise: batched weights turn convolutions
-         into grouped ones (3 times slower), and one client's weights stay in the cache.
+  vmap   all clients of a group in one batched program. Best on GPU and TPU. On CPU it comes close for
+         dense nets with equal clients, and wins there when a step is so small that its overhead counts.
+  scan   one client after the other (`lax.map`). Best on CPU otherwise: one client's weights stay in the
+         cache, its padding steps are skipped, and batched weights would turn convolutions into grouped
+         ones (3 times slower).
   shard  clients spread over the mesh axis "clients", several per device.
 """
 
@@ -26,6 +28,7 @@ from jaxmethods.federated.algorithm import (
   FederatedAlgorithm,
   ServerState,
 )
+from jaxmethods.federated.padding import repeat_first
 
 ClientMap = Literal["vmap", "scan", "shard"]
 CLIENT_MAPS = ("vmap", "scan", "shard")
@@ -84,11 +87,11 @@ def federated_round(
     weights: per group, (group size,) example counts; 0 marks a padding client.
     key: the round's key. Client i works with `fold_in(key, ids[i])`.
     taking_part: (clients,) bool; the others get weight 0 and keep their state. None: all.
-    cohort: runs only these clients, at the cost of these clients. The server then sees uploads and weights of
-      the cohort alone (its own per-client state cannot follow: GCFL needs `taking_part`), and
-      the metrics are the cohort's.
-    ids: per group, (group size,) integers: who a client is whatever row it sits in, so that bucketing and
-      padding leave its random numbers alone. Default: its position.
+    cohort: runs only these clients, at the cost of these clients. The server then sees uploads and
+      weights of the cohort alone (a server with per-client state cannot follow: GCFL needs
+      `taking_part`), and the metrics are the cohort's.
+    ids: per group, (group size,) integers: who a client is whatever row it sits in, so that
+      bucketing and padding leave its random numbers alone. Default: its position.
     client_map: "vmap", "scan" or "shard"; None takes `default_client_map()`.
     mesh: for "shard": a mesh with an axis "clients". Groups are padded up to a multiple of it (pad
       beforehand with `padding.pad_clients` to save that copy).
@@ -109,7 +112,9 @@ def federated_round(
     groups = [_take(g, rows) for g, rows in zip(groups, cohort.rows, strict=True)]
 
   work = _client_map(_one_client(algorithm), client_map or default_client_map(), mesh)
-  outcome = [work(server, key, i, ident, c, d) for c, d, _, i, ident in groups]
+  # All keys at once: inside a sequential map a single `fold_in` costs as much as a small layer.
+  fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  outcome = [work(server, i, fold_in(key, ident), c, d) for c, d, _, i, ident in groups]
   states = [state for state, _, _ in outcome]
   uploads = _concatenate([upload for _, upload, _ in outcome])
   metrics = _concatenate([metric for _, _, metric in outcome])
@@ -201,47 +206,37 @@ def traffic(
 
 
 def _one_client(algorithm: FederatedAlgorithm) -> Callable:
-  def one_client(server, key, index, ident, client, data):
-    message = algorithm.download(server, index)
-    return algorithm.local(message, client, data, jax.random.fold_in(key, ident))
+  def one_client(server, index, key, client, data):
+    return algorithm.local(algorithm.download(server, index), client, data, key)
 
   return one_client
 
 
 def _client_map(one_client: Callable, how: ClientMap, mesh: jax.sharding.Mesh | None) -> Callable:
-  """Lifts (server, key, *one client) to (server, key, *stacked clients)."""
+  """Lifts (server, *one client) to (server, *stacked clients)."""
   if how == "vmap":
-    return jax.vmap(one_client, in_axes=(None, None, 0, 0, 0, 0))
+    return jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0))
   if how == "scan":
-    return lambda server, key, *stacked: jax.lax.map(
-      lambda args: one_client(server, key, *args), stacked
-    )
+    return lambda server, *stacked: jax.lax.map(lambda args: one_client(server, *args), stacked)
   assert mesh is not None
-  spread, everywhere = jax.P(CLIENTS_AXIS), jax.P()
+  spread = jax.P(CLIENTS_AXIS)
   sharded = jax.shard_map(
     _client_map(one_client, default_client_map(mesh.devices.flat[0].platform), None),
     mesh=mesh,
-    in_specs=(everywhere, everywhere, spread, spread, spread, spread),
+    in_specs=(jax.P(), spread, spread, spread, spread),
     out_specs=spread,
     # Replicated parameters meet local data here: with the check on, differentiating inside `local`
     # would sum the gradients of the clients of different devices.
     check_vma=False,
   )
 
-  def padded(server, key, *stacked):
+  def padded(server, *stacked):
     size = stacked[0].shape[0]
     extra = -size % mesh.shape[CLIENTS_AXIS]
-    outcome = sharded(server, key, *(_pad_rows(x, extra) for x in stacked))
+    outcome = sharded(server, *(repeat_first(x, extra) for x in stacked))
     return jax.tree.map(lambda x: x[:size], outcome) if extra else outcome
 
   return padded
-
-
-def _pad_rows(tree: Any, extra: int) -> Any:
-  """Repeats the first row `extra` times at the end: unlike zeros it is a client that surely works."""
-  if not extra:
-    return tree
-  return jax.tree.map(lambda x: jnp.concatenate([x, *[x[:1]] * extra]), tree)
 
 
 def _check_groups(clients, data, weights, client_map, mesh) -> list[int]:

@@ -1,0 +1,156 @@
+"""Splitting one data set over clients. Every function returns one index array per client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmethods.errors import InputError
+
+
+def iid(
+  num_examples: int, num_clients: int, seed: int, *, min_examples: int = 1
+) -> list[np.ndarray]:
+  """Deals a permutation of the examples out evenly; sizes differ by at most one."""
+  _check_request(num_examples, num_clients, min_examples)
+  order = np.random.default_rng(seed).permutation(num_examples)
+  return [np.sort(part) for part in np.array_split(order, num_clients)]
+
+
+def dirichlet(
+  labels: Sequence[int] | np.ndarray,
+  num_clients: int,
+  seed: int,
+  *,
+  alpha: float = 0.5,
+  min_examples: int = 1,
+) -> list[np.ndarray]:
+  """Label skew: the shares of each class over the clients are drawn from Dirichlet(alpha).
+
+  Hsu, Qi, Brown 2019, arXiv 1909.06335. Clients left with fewer than `min_examples` are topped up one
+  example at a time from the currently largest client.
+
+  Args:
+    labels: (n,) integers.
+    num_clients: number of clients.
+    seed: of the split.
+    alpha: concentration; small is skewed, large is iid.
+    min_examples: every client gets at least this many.
+
+  Raises:
+    InputError: if the request cannot be met.
+  """
+  labels = _check_labels(labels, "labels")
+  _check_request(len(labels), num_clients, min_examples)
+  if not 0 < alpha < np.inf:
+    raise InputError(f"alpha: must be positive and finite, got {alpha}")
+  rng = np.random.default_rng(seed)
+  parts: list[list[int]] = [[] for _ in range(num_clients)]
+  for label in np.unique(labels):
+    members = rng.permutation(np.flatnonzero(labels == label))
+    cuts = (np.cumsum(rng.dirichlet([alpha] * num_clients))[:-1] * len(members)).astype(int)
+    for part, share in zip(parts, np.split(members, cuts), strict=True):
+      part.extend(share.tolist())
+  sizes = np.array([len(part) for part in parts])
+  for k in np.flatnonzero(sizes < min_examples):
+    while sizes[k] < min_examples:
+      largest = sizes.argmax()
+      parts[k].append(parts[largest].pop())
+      sizes[k] += 1
+      sizes[largest] -= 1
+  return [np.sort(part) for part in parts]
+
+
+def shards(
+  labels: Sequence[int] | np.ndarray,
+  num_clients: int,
+  seed: int,
+  *,
+  shards_per_client: int = 2,
+  min_examples: int = 1,
+) -> list[np.ndarray]:
+  """Pathological skew: examples sorted by label, cut into equal shards, dealt out at random.
+
+  McMahan et al. 2017: with two shards most clients see two classes.
+
+  Args:
+    labels: (n,) integers.
+    num_clients: number of clients.
+    seed: of the deal.
+    shards_per_client: shards that each client gets.
+    min_examples: every client gets at least this many.
+
+  Raises:
+    InputError: if the request cannot be met.
+  """
+  labels = _check_labels(labels, "labels")
+  _check_request(len(labels), num_clients, min_examples)
+  num_shards = num_clients * shards_per_client
+  if shards_per_client < 1 or num_shards > len(labels):
+    raise InputError(
+      f"shards_per_client: {num_clients} clients with {shards_per_client} shards each need at least "
+      f"{num_shards} examples and one shard, got {len(labels)} examples"
+    )
+  pieces = np.array_split(np.argsort(labels, kind="stable"), num_shards)
+  deal = np.random.default_rng(seed).permutation(num_shards).reshape(num_clients, shards_per_client)
+  return _checked([np.sort(np.concatenate([pieces[i] for i in d])) for d in deal], min_examples)
+
+
+def by_domain(
+  domains: Sequence[int] | np.ndarray, num_clients: int, seed: int, *, min_examples: int = 1
+) -> list[np.ndarray]:
+  """Feature skew: every client holds examples of one domain only.
+
+  Client k belongs to the (k mod number of domains)-th domain; the clients of one domain share it evenly.
+
+  Args:
+    domains: (n,) integers.
+    num_clients: number of clients, at least one per domain.
+    seed: of the split inside a domain.
+    min_examples: every client gets at least this many.
+
+  Raises:
+    InputError: if the request cannot be met.
+  """
+  domains = _check_labels(domains, "domains")
+  _check_request(len(domains), num_clients, min_examples)
+  names = np.unique(domains)
+  if num_clients < len(names):
+    raise InputError(f"num_clients: {len(names)} domains need as many clients, got {num_clients}")
+  rng = np.random.default_rng(seed)
+  parts = [np.empty(0, int)] * num_clients
+  for d, name in enumerate(names):
+    clients = range(d, num_clients, len(names))
+    order = rng.permutation(np.flatnonzero(domains == name))
+    for k, part in zip(clients, np.array_split(order, len(clients)), strict=True):
+      parts[k] = np.sort(part)
+  return _checked(parts, min_examples)
+
+
+def _check_request(num_examples: int, num_clients: int, min_examples: int) -> None:
+  if num_clients < 1:
+    raise InputError(f"num_clients: must be at least 1, got {num_clients}")
+  if min_examples < 1:
+    raise InputError(f"min_examples: must be at least 1, got {min_examples}")
+  if num_clients * min_examples > num_examples:
+    raise InputError(
+      f"num_clients: {num_clients} clients with at least {min_examples} examples each need "
+      f"{num_clients * min_examples}, got {num_examples}"
+    )
+
+
+def _check_labels(labels: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
+  labels = np.asarray(labels)
+  if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    raise InputError(f"{name}: expected (n,) integers, got {labels.dtype} of shape {labels.shape}")
+  return labels
+
+
+def _checked(parts: list[np.ndarray], min_examples: int) -> list[np.ndarray]:
+  for k, part in enumerate(parts):
+    if len(part) < min_examples:
+      raise InputError(
+        f"client {k} would get {len(part)} examples, fewer than min_examples {min_examples}"
+      )
+  return parts
