@@ -87,7 +87,7 @@ def make_clients(data: GraphData, config: Config) -> Clients:
     graph = np.repeat(np.arange(len(data.labels)), data.graphs.n_node)
     bad = graph[~np.isfinite(data.graphs.nodes).all(1)][0]
     raise InputError(f"{name}: graph {bad} has features that are not finite")
-  parts = partition.iid(data.labels, config.clients_per_domain, seed=config.split_seed)
+  parts = _partition(data, config)
   names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
   usable = np.asarray(data.graphs.n_edge) > 0
   train, held_out, counts, split = [], [], [], np.zeros(len(data.labels), np.int32)
@@ -117,6 +117,14 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   ids = held_out.graphs.globals["id"]
   held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
   return Clients(names, data, to_clients(train), held_out, np.array(counts, np.float32))
+
+
+def _partition(data: GraphData, config: Config) -> list[np.ndarray]:
+  """The graphs of each client of a domain; a single client keeps the published order."""
+  count = len(data.labels)
+  if config.clients_per_domain == 1:
+    return [np.arange(count)]
+  return partition.iid(count, config.clients_per_domain, config.split_seed)
 
 
 def _chunks(ids: np.ndarray, size: int) -> list[np.ndarray]:
@@ -273,8 +281,8 @@ def make_algorithm(config: Config, backbone: Backbone, num_clients: int) -> Setu
   )
   if config.algorithm == "gcfl":
     algorithm = gcfl.gcfl(
-      loss, optimizer, num_clients=num_clients, eps_1=config.gcfl_eps_mean,
-      eps_2=config.gcfl_eps_max, first_split=config.gcfl_first_split, **options,
+      loss, optimizer, num_clients, mean_bound=config.gcfl_mean_bound,
+      max_bound=config.gcfl_max_bound, first_rounds=config.gcfl_first_rounds, **options,
     )  # fmt: skip
     start = lambda params, state, index: gcfl.init_client(
       params, state, shared=shared, optimizer=optimizer

@@ -56,9 +56,11 @@ class Config(RunConfig):
   mean_mode: Literal["code", "ema"] = "code"
 
   proximal: float = 0.01  # mu of fedprox (inferred from the published GCFL runs)
-  gcfl_eps_mean: float = 0.01
-  gcfl_eps_max: float = 0.1
-  gcfl_first_split: int = 20  # clusters may split after this round
+  # gcfl cuts a cluster whose mean update is shorter than the first bound while a single one is
+  # longer than the second, after so many rounds.
+  gcfl_mean_bound: float = 0.01
+  gcfl_max_bound: float = 0.1
+  gcfl_first_rounds: int = 20
 
   client_map: Literal["auto", "vmap", "scan"] = "auto"
 
