@@ -251,12 +251,12 @@ class Setup(NamedTuple):
 
   Attributes:
     algorithm: the federated algorithm.
-    client: (params, model state, client index) -> the client's first state.
+    client: (params, model state) -> the client's first state.
     offset: client state -> what is added to a representation when predicting, (H,) or 0.
   """
 
   algorithm: FederatedAlgorithm
-  client: Callable[[Any, Any, jax.Array], Any]
+  client: Callable[[Any, Any], Any]
   offset: Callable[[Any], Any]
 
 
@@ -284,15 +284,11 @@ def make_algorithm(config: Config, backbone: Backbone, num_clients: int) -> Setu
       loss, optimizer, num_clients, mean_bound=config.gcfl_mean_bound,
       max_bound=config.gcfl_max_bound, first_rounds=config.gcfl_first_rounds, **options,
     )  # fmt: skip
-    start = lambda params, state, index: gcfl.init_client(
-      params, state, shared=shared, optimizer=optimizer
-    )
-    return Setup(algorithm, start, lambda client: 0.0)
-  proximal = config.proximal if config.algorithm == "fedprox" else 0.0
-  algorithm = algorithms.fedavg(loss, optimizer, proximal=proximal, **options)
+  else:
+    proximal = config.proximal if config.algorithm == "fedprox" else 0.0
+    algorithm = algorithms.fedavg(loss, optimizer, proximal=proximal, **options)
 
-  def start(params, model_state, index):
-    del index
+  def start(params, model_state):
     return algorithms.init_client(params, model_state, shared=shared, optimizer=optimizer)
 
   return Setup(algorithm, start, lambda client: 0.0)
@@ -316,8 +312,7 @@ def _make_fedssp(config: Config, backbone: Backbone, optimizer) -> Setup:
     },
   )  # fmt: skip
 
-  def start(params, model_state, index):
-    del index
+  def start(params, model_state):
     zero = jnp.zeros(params["head"]["kernel"].shape[0])
     return method.Client(params, model_state, zero, zero, optimizer.init(params))
 
@@ -386,7 +381,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       members = []
       for _ in group.names:
         model = backbone.init(jax.random.fold_in(model_key, index), batch, group.data.num_classes)
-        members.append(setup.client(*model, jnp.asarray(index)))
+        members.append(setup.client(*model))
         first = model[0] if first is None else first
         index += 1
       clients.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
