@@ -90,21 +90,22 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   parts = _partition(data, config)
   names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
   usable = np.asarray(data.graphs.n_edge) > 0
-  train, held_out, counts, split = [], [], [], np.zeros(len(data.labels), np.int32)
+  fit_batches, held_out_batches, counts = [], [], []
+  split = np.zeros(len(data.labels), np.int32)
   for client, part in zip(names, parts, strict=True):
-    pieces = splits.stratified_split(
-      data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed
-    )
+    pieces = splits.stratified_split(data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed)
     # Graphs without edges have no spectrum to speak of: the published code trains and tests without.
     fit, validation, test = (part[i][usable[part[i]]] for i in pieces)
     for what, ids in (("training", fit), ("test", test)):
       if not len(ids):
-        raise InputError(f"client {client}: no {what} graphs with edges among its {len(part)} graphs")
+        raise InputError(
+          f"client {client}: no {what} graphs with edges among its {len(part)} graphs"
+        )
     if len(np.unique(data.labels[fit])) < 2:
       raise InputError(f"client {client}: its training graphs all have class {data.labels[fit][0]}")
     split[validation], split[test] = 1, 2
-    train.append(_chunks(fit, config.batch_size))
-    held_out.append(_chunks(np.concatenate([validation, test]), config.batch_size))
+    fit_batches.append(_chunks(fit, config.batch_size))
+    held_out_batches.append(_chunks(np.concatenate([validation, test]), config.batch_size))
     counts.append(len(fit))
 
   nodes = {"features": data.graphs.nodes}
@@ -113,10 +114,10 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   graphs = data.graphs._replace(nodes=nodes)
   spectra = spectra_cache.laplacian_spectra(data.graphs)
   to_clients = lambda batches: _pack_clients(graphs, data.labels, spectra, batches, config.hidden)
-  held_out = to_clients(held_out)
+  held_out = to_clients(held_out_batches)
   ids = held_out.graphs.globals["id"]
   held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
-  return Clients(names, data, to_clients(train), held_out, np.array(counts, np.float32))
+  return Clients(names, data, to_clients(fit_batches), held_out, np.array(counts, np.float32))
 
 
 def _partition(data: GraphData, config: Config) -> list[np.ndarray]:
@@ -152,9 +153,13 @@ def _pack_clients(
 def make_backbone(config: Config) -> Backbone:
   """The network named by `config.backbone`."""
   if config.backbone == "spectral":
-    return _spectral_backbone(SpectralGNN(config.hidden, config.heads, config.layers, config.dropout))
+    return _spectral_backbone(
+      SpectralGNN(config.hidden, config.heads, config.layers, config.dropout)
+    )
   network = GINBackbone if config.backbone == "gin" else FedStarBackbone
-  return _gin_backbone(lambda classes: network(classes, config.hidden, config.layers, config.dropout))
+  return _gin_backbone(
+    lambda classes: network(classes, config.hidden, config.layers, config.dropout)
+  )
 
 
 def _spectral_backbone(model: SpectralGNN) -> Backbone:
@@ -360,10 +365,13 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   backbone = make_backbone(config)
   names = [name for group in groups for name in group.names]
   setup = make_algorithm(config, backbone, len(names))
-  sharded = mesh is not None and engine.CLIENTS_AXIS in mesh.shape
-  client_map = "shard" if sharded else None if config.client_map == "auto" else config.client_map
+  if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
+    raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
+  client_map: engine.ClientMap | None = "shard" if mesh else None
+  if not mesh and config.client_map != "auto":
+    client_map = config.client_map
 
-  everywhere = jax.NamedSharding(mesh, jax.P()) if sharded else None
+  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
   put = lambda tree: jax.device_put(tree, everywhere)
   views = tuple(put(backbone.view(group.train)) for group in groups)
   federation = Federation(
@@ -402,19 +410,17 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       taking_part = engine.sample_participants(cohort_key, len(names), drawn)
     server, clients, metrics = engine.federated_round(
       setup.algorithm, state.server, state.clients, batch.train, batch.weights, work_key,
-      taking_part=taking_part, client_map=client_map, mesh=mesh if sharded else None,
+      taking_part=taking_part, client_map=client_map, mesh=mesh,
     )  # fmt: skip
     share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
     metrics = {name: value @ share / share.sum() for name, value in metrics.items()}
-    traffic = engine.traffic(
-      setup.algorithm, state.server, state.clients, batch.train
-    )
+    traffic = engine.traffic(setup.algorithm, state.server, state.clients, batch.train)
     metrics["bytes_up"] = share @ jnp.asarray(traffic.up, jnp.float32)
     metrics["bytes_down"] = share @ jnp.asarray(traffic.down, jnp.float32)
     return State(server, clients, state.key, state.round + 1), metrics
 
   def evaluate(state: State, test) -> dict[str, jax.Array]:
-    accuracy = {"test": [], "validation": []}
+    accuracy: dict[str, list[jax.Array]] = {"test": [], "validation": []}
     index = 0
     for clients, view in zip(state.clients, test, strict=True):
       size = jax.tree.leaves(view)[0].shape[0]

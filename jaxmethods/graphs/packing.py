@@ -9,7 +9,7 @@ data sets with a few very large graphs (PROTEINS: 620 nodes, mean 39).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jraph
@@ -35,10 +35,10 @@ class SpectralBatch(NamedTuple):
   """
 
   graphs: jraph.GraphsTuple
-  encoding: np.ndarray
-  products: tuple[np.ndarray, ...]
-  edge_mask: np.ndarray
-  twin: np.ndarray
+  encoding: Any  # arrays: numpy on the host, jax on the device
+  products: tuple[Any, ...]
+  edge_mask: Any
+  twin: Any
 
 
 def row_lengths(sizes: np.ndarray, multiple: int = 8) -> tuple[int, ...]:
@@ -56,7 +56,8 @@ def row_lengths(sizes: np.ndarray, multiple: int = 8) -> tuple[int, ...]:
   """
   longest = _round_up(sizes.max(), multiple)
   cost = lambda chosen, length: chosen.sum() * (1 + length / 400)
-  best, best_cost = (longest,), 0.9 * cost(sizes, longest)
+  best: tuple[int, ...] = (longest,)
+  best_cost = 0.9 * cost(sizes, longest)
   for quantile in (0.5, 0.75, 0.9, 0.95, 0.98):
     # A row should hold a few graphs, or the slack at its end eats what shorter attention saves.
     short = _round_up(2 * np.quantile(sizes, quantile), multiple)
@@ -142,7 +143,7 @@ def pack(
   shape = _Shape(
     lengths, num_rows, row_edges, num_edges, sum(num_rows) + max(len(ids) for ids in batches)
   )
-  encoding = sine_encoding(spectra.eigenvalues, hidden).astype(dtype)
+  encoding: np.ndarray = sine_encoding(spectra.eigenvalues, hidden).astype(dtype)
   nodes = graphs.nodes if isinstance(graphs.nodes, dict) else {"features": graphs.nodes}
   source = _Source(graphs._replace(nodes=nodes), labels, spectra, encoding)
   packed = [_pack_one(source, layout, shape) for layout in layouts]
@@ -183,9 +184,7 @@ def _layout(graphs: jraph.GraphsTuple, ids, lengths, row_edges) -> list[list[lis
   layout, shorter = [], 0
   for length, capacity in zip(lengths, row_edges, strict=True):
     members = [int(k) for k in ids if shorter < sizes[k] <= length]
-    rows = first_fit_decreasing(
-      sizes[members].tolist(), links[members].tolist(), length, capacity
-    )
+    rows = first_fit_decreasing(sizes[members].tolist(), links[members].tolist(), length, capacity)
     rows = [[members[i] for i in row] for row in rows]
     layout.append(sorted(rows, key=lambda row: -sizes[row].sum()))
     shorter = length
@@ -205,8 +204,8 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
   encoding = np.zeros((num_slots, source.encoding.shape[1]), dtype)
   node_mask = np.zeros(num_slots, bool)
   products, edge_masks = [], []
-  nothing = np.zeros(0, np.int32)
-  senders, receivers, twins = [nothing], [nothing], [nothing]  # a batch may be empty
+  senders: list[np.ndarray] = [np.zeros(0, np.int32)]  # a batch may be empty
+  receivers, twins = list(senders), list(senders)
   n_node, n_edge, graph_id = [], [], []
 
   slot, twin_start = 0, 0

@@ -194,7 +194,9 @@ def fedssp(
       p, buffer = client.preference, client.preference_buffer
       if preference is not None:
         p, buffer = preference(p, gradients[1], buffer)
-      stepped = Client(optax.apply_updates(client.params, updates), model_state, p, buffer, opt_state)
+      stepped = Client(
+        optax.apply_updates(client.params, updates), model_state, p, buffer, opt_state
+      )
       real = target(batch)[1].any()
       keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(real, a, b), new, old)
       return keep((stepped, jax.lax.stop_gradient(new_mean)), (client, mean)), (metrics, real)
