@@ -19,6 +19,7 @@ from jaxmethods.data import records as data_records
 from jaxmethods.data import sources, spectra_cache, splits
 from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
+from jaxmethods.experiments import graph_figures
 from jaxmethods.federated import algorithms, engine, gcfl, partition, paths
 from jaxmethods.federated.algorithm import FederatedAlgorithm
 from jaxmethods.federated.batching import Batches
@@ -41,7 +42,9 @@ class Clients(NamedTuple):
 
   Attributes:
     names: one per client.
-    data: the graphs they share out.
+    num_classes: of the data set they share out.
+    majority: share of its most frequent class.
+    dropped: its graphs without edges.
     train: batches, (clients, steps, ...); a client with fewer batches ends in empty ones.
     held_out: validation and test graphs in batches of the same layout; `globals["split"]` is
       1 for validation, 2 for test, 0 for padding.
@@ -49,10 +52,12 @@ class Clients(NamedTuple):
   """
 
   names: list[str]
-  data: GraphData
+  num_classes: int
+  majority: float
+  dropped: int
   train: Any
   held_out: Any
-  counts: np.ndarray
+  counts: Any
 
 
 class Backbone(NamedTuple):
@@ -64,18 +69,20 @@ class Backbone(NamedTuple):
     features: (params, model state, batch, key or None) -> (representations, model state); a key
       means training.
     classify: (params, representations) -> logits (G, C).
+    decoded: (params, model state, batch) -> the decoder's new spectra (N, M); None without a decoder.
   """
 
   view: Callable[[SpectralBatch], Any]
   init: Callable[[jax.Array, Any, int], tuple[Any, Any]]
   features: Callable[[Any, Any, Any, jax.Array | None], tuple[jax.Array, Any]]
   classify: Callable[[Any, jax.Array], jax.Array]
+  decoded: Callable[[Any, Any, Any], jax.Array] | None = None
 
 
 # --- clients --------------------------------------------------------------------------------------
 
 
-def make_clients(data: GraphData, config: Config) -> Clients:
+def make_clients(data: GraphData, config: Config, backbone: Backbone) -> Clients:
   """Splits one data set among its clients and packs their batches.
 
   Raises:
@@ -117,7 +124,16 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   held_out = to_clients(held_out_batches)
   ids = held_out.graphs.globals["id"]
   held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
-  return Clients(names, data, to_clients(fit_batches), held_out, np.array(counts, np.float32))
+  majority = np.bincount(data.labels).max() / len(data.labels)
+  return Clients(
+    names,
+    data.num_classes,
+    float(majority),
+    int((~usable).sum()),
+    backbone.view(to_clients(fit_batches)),
+    backbone.view(held_out),
+    np.array(counts, np.float32),
+  )
 
 
 def _partition(data: GraphData, config: Config) -> list[np.ndarray]:
@@ -181,7 +197,14 @@ def _spectral_backbone(model: SpectralGNN) -> Backbone:
   def classify(params, representation):
     return representation @ params["head"]["kernel"] + params["head"]["bias"]
 
-  return Backbone(lambda batch: batch, init, features, classify)
+  def decoded(params, model_state, batch):
+    variables = {"params": params, **model_state}
+    _, seen = model.apply(
+      variables, batch, capture_intermediates=lambda module, _: module.name == "decoder"
+    )
+    return seen["intermediates"]["decoder"]["__call__"][0]
+
+  return Backbone(lambda batch: batch, init, features, classify, decoded)
 
 
 def _gin_backbone(model: Callable[[int], nn.Module]) -> Backbone:
@@ -361,8 +384,10 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     InputError: data that are missing or cannot be used, or a client that cannot be trained.
   """
   records = sources.load_graphs(config.data)
-  groups = [make_clients(data, config) for data in records]
   backbone = make_backbone(config)
+  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
+  # One data set after the other straight to the device: the host keeps no second copy.
+  groups = [_to_device(make_clients(data, config, backbone), everywhere) for data in records]
   names = [name for group in groups for name in group.names]
   setup = make_algorithm(config, backbone, len(names))
   if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
@@ -371,14 +396,12 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   if not mesh and config.client_map != "auto":
     client_map = config.client_map
 
-  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
-  put = lambda tree: jax.device_put(tree, everywhere)
-  views = tuple(put(backbone.view(group.train)) for group in groups)
+  views = tuple(group.train for group in groups)
   federation = Federation(
     views if config.algorithm in FEDSSP else tuple(map(_prebatched, views)),
-    tuple(put(group.counts) for group in groups),
+    tuple(group.counts for group in groups),
   )
-  held_out = tuple(put(backbone.view(group.held_out)) for group in groups)
+  held_out = tuple(group.held_out for group in groups)
 
   def init(key):
     model_key, round_key = jax.random.split(key)
@@ -388,7 +411,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), view)
       members = []
       for _ in group.names:
-        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.data.num_classes)
+        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.num_classes)
         members.append(setup.client(*model))
         first = model[0] if first is None else first
         index += 1
@@ -453,10 +476,35 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return hits.sum(0), totals.sum(0)
 
   def figures(state: State):
-    return {}
+    metrics = jax.device_get(jax.jit(evaluate)(state, held_out))
+    accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
+    majority = [group.majority for group in groups for _ in group.names]
+    pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
+    if backbone.decoded:
+      spectra = {
+        group.names[0]: _decoded_spectrum(backbone, clients, group.held_out)
+        for group, clients in zip(groups, state.clients, strict=True)
+      }
+      pictures["spectra"] = graph_figures.learned_spectra(spectra)
+    return pictures
 
   about = data_records.describe(records)
-  dropped = sum(int((group.data.graphs.n_edge == 0).sum()) for group in groups)
-  if dropped:
+  if dropped := sum(group.dropped for group in groups):
     about += f"; {dropped} graphs without edges left out"
   return Experiment(init, batches, step, evaluate, held_out, figures, config.steps, about)
+
+
+def _to_device(clients: Clients, sharding) -> Clients:
+  arrays = jax.device_put((clients.train, clients.held_out, clients.counts), sharding)
+  return clients._replace(**dict(zip(("train", "held_out", "counts"), arrays, strict=True)))
+
+
+def _decoded_spectrum(backbone: Backbone, clients, held_out) -> graph_figures.Spectrum:
+  """Eigenvalues and decoder outputs of the first client's first held-out batch."""
+  client = jax.tree.map(lambda x: x[0], clients)
+  batch = jax.tree.map(lambda x: x[0, 0], held_out)
+  assert backbone.decoded
+  decoded = jax.jit(backbone.decoded)(client.params, client.model_state, batch)
+  real = np.asarray(batch.graphs.nodes["mask"])
+  # The first column of the encoding is the eigenvalue itself.
+  return graph_figures.Spectrum(np.asarray(batch.encoding)[real, 0], np.asarray(decoded)[real])

@@ -74,6 +74,9 @@ class PreferenceOptimizer(NamedTuple):
     return preference - self.learning_rate * total, total
 
 
+PREFERENCE_SGD = PreferenceOptimizer()
+
+
 class Client(NamedTuple):
   """What a client keeps from round to round; none of it is seen by the server.
 
@@ -129,7 +132,7 @@ def fedssp(
   shared: Callable[[str], bool] = is_spectral_encoder,
   tau: float = 100.0,
   momentum: float = 0.5,
-  preference: PreferenceOptimizer | None = PreferenceOptimizer(),
+  preference: PreferenceOptimizer | None = PREFERENCE_SGD,
   mean_mode: Literal["code", "ema"] = "code",
   optimizer_reset: bool = False,
   local_epochs: int = 1,
