@@ -436,10 +436,12 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       taking_part=taking_part, client_map=client_map, mesh=mesh,
     )  # fmt: skip
     share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
-    metrics = {name: value @ share / share.sum() for name, value in metrics.items()}
-    traffic = engine.traffic(setup.algorithm, state.server, state.clients, batch.train)
-    metrics["bytes_up"] = share @ jnp.asarray(traffic.up, jnp.float32)
-    metrics["bytes_down"] = share @ jnp.asarray(traffic.down, jnp.float32)
+    sums = {name: value @ share for name, value in metrics.items()}
+    # Bytes are those of the whole round, everything else is a mean over its clients.
+    metrics = {
+      name: total if name.startswith("bytes") else total / share.sum()
+      for name, total in sums.items()
+    }
     return State(server, clients, state.key, state.round + 1), metrics
 
   def evaluate(state: State, test) -> dict[str, jax.Array]:

@@ -99,7 +99,8 @@ def federated_round(
       earlier state, and report it in metrics["rejected"].
 
   Returns:
-    The new server state, the new client states, and metrics as a dict of (clients,) arrays.
+    The new server state, the new client states, and metrics as a dict of (clients,) arrays: those of
+    `algorithm.local`, and "bytes_up" and "bytes_down", what a client sends and receives.
   """
   sizes = _check_groups(clients, data, weights, client_map, mesh)
   if cohort is not None and taking_part is not None:
@@ -119,6 +120,7 @@ def federated_round(
   uploads = _concatenate([upload for _, upload, _ in outcome])
   metrics = _concatenate([metric for _, _, metric in outcome])
   counts = jnp.concatenate([w for _, _, w, _, _ in groups])
+  metrics |= _traffic_metrics(algorithm, server, uploads, counts.shape[0])
 
   counted = taking_part
   if drop_nonfinite:
@@ -203,6 +205,12 @@ def traffic(
     down += [_nbytes(message)] * size
     up += [_nbytes(upload)] * size
   return Traffic(np.array(down, np.int64), np.array(up, np.int64))
+
+
+def _traffic_metrics(algorithm, server, uploads, size: int) -> dict[str, jax.Array]:
+  message = jax.eval_shape(algorithm.download, server, jax.ShapeDtypeStruct((), jnp.int32))
+  sent = {"bytes_up": _nbytes(uploads) // size, "bytes_down": _nbytes(message)}
+  return {name: jnp.full(size, count, jnp.float32) for name, count in sent.items()}
 
 
 def _one_client(algorithm: FederatedAlgorithm) -> Callable:
