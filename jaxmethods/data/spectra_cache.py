@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -25,7 +26,8 @@ def cache_folder() -> Path:
 def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
   """Like `spectral.laplacian_spectra`, kept under the hash of the graphs' structure.
 
-  A damaged cache file is computed anew and replaced.
+  A damaged cache file is computed anew and replaced; a folder that cannot be written costs the time
+  of computing, nothing else.
   """
   digest = hashlib.sha256(FORMAT)
   for part in (graphs.n_node, graphs.n_edge, graphs.senders, graphs.receivers):
@@ -34,12 +36,17 @@ def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
   try:
     with np.load(path) as stored:
       return Spectra(stored["eigenvalues"], stored["eigenvectors"])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+  except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
     pass
   spectra = spectral.laplacian_spectra(graphs)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Written aside and renamed: a run killed here leaves no half file behind.
-  with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-    np.savez(file, **spectra._asdict())
-  os.replace(file.name, path)
+  with contextlib.suppress(OSError):
+    _write(path, spectra)
   return spectra
+
+
+def _write(path: Path, spectra: Spectra) -> None:
+  """Writes aside and renames: readers, and a run killed here, never see half a file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+    np.savez(Path(aside, path.name), **spectra._asdict())
+    os.replace(Path(aside, path.name), path)

@@ -15,6 +15,7 @@ import jax
 import jraph
 import numpy as np
 
+from jaxmethods.errors import InputError
 from jaxmethods.graphs.spectral import Spectra, sine_encoding
 
 
@@ -120,17 +121,27 @@ def pack(
     spectra: of the same graphs.
     batches: graph ids of each batch.
     hidden: H, the width of the sine encoding.
-    lengths: row lengths; default `row_lengths` of the graphs used.
+    lengths: ascending row lengths (one that no graph needs is left out); default `row_lengths` of
+      the graphs used.
     dtype: of features, encoding and products.
 
   Returns:
     SpectralBatch with a leading axis of len(batches) on every array. `globals` also hold "id", each
     graph's index in `graphs` (-1 for padding graphs).
+
+  Raises:
+    InputError: if a graph has more nodes than the longest row has slots.
   """
   sizes = np.asarray(graphs.n_node)
+  used = np.concatenate(batches)
   if lengths is None:
-    lengths = row_lengths(sizes[np.concatenate(batches)])
-  row_edges = _row_edges(graphs, np.concatenate(batches), lengths)
+    lengths = row_lengths(sizes[used])
+  shortest = np.searchsorted(lengths, sizes[used])  # the row group of each graph
+  if (shortest == len(lengths)).any():
+    k = used[shortest.argmax()]
+    raise InputError(f"graph {k} has {sizes[k]} nodes, but the longest row has {lengths[-1]} slots")
+  lengths = tuple(lengths[g] for g in np.unique(shortest))
+  row_edges = _row_edges(graphs, used, lengths)
   layouts = [_layout(graphs, ids, lengths, row_edges) for ids in batches]
   num_rows = tuple(max(len(layout[g]) for layout in layouts) for g in range(len(lengths)))
   # The last slot has to be padding: it is what padding edges point at.
