@@ -3,11 +3,11 @@
   python benchmarks/fedavg.py --bench ../shared/bench --peer_python VENV/bin/python
   (VENV: python3 -m venv VENV && VENV/bin/pip install fedjax scikit-learn)
 
-The workload is that of `--bench` (common.py, fedavg_fedjax.py): scikit-learn digits over 100 clients with
-Dirichlet(0.5) label skew, all taking part, 2 local epochs in batches of 8, SGD 0.1. There are only 1,437
-training images; for other numbers of clients the pool shrinks or grows with them, so that the work
-per client stays the same: the first 14.37 * clients images of the training set followed by copies
-of it with Gaussian pixel noise of 0.1 (at 1,000 clients nine tenths of the pool are such copies).
+The workload is that of `--bench` (common.py, fedavg_fedjax.py): scikit-learn digits over 100 clients
+with Dirichlet(0.5) label skew, all taking part, 2 local epochs in batches of 8, SGD 0.1. There are
+only 1,437 training images; for other numbers of clients the pool shrinks or grows with them, so that
+the work per client stays the same: the first 14.37 * clients images of the training set followed by
+copies of it with Gaussian pixel noise of 0.1 (at 1,000 clients nine tenths are such copies).
 
 Every figure is a fresh process; ours and the peer's take turns. Writes results/fedavg.{json,md,png}.
 """
@@ -195,9 +195,9 @@ def markdown(report: dict) -> str:
     "",
     f"{report['date']}, `{report['command']}`  ",
     f"{report['machine']}; {report['versions']}  ",
-    "One pinned core, fresh processes in turn, no compilation cache, allocator untouched. CPU seconds of the "
-    "median round (the machine may be shared), median over the processes; range of the ratio in "
-    "brackets. Workload: see `benchmarks/fedavg.py`.",
+    "One pinned core, fresh processes in turn, no compilation cache, allocator untouched. CPU "
+    "seconds of the median round (the machine may be shared), median over the processes; range of "
+    "the ratio in brackets. Workload: see `benchmarks/fedavg.py`.",
     "",
     "| workload | ours, CPU s | fedjax, CPU s | ratio | goal | wall ratio | ours, wall s (best) | "
     "first round, ours / fedjax | accuracy, ours / fedjax |",

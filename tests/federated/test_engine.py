@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from jaxmethods.federated import algorithms, engine, padding
+from jaxmethods.federated import algorithms, engine, padding, paths
 from jaxmethods.federated.batching import Batches, prebatched, shuffled
 
 
@@ -227,6 +227,24 @@ def test_groups_may_differ_in_shape():
   assert metrics["loss"].shape == (4,)
   assert [c.params["dense_0"]["kernel"].shape for c in after] == [(2, 4, 6), (2, 5, 6)]
   assert "kernel" not in server.params["dense_0"]
+
+
+def test_client_params_are_those_a_client_predicts_with():
+  buckets = problems.bucketed(2)
+  shared = paths.all_but("head")
+  fed = problems.algorithm(shared=shared)
+  clients = problems.states(buckets, shared=shared)
+  server, clients, _ = problems.run(fed, buckets, 1, clients=clients)
+  groups = engine.client_params(fed, server, clients, [len(w) for w in buckets.weights])
+  for params, client in zip(groups, clients, strict=True):
+    assert set(params) == {"dense_0", "head"}
+    chex.assert_trees_all_equal(params["head"], client.params["head"])
+    for kernel in params["dense_0"]["kernel"]:
+      np.testing.assert_array_equal(kernel, server.params["dense_0"]["kernel"])
+  plain = problems.algorithm()
+  server = plain.init(problems.params(), jax.random.key(0))
+  (params,) = engine.client_params(plain, server, (algorithms.ClientState({}, (), ()),), [3])
+  assert params["head"]["bias"].shape == (3, 3)
 
 
 def test_traffic_counts_bytes_without_running():
