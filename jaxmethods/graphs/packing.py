@@ -190,13 +190,13 @@ class _Source(NamedTuple):
 
 
 def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int, ...]:
-  """Undirected edge slots of a row: a sixth above the average, never below the densest graph."""
+  """Undirected edge slots of a row: a little above the average, never below the densest graph."""
   sizes, links = np.asarray(graphs.n_node)[ids], np.asarray(graphs.n_edge)[ids] // 2
   capacity, shorter = [], 0
   for length in lengths:
     here = (sizes > shorter) & (sizes <= length)
     density = links[here].sum() / max(sizes[here].sum(), 1)
-    slots = max(1.15 * density * length, links[here].max(initial=1))
+    slots = max(1.05 * density * length, links[here].max(initial=1))
     capacity.append(_round_up(slots, 8))
     shorter = length
   return tuple(capacity)
