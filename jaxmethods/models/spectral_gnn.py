@@ -154,16 +154,16 @@ class SpectralConv(nn.Module):
     h: jax.Array,
     batch: SpectralBatch,
     filters: jax.Array,
-    total: jax.Array,
+    scale: jax.Array,
     train: bool,
   ) -> jax.Array:
-    """Returns the new (N, H); `filters` (E, H) are unnormalised, `total` (N, H) their sums."""
+    """Returns the new (N, H); `filters` (E, H) are unnormalised, `scale` (N, H) makes them sum to 1."""
     width, graphs, drop = h.shape[-1], batch.graphs, Dropout(self.dropout)
     # The message depends on its source alone, so it is computed per node, not per edge.
     message = gelu(linear(width, "message", h))
     # Recomputed in the backward pass: gathering again is cheaper than keeping (E, H) per layer.
     received = jax.checkpoint(_weighted_neighbours)(message, filters, graphs)
-    h = h + drop(received / total, train)
+    h = h + drop(received * scale, train)
     update = h
     for i in (1, 2):
       update = linear(width, f"linear_{i}", update)
@@ -217,17 +217,22 @@ class SpectralGNN(nn.Module):
 
     # Softmax over the neighbours of each target, per channel. The shift cancels; one per channel
     # serves all targets, since what batch norm and GELU give spans less than exp's range (|f| is
-    # at most the square root of the number of edges; exp keeps 88 + 87 in float32).
+    # at most the square root of the number of edges; exp keeps 88 + 87 in float32, and what lies
+    # deeper than 140 below the top counts as that deep).
     edge_mask = edges["mask"][:, None]
     top = jax.lax.stop_gradient(jnp.max(jnp.where(edge_mask, f, 0.0), axis=0))
-    f = jnp.where(edge_mask, jnp.exp(f - jnp.maximum(top - 60.0, 0.0)), 0.0)
+    f = jnp.maximum(f - jnp.maximum(top - 60.0, 0.0), -80.0)
+    f = jnp.where(edge_mask, jnp.exp(f), 0.0)
     total = segment_sum(f, graphs.receivers, num_nodes)
     total = jnp.where(total > 0, total, 1.0)  # nodes without neighbours receive nothing
 
-    self.sow("intermediates", "edge_softmax", f / total[graphs.receivers])
+    # Not 1 / total: its gradient holds 1 / total^2, which leaves float32 for totals beyond e^44.
+    scale = jnp.exp(-jnp.log(total))
+
+    self.sow("intermediates", "edge_softmax", f * scale[graphs.receivers])
 
     for i in range(self.layers):
-      h = SpectralConv(self.dropout, name=f"conv_{i}")(h, batch, f, total, train)
+      h = SpectralConv(self.dropout, name=f"conv_{i}")(h, batch, f, scale, train)
     h = jnp.where(nodes["mask"][:, None], h, 0.0)
     count = jnp.where(graphs.globals["mask"], graphs.n_node, 1)
     return segment_sum(h, nodes["graph"], num_graphs) / jnp.maximum(count, 1)[:, None]
