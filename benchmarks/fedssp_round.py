@@ -74,7 +74,15 @@ def fresh(data: str, rounds: int, cache: str, one_thread: bool) -> dict:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
-  command = [sys.executable, "-m", "benchmarks.fedssp_round", "--data", data, "--rounds", str(rounds)]
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.fedssp_round",
+    "--data",
+    data,
+    "--rounds",
+    str(rounds),
+  ]
   if one_thread:
     environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     command = ["taskset", "-c", "0", *command]
@@ -109,7 +117,7 @@ def main() -> None:
     f"# FedSSP round on {args.data}",
     f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.fedssp_round --data {args.data}`; "
     f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores; allocator "
-    f"setting {'on' if 'MALLOC_MMAP_MAX_' in os.environ or 'GLIBC_TUNABLES' in os.environ else 'off'}; "
+    f"{os.environ.get('JAXMETHODS_ALLOCATOR') or os.environ.get('GLIBC_TUNABLES', 'untouched')}; "
     f"{args.rounds} rounds, training + validation + test of every client.",
     "",
     "| | wall s, median (best) | CPU s, median (best) | peak MB | load | published code, s |",
