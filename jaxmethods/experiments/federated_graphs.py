@@ -19,6 +19,7 @@ from jaxmethods.data import records as data_records
 from jaxmethods.data import sources, spectra_cache, splits
 from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
+from jaxmethods.experiments import graph_figures
 from jaxmethods.federated import algorithms, engine, gcfl, partition, paths
 from jaxmethods.federated.algorithm import FederatedAlgorithm
 from jaxmethods.federated.batching import Batches
@@ -41,7 +42,9 @@ class Clients(NamedTuple):
 
   Attributes:
     names: one per client.
-    data: the graphs they share out.
+    num_classes: of the data set they share out.
+    majority: share of its most frequent class.
+    dropped: its graphs without edges.
     train: batches, (clients, steps, ...); a client with fewer batches ends in empty ones.
     held_out: validation and test graphs in batches of the same layout; `globals["split"]` is
       1 for validation, 2 for test, 0 for padding.
@@ -49,10 +52,12 @@ class Clients(NamedTuple):
   """
 
   names: list[str]
-  data: GraphData
+  num_classes: int
+  majority: float
+  dropped: int
   train: Any
   held_out: Any
-  counts: np.ndarray
+  counts: Any
 
 
 class Backbone(NamedTuple):
@@ -64,18 +69,20 @@ class Backbone(NamedTuple):
     features: (params, model state, batch, key or None) -> (representations, model state); a key
       means training.
     classify: (params, representations) -> logits (G, C).
+    decoded: (params, model state, batch) -> the decoder's new spectra (N, M); None without a decoder.
   """
 
   view: Callable[[SpectralBatch], Any]
   init: Callable[[jax.Array, Any, int], tuple[Any, Any]]
   features: Callable[[Any, Any, Any, jax.Array | None], tuple[jax.Array, Any]]
   classify: Callable[[Any, jax.Array], jax.Array]
+  decoded: Callable[[Any, Any, Any], jax.Array] | None = None
 
 
 # --- clients --------------------------------------------------------------------------------------
 
 
-def make_clients(data: GraphData, config: Config) -> Clients:
+def make_clients(data: GraphData, config: Config, backbone: Backbone) -> Clients:
   """Splits one data set among its clients and packs their batches.
 
   Raises:
@@ -90,7 +97,8 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   parts = _partition(data, config, name)
   names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
   usable = np.asarray(data.graphs.n_edge) > 0
-  train, held_out, counts, split = [], [], [], np.zeros(len(data.labels), np.int32)
+  fit_batches, held_out_batches, counts = [], [], []
+  split = np.zeros(len(data.labels), np.int32)
   for client, part in zip(names, parts, strict=True):
     try:
       pieces = splits.stratified_split(data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed)
@@ -100,12 +108,14 @@ def make_clients(data: GraphData, config: Config) -> Clients:
     fit, validation, test = (part[i][usable[part[i]]] for i in pieces)
     for what, ids in (("training", fit), ("test", test)):
       if not len(ids):
-        raise InputError(f"client {client}: no {what} graphs with edges among its {len(part)} graphs")
+        raise InputError(
+          f"client {client}: no {what} graphs with edges among its {len(part)} graphs"
+        )
     if len(np.unique(data.labels[fit])) < 2:
       raise InputError(f"client {client}: its training graphs all have class {data.labels[fit][0]}")
     split[validation], split[test] = 1, 2
-    train.append(_chunks(fit, config.batch_size))
-    held_out.append(_chunks(np.concatenate([validation, test]), config.batch_size))
+    fit_batches.append(_chunks(fit, config.batch_size))
+    held_out_batches.append(_chunks(np.concatenate([validation, test]), config.batch_size))
     counts.append(len(fit))
 
   nodes = {"features": data.graphs.nodes}
@@ -114,10 +124,19 @@ def make_clients(data: GraphData, config: Config) -> Clients:
   graphs = data.graphs._replace(nodes=nodes)
   spectra = spectra_cache.laplacian_spectra(data.graphs)
   to_clients = lambda batches: _pack_clients(graphs, data.labels, spectra, batches, config.hidden)
-  held_out = to_clients(held_out)
+  held_out = to_clients(held_out_batches)
   ids = held_out.graphs.globals["id"]
   held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
-  return Clients(names, data, to_clients(train), held_out, np.array(counts, np.float32))
+  majority = np.bincount(data.labels).max() / len(data.labels)
+  return Clients(
+    names,
+    data.num_classes,
+    float(majority),
+    int((~usable).sum()),
+    backbone.view(to_clients(fit_batches)),
+    backbone.view(held_out),
+    np.array(counts, np.float32),
+  )
 
 
 def _partition(data: GraphData, config: Config, name: str) -> list[np.ndarray]:
@@ -157,9 +176,13 @@ def _pack_clients(
 def make_backbone(config: Config) -> Backbone:
   """The network named by `config.backbone`."""
   if config.backbone == "spectral":
-    return _spectral_backbone(SpectralGNN(config.hidden, config.heads, config.layers, config.dropout))
+    return _spectral_backbone(
+      SpectralGNN(config.hidden, config.heads, config.layers, config.dropout)
+    )
   network = GINBackbone if config.backbone == "gin" else FedStarBackbone
-  return _gin_backbone(lambda classes: network(classes, config.hidden, config.layers, config.dropout))
+  return _gin_backbone(
+    lambda classes: network(classes, config.hidden, config.layers, config.dropout)
+  )
 
 
 def _spectral_backbone(model: SpectralGNN) -> Backbone:
@@ -181,7 +204,14 @@ def _spectral_backbone(model: SpectralGNN) -> Backbone:
   def classify(params, representation):
     return representation @ params["head"]["kernel"] + params["head"]["bias"]
 
-  return Backbone(lambda batch: batch, init, features, classify)
+  def decoded(params, model_state, batch):
+    variables = {"params": params, **model_state}
+    _, seen = model.apply(
+      variables, batch, capture_intermediates=lambda module, _: module.name == "decoder"
+    )
+    return seen["intermediates"]["decoder"]["__call__"][0]
+
+  return Backbone(lambda batch: batch, init, features, classify, decoded)
 
 
 def _gin_backbone(model: Callable[[int], nn.Module]) -> Backbone:
@@ -361,21 +391,24 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     InputError: data that are missing or cannot be used, or a client that cannot be trained.
   """
   records = sources.load_graphs(config.data)
-  groups = [make_clients(data, config) for data in records]
   backbone = make_backbone(config)
+  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
+  # One data set after the other straight to the device: the host keeps no second copy.
+  groups = [_to_device(make_clients(data, config, backbone), everywhere) for data in records]
   names = [name for group in groups for name in group.names]
   setup = make_algorithm(config, backbone, len(names))
-  sharded = mesh is not None and engine.CLIENTS_AXIS in mesh.shape
-  client_map = "shard" if sharded else None if config.client_map == "auto" else config.client_map
+  if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
+    raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
+  client_map: engine.ClientMap | None = "shard" if mesh else None
+  if not mesh and config.client_map != "auto":
+    client_map = config.client_map
 
-  everywhere = jax.NamedSharding(mesh, jax.P()) if sharded else None
-  put = lambda tree: jax.device_put(tree, everywhere)
-  views = tuple(put(backbone.view(group.train)) for group in groups)
+  views = tuple(group.train for group in groups)
   federation = Federation(
     views if config.algorithm in FEDSSP else tuple(map(_prebatched, views)),
-    tuple(put(group.counts) for group in groups),
+    tuple(group.counts for group in groups),
   )
-  held_out = tuple(put(backbone.view(group.held_out)) for group in groups)
+  held_out = tuple(group.held_out for group in groups)
 
   def init(key):
     model_key, round_key = jax.random.split(key)
@@ -385,7 +418,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), view)
       members = []
       for _ in group.names:
-        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.data.num_classes)
+        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.num_classes)
         members.append(setup.client(*model))
         first = model[0] if first is None else first
         index += 1
@@ -407,19 +440,19 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       taking_part = engine.sample_participants(cohort_key, len(names), drawn)
     server, clients, metrics = engine.federated_round(
       setup.algorithm, state.server, state.clients, batch.train, batch.weights, work_key,
-      taking_part=taking_part, client_map=client_map, mesh=mesh if sharded else None,
+      taking_part=taking_part, client_map=client_map, mesh=mesh,
     )  # fmt: skip
     share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
-    metrics = {name: value @ share / share.sum() for name, value in metrics.items()}
-    traffic = engine.traffic(
-      setup.algorithm, state.server, state.clients, batch.train
-    )
-    metrics["bytes_up"] = share @ jnp.asarray(traffic.up, jnp.float32)
-    metrics["bytes_down"] = share @ jnp.asarray(traffic.down, jnp.float32)
+    sums = {name: value @ share for name, value in metrics.items()}
+    # Bytes are those of the whole round, everything else is a mean over its clients.
+    metrics = {
+      name: total if name.startswith("bytes") else total / share.sum()
+      for name, total in sums.items()
+    }
     return State(server, clients, state.key, state.round + 1), metrics
 
   def evaluate(state: State, test) -> dict[str, jax.Array]:
-    accuracy = {"test": [], "validation": []}
+    accuracy: dict[str, list[jax.Array]] = {"test": [], "validation": []}
     index = 0
     for clients, view in zip(state.clients, test, strict=True):
       size = jax.tree.leaves(view)[0].shape[0]
@@ -452,10 +485,35 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return hits.sum(0), totals.sum(0)
 
   def figures(state: State):
-    return {}
+    metrics = jax.device_get(jax.jit(evaluate)(state, held_out))
+    accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
+    majority = [group.majority for group in groups for _ in group.names]
+    pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
+    if backbone.decoded:
+      spectra = {
+        group.names[0]: _decoded_spectrum(backbone, clients, group.held_out)
+        for group, clients in zip(groups, state.clients, strict=True)
+      }
+      pictures["spectra"] = graph_figures.learned_spectra(spectra)
+    return pictures
 
   about = data_records.describe(records)
-  dropped = sum(int((group.data.graphs.n_edge == 0).sum()) for group in groups)
-  if dropped:
+  if dropped := sum(group.dropped for group in groups):
     about += f"; {dropped} graphs without edges left out"
   return Experiment(init, batches, step, evaluate, held_out, figures, config.steps, about)
+
+
+def _to_device(clients: Clients, sharding) -> Clients:
+  arrays = jax.device_put((clients.train, clients.held_out, clients.counts), sharding)
+  return clients._replace(**dict(zip(("train", "held_out", "counts"), arrays, strict=True)))
+
+
+def _decoded_spectrum(backbone: Backbone, clients, held_out) -> graph_figures.Spectrum:
+  """Eigenvalues and decoder outputs of the first client's first held-out batch."""
+  client = jax.tree.map(lambda x: x[0], clients)
+  batch = jax.tree.map(lambda x: x[0, 0], held_out)
+  assert backbone.decoded
+  decoded = jax.jit(backbone.decoded)(client.params, client.model_state, batch)
+  real = np.asarray(batch.graphs.nodes["mask"])
+  # The first column of the encoding is the eigenvalue itself.
+  return graph_figures.Spectrum(np.asarray(batch.encoding)[real, 0], np.asarray(decoded)[real])

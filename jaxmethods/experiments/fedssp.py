@@ -8,7 +8,7 @@ every round, test accuracy averaged over clients without weights, no selection o
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epy
 
@@ -19,7 +19,16 @@ with epy.lazy_imports():
 
 
 Algorithm = Literal[
-  "fedssp", "gsks", "pgpa", "share_extractor", "fedavg", "fedprox", "fedper", "gcfl", "fedstar", "local"
+  "fedssp",
+  "gsks",
+  "pgpa",
+  "share_extractor",
+  "fedavg",
+  "fedprox",
+  "fedper",
+  "gcfl",
+  "fedstar",
+  "local",
 ]
 
 
@@ -42,7 +51,9 @@ class Config(RunConfig):
   heads: int = 4
   layers: int = 3
   dropout: float = 0.1
-  optimizer: Literal["adamw", "adam"] = "adamw"  # adam: decay added to the gradient, as PyTorch does
+  optimizer: Literal["adamw", "adam"] = (
+    "adamw"  # adam: decay added to the gradient, as PyTorch does
+  )
   learning_rate: float = 1e-3
   weight_decay: float = 5e-4
 
@@ -76,7 +87,10 @@ class Config(RunConfig):
       raise ValueError(f"participation: must be in (0, 1], got {self.participation}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
-    if self.algorithm in ("fedssp", "gsks", "pgpa", "share_extractor") and self.backbone != "spectral":
+    if (
+      self.algorithm in ("fedssp", "gsks", "pgpa", "share_extractor")
+      and self.backbone != "spectral"
+    ):
       raise ValueError(f"backbone: {self.algorithm} needs 'spectral', got {self.backbone!r}")
     if (self.algorithm == "fedstar") != (self.backbone == "fedstar"):
       raise ValueError("backbone: 'fedstar' goes with algorithm 'fedstar' and with no other")
@@ -92,20 +106,21 @@ def rows(config: Config) -> dict[str, Config]:
 
   `NAME_spectral` are the rivals on FedSSP's network: what is left is the method alone.
   """
+
+  def row(algorithm: Any, **changes: Any) -> Config:
+    return dataclasses.replace(config, algorithm=algorithm, **changes)
+
   spectral = {
-    name: dataclasses.replace(config, algorithm=name, backbone="spectral")
-    for name in ("fedssp", "gsks", "pgpa", "share_extractor")
+    name: row(name, backbone="spectral") for name in ("fedssp", "gsks", "pgpa", "share_extractor")
   }
-  gin = dict(
-    backbone="gin", hidden=64, dropout=0.5, optimizer="adam", learning_rate=1e-3, weight_decay=5e-4
-  )  # fmt: skip
-  rivals = {
-    name: dataclasses.replace(config, **{**gin, "algorithm": name})
-    for name in ("fedavg", "fedprox", "fedper", "gcfl", "local")
-  }
-  fedstar = dataclasses.replace(config, **{**gin, "algorithm": "fedstar", "backbone": "fedstar"})
+  gin: dict[str, Any] = {
+    "backbone": "gin", "hidden": 64, "dropout": 0.5,
+    "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 5e-4,
+  }  # fmt: skip
+  rivals = {name: row(name, **gin) for name in ("fedavg", "fedprox", "fedper", "gcfl", "local")}
+  fedstar = row("fedstar", **{**gin, "backbone": "fedstar"})
   same_network = {
-    f"{name}_spectral": dataclasses.replace(config, algorithm=name, backbone="spectral")
+    f"{name}_spectral": row(name, backbone="spectral")
     for name in ("fedavg", "fedprox", "gcfl", "local")
   }
   return spectral | rivals | {"fedstar": fedstar} | same_network

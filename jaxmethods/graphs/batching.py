@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jraph
 import numpy as np
 
-from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxmethods.data.records import GraphData
 
 
 class BatchShape(NamedTuple):

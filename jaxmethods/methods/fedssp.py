@@ -74,6 +74,9 @@ class PreferenceOptimizer(NamedTuple):
     return preference - self.learning_rate * total, total
 
 
+PREFERENCE_SGD = PreferenceOptimizer()
+
+
 class Client(NamedTuple):
   """What a client keeps from round to round; none of it is seen by the server.
 
@@ -129,7 +132,7 @@ def fedssp(
   shared: Callable[[str], bool] = is_spectral_encoder,
   tau: float = 100.0,
   momentum: float = 0.5,
-  preference: PreferenceOptimizer | None = PreferenceOptimizer(),
+  preference: PreferenceOptimizer | None = PREFERENCE_SGD,
   mean_mode: Literal["code", "ema"] = "code",
   optimizer_reset: bool = False,
   local_epochs: int = 1,
@@ -194,7 +197,9 @@ def fedssp(
       p, buffer = client.preference, client.preference_buffer
       if preference is not None:
         p, buffer = preference(p, gradients[1], buffer)
-      stepped = Client(optax.apply_updates(client.params, updates), model_state, p, buffer, opt_state)
+      stepped = Client(
+        optax.apply_updates(client.params, updates), model_state, p, buffer, opt_state
+      )
       real = target(batch)[1].any()
       keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(real, a, b), new, old)
       return keep((stepped, jax.lax.stop_gradient(new_mean)), (client, mean)), (metrics, real)

@@ -6,6 +6,8 @@ linen, initialised as PyTorch does.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +15,7 @@ from flax import linen as nn
 from jaxmethods.graphs.layers import MaskedBatchNorm, segment_sum
 from jaxmethods.graphs.packing import SpectralBatch
 from jaxmethods.models.init import torch_linear
+from jaxmethods.stats.activations import gelu
 from jaxmethods.stats.dropout import dropout
 
 
@@ -31,11 +34,61 @@ class Dropout(nn.Module):
     return dropout(x, self.rate, self.make_rng("dropout")) if train and self.rate else x
 
 
-class EigenvalueBlock(nn.Module):
-  """Pre-norm transformer block over the eigenvalues of each graph.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def row_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  graph: jax.Array,
+  seed: jax.Array | None,
+  rate: float,
+) -> jax.Array:
+  """Attention within the graphs of packed rows, with dropout on its weights.
 
-  Rows hold several graphs; an eigenvalue attends only to those of its own graph.
+  Args:
+    query: (R, M, L, d), already scaled.
+    key: (R, M, L, d).
+    value: (R, M, L, d).
+    graph: (R, L), the graph of each slot; a slot attends to the slots of its own graph.
+    seed: key of the dropout mask, None for none.
+    rate: of the dropout.
+
+  Returns:
+    (R, M, L, d).
   """
+  return _row_attention(query, key, value, graph, seed, rate)[0]
+
+
+def _row_attention(query, key, value, graph, seed, rate):
+  scores = jnp.einsum("rhqd,rhkd->rhqk", query, key)
+  same = (graph[:, :, None] == graph[:, None, :])[:, None]
+  weights = jax.nn.softmax(jnp.where(same, scores, -1e30))
+  mixed = jnp.einsum("rhqk,rhkd->rhqd", _drop_weights(weights, seed, rate), value)
+  return mixed, (query, key, value, weights, mixed, seed)
+
+
+def _row_attention_backward(rate, residuals, d_mixed):
+  # Written out for one line: the softmax needs sum_k dP P per query, which is the dot product of
+  # the output with its cotangent, also under dropout. Autodiff would reduce over (R, M, L, L).
+  query, key, value, weights, mixed, seed = residuals
+  dropped = _drop_weights(weights, seed, rate)
+  d_value = jnp.einsum("rhqk,rhqd->rhkd", dropped, d_mixed)
+  d_weights = _drop_weights(jnp.einsum("rhqd,rhkd->rhqk", d_mixed, value), seed, rate)
+  d_scores = weights * (d_weights - (mixed * d_mixed).sum(-1, keepdims=True))
+  d_query = jnp.einsum("rhqk,rhkd->rhqd", d_scores, key)
+  d_key = jnp.einsum("rhqk,rhqd->rhkd", d_scores, query)
+  return d_query, d_key, d_value, None, None
+
+
+def _drop_weights(weights, seed, rate):
+  return weights if seed is None else dropout(weights, rate, seed)
+
+
+row_attention.defvjp(_row_attention, _row_attention_backward)
+
+
+class EigenvalueBlock(nn.Module):
+  """Pre-norm transformer block over the eigenvalues of each graph."""
 
   heads: int
   dropout: float
@@ -48,21 +101,24 @@ class EigenvalueBlock(nn.Module):
     width = z.shape[-1]
     t = nn.LayerNorm(epsilon=1e-5, name="norm_1")(z)
     query, key, value = (linear(width, name, t) for name in ("query", "key", "value"))
+    query = query * (width // self.heads) ** -0.5
     drop = Dropout(self.dropout)
     mixed, start = [], 0
     for count, length in rows:
       here = slice(start, start + count * length)
-      split = lambda x, here=here, n=count, l=length: x[here].reshape(n, l, self.heads, -1)
-      graph_rows = graph[here].reshape(count, length)
-      same = (graph_rows[:, :, None] == graph_rows[:, None, :])[:, None]
-      scores = jnp.einsum("rqhd,rkhd->rhqk", split(query), split(key))
-      scores = jnp.where(same, scores * (width // self.heads) ** -0.5, -1e30)
-      weights = drop(jax.nn.softmax(scores), train)
-      mixed.append(jnp.einsum("rhqk,rkhd->rqhd", weights, split(value)).reshape(-1, width))
+      split = lambda x, here=here, n=count, l=length: (
+        x[here].reshape(n, l, self.heads, -1).swapaxes(1, 2)
+      )
+      seed = self.make_rng("dropout") if train and self.dropout else None
+      group = row_attention(
+        split(query), split(key), split(value), graph[here].reshape(count, length), seed,
+        self.dropout,
+      )  # fmt: skip
+      mixed.append(group.swapaxes(1, 2).reshape(-1, width))
       start += count * length
     z = z + drop(linear(width, "out", jnp.concatenate(mixed)), train)
     t = nn.LayerNorm(epsilon=1e-5, name="norm_2")(z)
-    t = nn.gelu(linear(width, "ffn_1", t), approximate=False)
+    t = gelu(linear(width, "ffn_1", t))
     return z + drop(linear(width, "ffn_2", t), train)
 
 
@@ -78,8 +134,13 @@ class FilterEncoder(nn.Module):
       x = linear(self.width, f"linear_{i}", x)
       # Each row stands for both directions of an edge, and the published code counts them both.
       x = MaskedBatchNorm(name=f"norm_{i}")(x, mask, train=train, count=2 * mask.sum())
-      x = nn.gelu(x, approximate=False)
+      x = gelu(x)
     return x
+
+
+def _weighted_neighbours(message: jax.Array, filters: jax.Array, graphs) -> jax.Array:
+  """Sum over the neighbours j of message_j * filter_ji: (N, H), (E, H) -> (N, H)."""
+  return segment_sum(message[graphs.senders] * filters, graphs.receivers, message.shape[0])
 
 
 class SpectralConv(nn.Module):
@@ -99,8 +160,9 @@ class SpectralConv(nn.Module):
     """Returns the new (N, H); `filters` (E, H) are unnormalised, `scale` (N, H) makes them sum to 1."""
     width, graphs, drop = h.shape[-1], batch.graphs, Dropout(self.dropout)
     # The message depends on its source alone, so it is computed per node, not per edge.
-    message = nn.gelu(linear(width, "message", h), approximate=False)
-    received = segment_sum(message[graphs.senders] * filters, graphs.receivers, h.shape[0])
+    message = gelu(linear(width, "message", h))
+    # Recomputed in the backward pass: gathering again is cheaper than keeping (E, H) per layer.
+    received = jax.checkpoint(_weighted_neighbours)(message, filters, graphs)
     h = h + drop(received * scale, train)
     update = h
     for i in (1, 2):

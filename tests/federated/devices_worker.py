@@ -22,11 +22,21 @@ from jaxmethods.federated import engine  # noqa: E402
 
 mesh = jax.make_mesh((devices * processes,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere = jax.NamedSharding(mesh, jax.P())
-replicate = lambda tree: jax.tree.map(
-  lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), tree
-)
+
+
+def replicate(tree):
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), tree
+  )
+
+
 buckets = problems.bucketed(2)  # groups of 3 and 3 clients: padded up to the devices by the engine
-shared = lambda path: "head" not in path
+
+
+def shared(path):
+  return "head" not in path
+
+
 fed = problems.algorithm(shared=shared)
 server = replicate(fed.init(problems.params(), jax.random.key(0)))
 clients = replicate(problems.states(buckets, shared=shared))

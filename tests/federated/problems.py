@@ -15,10 +15,13 @@ NET = MLP((6,), 3)
 
 def clients(sizes=SIZES, seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda n: {
-    "x": rng.normal(size=(n, 4)).astype(np.float32),
-    "y": rng.integers(0, 3, n).astype(np.int32),
-  }
+
+  def draw(n):
+    return {
+      "x": rng.normal(size=(n, 4)).astype(np.float32),
+      "y": rng.integers(0, 3, n).astype(np.int32),
+    }
+
   return [draw(n) for n in sizes]
 
 
@@ -38,7 +41,10 @@ def loss(params, model_state, batch, key):
 def states(buckets, optimizer=None, shared=lambda path: True, model_state=(), start=None):
   start = params() if start is None else start
   client = algorithms.init_client(start, model_state, shared=shared, optimizer=optimizer)
-  stack = lambda n: jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), client)
+
+  def stack(n):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), client)
+
   return tuple(stack(len(w)) for w in buckets.weights)
 
 
@@ -51,9 +57,12 @@ def run(fed, buckets, rounds=2, key=7, clients=None, jit=True, server=None, **op
   """Runs some rounds and returns (server, clients, metrics of the last one)."""
   server = fed.init(params(), jax.random.key(0)) if server is None else server
   clients = states(buckets) if clients is None else clients
-  one = lambda s, c, k: engine.federated_round(
-    fed, s, c, buckets.data, buckets.weights, k, ids=buckets.ids, **options
-  )
+
+  def one(s, c, k):
+    return engine.federated_round(
+      fed, s, c, buckets.data, buckets.weights, k, ids=buckets.ids, **options
+    )
+
   one = jax.jit(one) if jit else one
   metrics = {}
   for r in range(rounds):

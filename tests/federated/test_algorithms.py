@@ -34,11 +34,14 @@ def test_average_by_counts_and_plain():
   """One step from the same start: the mean of models is the start minus the mean gradient."""
   buckets = problems.bucketed(multiple=16)
   start = problems.params()
-  step = lambda data: jax.tree.map(
-    lambda p, g: p - 0.1 * g,
-    start,
-    jax.grad(lambda p: problems.loss(p, (), data, None)[0])(start),
-  )
+
+  def step(data):
+    return jax.tree.map(
+      lambda p, g: p - 0.1 * g,
+      start,
+      jax.grad(lambda p: problems.loss(p, (), data, None)[0])(start),
+    )
+
   each = jax.vmap(step)(buckets.data[0])
   for weighted in (True, False):
     fed = problems.algorithm(batches=shuffled(16), local_epochs=1, weighted=weighted)
@@ -54,7 +57,10 @@ def test_fedprox_without_mu_is_fedavg_and_with_mu_stays_nearer():
   held = problems.run(problems.algorithm(algorithms.fedprox, mu=5.0), buckets, 1)[0].params
   chex.assert_trees_all_equal(plain, zero)
   start = problems.params()
-  move = lambda params: optax.tree.norm(optax.tree.sub(params, start))
+
+  def move(params):
+    return optax.tree.norm(optax.tree.sub(params, start))
+
   assert move(held) < 0.9 * move(plain)
 
 
@@ -99,51 +105,48 @@ def test_local_only_equals_training_alone():
   optimizer = optax.sgd(0.1)
   clients = problems.states(buckets, optimizer, paths.nothing)
   _, together, _ = problems.run(fed, buckets, clients=clients)
-  one = lambda tree: jax.tree.map(lambda x: x[2:3], tree)
+
+  def one(tree):
+    return jax.tree.map(lambda x: x[2:3], tree)
+
   _, alone, _ = problems.run(fed, one(buckets), clients=one(clients))
   close(jax.tree.map(lambda x: x[2:3], together), alone)
 
 
 @pytest.mark.parametrize("make", [algorithms.fedavgm, algorithms.fedadam, algorithms.fedyogi])
 def test_server_optimizers_by_hand(make):
-  buckets = problems.bucketed()
-  fed, plain = problems.algorithm(make, server_rate=0.5), problems.algorithm()
-  start = problems.params()
-  state, server = fed.init(start, jax.random.key(0)), plain.init(start, jax.random.key(0))
-  momentum = optax.tree.zeros_like(start)
-  # optax starts Yogi's accumulators at 1e-6, as its authors do.
-  square = jax.tree.map(
-    lambda x: jnp.full_like(x, 1e-6 if make is algorithms.fedyogi else 0.0), start
-  )
-  if make is algorithms.fedyogi:
-    momentum = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), start)
-  params = start
-  for r in range(2):
-    mean = problems.run(plain, buckets, 1, key=r, server=server._replace(params=params))[0].params
-    state = problems.run(fed, buckets, 1, key=r, server=state)[0]
-    g = jax.tree.map(jnp.subtract, params, mean)
+  fed = problems.algorithm(make, server_rate=0.5)
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=3)
+  state = fed.init({"w": jnp.asarray(w, jnp.float32)}, jax.random.key(0))
+  # optax starts both of Yogi's accumulators at 1e-6.
+  m = v = np.full(3, 1e-6 if make is algorithms.fedyogi else 0.0)
+  weights = np.array([1.0, 3.0, 0.0])
+  for r in range(1, 4):
+    uploads = rng.normal(size=(3, 3)).astype(np.float32)
+    state = fed.server(state, {"w": jnp.asarray(uploads)}, jnp.asarray(weights, jnp.float32))
+    g = w - weights @ uploads / 4
     if make is algorithms.fedavgm:
-      momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, g)
-      params = jax.tree.map(lambda p, m: p - 0.5 * m, params, momentum)
+      m = 0.9 * m + g
+      w = w - 0.5 * m
     else:
-      momentum = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, momentum, g)
-      if make is algorithms.fedadam:
-        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, square, g)
-      else:
-        square = jax.tree.map(lambda v, g: v - 0.01 * jnp.sign(v - g**2) * g**2, square, g)
-      a, b = 1 - 0.9 ** (r + 1), 1 - 0.99 ** (r + 1)
-      params = jax.tree.map(
-        lambda p, m, v: p - 0.5 * (m / a) / (jnp.sqrt(v / b) + 1e-3), params, momentum, square
+      m = 0.9 * m + 0.1 * g
+      v = (
+        0.99 * v + 0.01 * g**2
+        if make is algorithms.fedadam
+        else v - 0.01 * np.sign(v - g**2) * g**2
       )
-    close(state.params, params, 2e-4)
+      w = w - 0.5 * (m / (1 - 0.9**r)) / (np.sqrt(v / (1 - 0.99**r)) + 1e-3)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4)
 
 
 def test_kept_optimizer_state_matters_and_is_kept():
   buckets = problems.bucketed()
   optimizer = optax.adam(0.01)
-  make = lambda keep: algorithms.fedavg(
-    problems.loss, optimizer, batches=shuffled(4), keep_optimizer=keep
-  )
+
+  def make(keep):
+    return algorithms.fedavg(problems.loss, optimizer, batches=shuffled(4), keep_optimizer=keep)
+
   fresh = problems.run(make(False), buckets)[0]
   server, clients, _ = problems.run(
     make(True), buckets, clients=problems.states(buckets, optimizer)
@@ -164,7 +167,10 @@ def test_unrolling_changes_nothing():
 
 def test_shuffled_batches():
   data = {"x": jnp.arange(11), "mask": jnp.arange(11) < 9}
-  epoch = lambda e: shuffled(4)(data, jax.random.key(e))
+
+  def epoch(e):
+    return shuffled(4)(data, jax.random.key(e))
+
   batch, real = epoch(0)
   np.testing.assert_array_equal(batch["mask"].sum(1), [4, 4, 1])  # the remainder is kept
   assert sorted(np.asarray(batch["x"])[np.asarray(batch["mask"])]) == list(range(9))

@@ -41,7 +41,10 @@ def result(*workers):
 def one_device():
   """The same three rounds in this process, without a mesh."""
   buckets = problems.bucketed(2)
-  shared = lambda path: "head" not in path
+
+  def shared(path):
+    return "head" not in path
+
   fed = problems.algorithm(shared=shared)
   server = fed.init(problems.params(), jax.random.key(0))
   clients = problems.states(buckets, shared=shared)

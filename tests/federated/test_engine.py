@@ -1,4 +1,4 @@
-"""The round: how clients are mapped, grouped, padded, sampled and dropped must not change what they do."""
+"""How clients are mapped, grouped, padded, sampled and dropped must not change what they do."""
 
 import chex
 import jax
@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from jaxmethods.federated import algorithms, engine, padding
+from jaxmethods.federated import algorithms, engine, padding, paths
 from jaxmethods.federated.batching import Batches, prebatched, shuffled
 
 
@@ -42,7 +42,10 @@ def test_bucketing_changes_nothing(client_map):
   a = problems.run(fed, one, client_map=client_map)
   b = problems.run(fed, many, client_map=client_map)
   close(a[0], b[0])
-  by_id = lambda buckets, metric: metric[np.argsort(np.concatenate(buckets.ids))]
+
+  def by_id(buckets, metric):
+    return metric[np.argsort(np.concatenate(buckets.ids))]
+
   close(by_id(one, a[2]["loss"]), by_id(many, b[2]["loss"]))
 
 
@@ -54,7 +57,10 @@ def test_padding_examples_steps_and_clients_changes_nothing(client_map):
     {k: np.pad(x, [(0, 0), (0, 8)] + [(0, 0)] * (x.ndim - 2)) for k, x in d.items()}
     for d in tight.data
   )
-  more = [padding.pad_clients((d, i), w, 8) for d, i, w in zip(longer, tight.ids, tight.weights)]
+  more = [
+    padding.pad_clients((d, i), w, 8)
+    for d, i, w in zip(longer, tight.ids, tight.weights, strict=True)
+  ]
   padded = padding.Buckets(
     tuple(group[0] for group, _ in more),
     tuple(w for _, w in more),
@@ -102,7 +108,10 @@ def test_taking_part():
   here = jnp.asarray(np.isin(order, [0, 2, 5]))
   server, after, _ = problems.run(fed, buckets, 1, clients=clients, taking_part=here)
   moved = np.concatenate(
-    [np.asarray((a != b).any((1, 2))) for a, b in zip(*(_heads(c) for c in (after, clients)))]
+    [
+      np.asarray((a != b).any((1, 2)))
+      for a, b in zip(*(_heads(c) for c in (after, clients)), strict=True)
+    ]
   )
   np.testing.assert_array_equal(moved, here)
   only = jax.tree.map(lambda x: x[jnp.array([0, 2, 5])], _by_id(problems.bucketed(1)))
@@ -123,14 +132,17 @@ def test_nobody_taking_part_leaves_the_server_alone():
 
 def test_cohort_equals_taking_part_and_costs_its_size():
   buckets = problems.bucketed(2)
-  shared = lambda path: "head" not in path
+
+  def shared(path):
+    return "head" not in path
+
   fed = problems.algorithm(shared=shared)
   clients = problems.states(buckets, shared=shared)
   sizes = [len(w) for w in buckets.weights]
   cohort = engine.sample_cohort(jax.random.key(3), sizes, 3)
   mask, start = np.zeros(6, bool), 0
   flags = iter(np.asarray(cohort.taking_part))
-  for rows, size in zip(cohort.rows, sizes):
+  for rows, size in zip(cohort.rows, sizes, strict=True):
     for row in np.asarray(rows):
       mask[start + row] = next(flags)
     start += size
@@ -152,7 +164,7 @@ def test_cohort_gives_every_client_the_same_chance():
   flags = np.split(
     np.asarray(cohorts.taking_part), np.cumsum([r.shape[1] for r in cohorts.rows])[:-1], 1
   )
-  for rows, flag, size in zip(cohorts.rows, flags, sizes):
+  for rows, flag, size in zip(cohorts.rows, flags, sizes, strict=True):
     hits = np.bincount(np.asarray(rows)[flag], minlength=size)
     assert abs(hits / draws - num / sum(sizes)).max() < 0.04
     assert all(len(set(r)) == len(r) for r in np.asarray(rows)[:50])
@@ -176,7 +188,10 @@ def test_client_with_nonfinite_upload_is_dropped_and_named(bad):
   broken = buckets._replace(
     data=({**buckets.data[0], "x": buckets.data[0]["x"].at[2, 0].set(bad)},)
   )
-  shared = lambda path: "head" not in path
+
+  def shared(path):
+    return "head" not in path
+
   fed = problems.algorithm(shared=shared)
   start = problems.states(buckets, shared=shared)
   server, clients, metrics = problems.run(fed, broken, 2, clients=start, drop_nonfinite=True)
@@ -191,7 +206,10 @@ def test_client_with_nonfinite_upload_is_dropped_and_named(bad):
 
 def test_groups_may_differ_in_shape():
   """Two feature widths; only what has the same shape is shared."""
-  shared = lambda path: "dense_0/kernel" not in path
+
+  def shared(path):
+    return "dense_0/kernel" not in path
+
   rng = np.random.default_rng(0)
   data, clients, weights = [], [], []
   for width in (4, 5):
@@ -209,6 +227,24 @@ def test_groups_may_differ_in_shape():
   assert metrics["loss"].shape == (4,)
   assert [c.params["dense_0"]["kernel"].shape for c in after] == [(2, 4, 6), (2, 5, 6)]
   assert "kernel" not in server.params["dense_0"]
+
+
+def test_client_params_are_those_a_client_predicts_with():
+  buckets = problems.bucketed(2)
+  shared = paths.all_but("head")
+  fed = problems.algorithm(shared=shared)
+  clients = problems.states(buckets, shared=shared)
+  server, clients, _ = problems.run(fed, buckets, 1, clients=clients)
+  groups = engine.client_params(fed, server, clients, [len(w) for w in buckets.weights])
+  for params, client in zip(groups, clients, strict=True):
+    assert set(params) == {"dense_0", "head"}
+    chex.assert_trees_all_equal(params["head"], client.params["head"])
+    for kernel in params["dense_0"]["kernel"]:
+      np.testing.assert_array_equal(kernel, server.params["dense_0"]["kernel"])
+  plain = problems.algorithm()
+  server = plain.init(problems.params(), jax.random.key(0))
+  (params,) = engine.client_params(plain, server, (algorithms.ClientState({}, (), ()),), [3])
+  assert params["head"]["bias"].shape == (3, 3)
 
 
 def test_traffic_counts_bytes_without_running():
@@ -238,9 +274,12 @@ def test_a_step_without_examples_changes_nothing():
   optimizer = optax.adam(0.1)
   params = {"w": jnp.ones(4)}
   state = (params, {"mean": jnp.zeros(())}, optimizer.init(params))
-  train = lambda data: algorithms.local_sgd(
-    loss, optimizer, state, data, jax.random.key(0), epochs=2, batches=prebatched
-  )
+
+  def train(data):
+    return algorithms.local_sgd(
+      loss, optimizer, state, data, jax.random.key(0), epochs=2, batches=prebatched
+    )
+
   tight = train(Batches(x[:3], jnp.ones(3, bool)))
   padded = train(Batches(x.at[3:].set(jnp.nan), jnp.arange(5) < 3))
   chex.assert_trees_all_equal(tight, padded)

@@ -35,9 +35,12 @@ def test_split_only_where_both_bounds_say_so():
   opposed = jnp.array([[1.0, 0.1], [-1.0, 0.0], [1.0, -0.1], [-1.0, 0.0]])
   everyone = jnp.ones(4, bool)
   zeros = jnp.zeros(4, jnp.int32)
-  split = lambda updates, cluster=zeros, present=everyone, **o: np.asarray(
-    jax.jit(lambda u: gcfl.split_clusters(cluster, {"w": u}, present, **o))(updates)
-  )
+
+  def split(updates, cluster=zeros, present=everyone, **o):
+    return np.asarray(
+      jax.jit(lambda u: gcfl.split_clusters(cluster, {"w": u}, present, **o))(updates)
+    )
+
   np.testing.assert_array_equal(split(opposed), [0, 1, 0, 1])
   np.testing.assert_array_equal(split(opposed + 0.5), [0] * 4)  # the mean is not small
   np.testing.assert_array_equal(split(opposed * 0.05), [0] * 4)  # no update is large
@@ -57,7 +60,10 @@ def test_split_only_where_both_bounds_say_so():
 
 def test_before_any_split_gcfl_is_fedavg():
   buckets = problems.bucketed(2)
-  make = lambda loss, optimizer, **options: gcfl.gcfl(loss, optimizer, 6, **options)
+
+  def make(loss, optimizer, **options):
+    return gcfl.gcfl(loss, optimizer, 6, **options)
+
   clustered = problems.run(problems.algorithm(make), buckets, 3)[0]
   plain = problems.run(problems.algorithm(), buckets, 3)[0]
   assert not clustered.cluster.any() and clustered.round == 3

@@ -55,12 +55,15 @@ def test_seed_decides_and_alpha_skews():
   one, same, other = (partition.dirichlet(labels, 10, s) for s in (0, 0, 1))
   assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
   assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-  classes = lambda alpha: np.mean(
-    [
-      (np.bincount(labels[p], minlength=10) > 0).sum()
-      for p in partition.dirichlet(labels, 10, 0, alpha=alpha)
-    ]
-  )
+
+  def classes(alpha):
+    return np.mean(
+      [
+        (np.bincount(labels[p], minlength=10) > 0).sum()
+        for p in partition.dirichlet(labels, 10, 0, alpha=alpha)
+      ]
+    )
+
   assert classes(0.05) < 5 < classes(100.0)
 
 
@@ -106,7 +109,10 @@ def test_buckets_hold_every_client_once(sizes, max_buckets, multiple):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
 def test_bucket_cuts_are_the_best_there_are(lengths, max_buckets):
   lengths = np.sort(lengths)
-  cost = lambda cuts: sum(len(p) * p.max() for p in np.split(lengths, list(cuts)) if len(p))
+
+  def cost(cuts):
+    return sum(len(p) * p.max() for p in np.split(lengths, list(cuts)) if len(p))
+
   from itertools import combinations
 
   best = min(

@@ -143,7 +143,10 @@ def test_spectrum(case):
   for k, n in enumerate(golden["data/num_nodes"]):
     e = spectra.eigenvalues[start : start + n]
     u = spectra.eigenvectors[square : square + n * n].reshape(n, n)
-    want_e, want_u = golden["spectral/eigenvalues"][k, :n], golden["spectral/eigenvectors"][k, :n, :n]
+    want_e, want_u = (
+      golden["spectral/eigenvalues"][k, :n],
+      golden["spectral/eigenvectors"][k, :n, :n],
+    )
     np.testing.assert_allclose(e, want_e, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(
       golden["spectral/official_eigenvalues_f32"][k, :n], e, atol=2e-4, rtol=0
@@ -203,9 +206,7 @@ def test_loss_and_gradients(case, name):
       pull = fedssp.alignment(mean, jnp.asarray(golden["loss_later/global_consensus"], dtype))
     return ce + tau * pull, (rep, logits, mean, ce, pull)
 
-  (value, aux), (grads, grad_p) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-    case["params"], p
-  )
+  (value, aux), (grads, grad_p) = jax.value_and_grad(loss, (0, 1), has_aux=True)(case["params"], p)
   rep, logits, mean, ce, pull = aux
   close(case, value, f"{name}/loss")
   close(case, rep[case["graph_slot"]], f"{name}/representation")
@@ -239,7 +240,9 @@ def test_adamw_with_fresh_moments(golden_file):
   golden = golden_file("fedssp")
   optimizer = optax.adamw(1e-3, weight_decay=5e-4)
   prefix = "adamw_fresh_step/"
-  names = [k.removeprefix(prefix + "before/") for k in golden.files if k.startswith(prefix + "before")]
+  names = [
+    k.removeprefix(prefix + "before/") for k in golden.files if k.startswith(prefix + "before")
+  ]
   assert names
   with jax.enable_x64(True):
     for name in names:

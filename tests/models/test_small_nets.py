@@ -18,7 +18,7 @@ def test_patches_and_conv_agree(shape):
   chex.assert_trees_all_equal(params, nets[1].init(jax.random.key(1), x))
 
   def value_and_grad(net):
-    return jax.value_and_grad(lambda p: (net.apply(p, x) ** 2).sum())(params)
+    return jax.jit(jax.value_and_grad(lambda p: (net.apply(p, x) ** 2).sum()))(params)
 
   a, b, c = map(value_and_grad, nets)
   chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-4)
