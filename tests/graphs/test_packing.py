@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmethods.errors import InputError
-from jaxmethods.graphs import packing
 from jaxmethods.graphs.packing import first_fit_decreasing, pack, row_lengths
 from jaxmethods.graphs.spectral import laplacian_spectra, sine_encoding
 from tests.graphs.contract import check_contract, edges_of
@@ -191,20 +190,34 @@ def test_at_most_one_row_is_half_empty(sizes, length):
   assert sum(2 * f <= length for f in filled) <= 1
 
 
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=80), st.sampled_from([1, 8]))
+def paths_of(sizes):
+  """Path graphs of these sizes, as `row_lengths` takes them."""
+  senders = [f + np.arange(n - 1) for f, n in zip(np.cumsum(sizes) - sizes, sizes, strict=True)]
+  senders = np.concatenate(senders)
+  return DATA.graphs._replace(
+    nodes=np.ones((sum(sizes), 1), np.float32),
+    senders=np.concatenate([senders, senders + 1]),
+    receivers=np.concatenate([senders + 1, senders]),
+    n_node=np.array(sizes),
+    n_edge=2 * (np.array(sizes) - 1),
+  )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.sampled_from([1, 8]))
 def test_row_lengths(sizes, multiple):
-  lengths = row_lengths(np.array(sizes), multiple)
+  batches = [np.arange(len(sizes)), np.zeros(0, np.int64)]
+  lengths = row_lengths(paths_of(sizes), batches, multiple)
   assert 1 <= len(lengths) <= 2
   assert list(lengths) == sorted(set(lengths))
   assert all(length % multiple == 0 for length in lengths)
-  assert max(sizes) <= lengths[-1] < max(sizes) + multiple
-  assert row_lengths(np.array(sizes[::-1]), multiple) == lengths
+  assert max(sizes) <= lengths[-1] <= 3 * (max(sizes) + multiple)
 
 
 def test_row_lengths_split_only_where_it_pays():
-  assert row_lengths(np.full(100, 17)) == (24,)
-  few_large = np.concatenate([np.full(300, 30), [620]])
-  short, long = row_lengths(few_large)
+  assert len(row_lengths(paths_of([17] * 100), [np.arange(100)])) == 1
+  few_large = [30] * 300 + [620]
+  short, long = row_lengths(paths_of(few_large), [np.arange(301)])
   assert 30 <= short < 200 and long == 624
 
 
@@ -225,4 +238,3 @@ def test_most_slots_are_real():
   data = random_data(num_graphs=128, largest=20, density=0.2)
   (batch,) = packed((64,), [np.arange(128)], data)
   assert batch.graphs.nodes["mask"].mean() > 0.9
-  assert packing.row_lengths(data.graphs.n_node) == (24,)
