@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import tiny_graphs
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("JAXMETHODS_TEST_CACHE", Path.home() / ".cache/jaxmethods/xla-tests"))
@@ -54,3 +56,20 @@ def cli(spawn: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.Comp
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
   return run
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """The environment in which `tests.tiny_graphs` are found, and spectra kept, in folders of ours."""
+  data = tiny_graphs.write(tmp_path_factory.mktemp("data"))
+  cache = tmp_path_factory.mktemp("cache")
+  return {"JAXMETHODS_DATA": str(data), "JAXMETHODS_CACHE": str(cache)}
+
+
+@pytest.fixture(scope="module")
+def tiny_graphs_here(tiny_graphs_environment: dict[str, str]) -> Iterator[None]:
+  """That environment in this process, for a module."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in tiny_graphs_environment.items():
+      patch.setenv(name, value)
+    yield

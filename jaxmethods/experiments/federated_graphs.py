@@ -94,13 +94,16 @@ def make_clients(data: GraphData, config: Config, backbone: Backbone) -> Clients
     graph = np.repeat(np.arange(len(data.labels)), data.graphs.n_node)
     bad = graph[~np.isfinite(data.graphs.nodes).all(1)][0]
     raise InputError(f"{name}: graph {bad} has features that are not finite")
-  parts = _partition(data, config)
+  parts = _partition(data, config, name)
   names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
   usable = np.asarray(data.graphs.n_edge) > 0
   fit_batches, held_out_batches, counts = [], [], []
   split = np.zeros(len(data.labels), np.int32)
   for client, part in zip(names, parts, strict=True):
-    pieces = splits.stratified_split(data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed)
+    try:
+      pieces = splits.stratified_split(data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed)
+    except InputError as error:
+      raise InputError(f"client {client}: {error}") from None
     # Graphs without edges have no spectrum to speak of: the published code trains and tests without.
     fit, validation, test = (part[i][usable[part[i]]] for i in pieces)
     for what, ids in (("training", fit), ("test", test)):
@@ -136,9 +139,13 @@ def make_clients(data: GraphData, config: Config, backbone: Backbone) -> Clients
   )
 
 
-def _partition(data: GraphData, config: Config) -> list[np.ndarray]:
+def _partition(data: GraphData, config: Config, name: str) -> list[np.ndarray]:
   """The graphs of each client of a domain; a single client keeps the published order."""
   count = len(data.labels)
+  if config.clients_per_domain > count:
+    raise InputError(
+      f"clients_per_domain: {config.clients_per_domain} clients, but {name} has {count} graphs"
+    )
   if config.clients_per_domain == 1:
     return [np.arange(count)]
   return partition.iid(count, config.clients_per_domain, config.split_seed)

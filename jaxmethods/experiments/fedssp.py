@@ -80,10 +80,9 @@ class Config(RunConfig):
     for name in ("clients_per_domain", "batch_size", "local_epochs", "heads", "layers"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    if self.hidden < 2 or self.hidden % (2 * self.heads):
-      raise ValueError(
-        f"hidden: must be a multiple of 2 * heads = {2 * self.heads}, got {self.hidden}"
-      )
+    multiple = 2 * self.heads if self.backbone == "spectral" else 2
+    if self.hidden < 2 or self.hidden % multiple:
+      raise ValueError(f"hidden: must be a multiple of {multiple} (2 * heads), got {self.hidden}")
     if not 0 < self.participation <= 1:
       raise ValueError(f"participation: must be in (0, 1], got {self.participation}")
     if not 0 <= self.dropout < 1:

@@ -223,6 +223,8 @@ def fedssp(
     merged = jax.tree.map(
       lambda old, new: jnp.where(later, average(new), old), state.shared, uploads.shared
     )
-    return Server(merged, average(uploads.mean), state.round + 1)
+    new = Server(merged, average(uploads.mean), state.round + 1)
+    # A round in which nobody took part leaves the server as it was.
+    return jax.tree.map(lambda a, b: jnp.where(part.any(), a, b), new, state)
 
   return FederatedAlgorithm(init, download, local, server, params)

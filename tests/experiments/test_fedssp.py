@@ -1,0 +1,254 @@
+"""The experiment around FedSSP: clients, rows, metrics, options; and that it learns."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.data import sources, splits
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import federated_graphs, fedssp
+from jaxmethods.runtime import loop
+from tests import tiny_graphs
+from tests.graphs.random_graphs import from_adjacencies
+
+pytestmark = pytest.mark.usefixtures("tiny_graphs_here")
+
+CONFIG = fedssp.Config(
+  data=tiny_graphs.DATA, hidden=8, heads=2, layers=1, batch_size=8, steps=2, average_last=1
+)
+ONE_SET = dataclasses.replace(CONFIG, data="tu:RINGS")
+ROWS = fedssp.rows(CONFIG)
+
+
+def run(config, rounds=None):
+  """(experiment, final state, metrics of every round)."""
+  experiment = fedssp.build(config)
+  state = experiment.init(jax.random.key(config.seed))
+  step, history = jax.jit(experiment.step), []
+  for _, batch in zip(range(rounds or config.steps), experiment.batches(0), strict=False):
+    state, metrics = step(state, batch)
+    history.append(jax.device_get(metrics))
+  return experiment, state, history
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_method_its_ablations_and_its_rivals():
+  assert set(ROWS) == {
+    "fedssp", "gsks", "pgpa", "share_extractor", "fedavg", "fedprox", "fedper", "gcfl", "local",
+    "fedstar", "fedavg_spectral", "fedprox_spectral", "gcfl_spectral", "local_spectral",
+  }  # fmt: skip
+  protocol = ("data", "steps", "batch_size", "split_seed", "clients_per_domain", "average_last")
+  for name, row in ROWS.items():
+    assert row.algorithm == name.removesuffix("_spectral")
+    assert (row.backbone == "spectral") == (
+      name.endswith("_spectral") or name in federated_graphs.FEDSSP
+    )
+    assert all(getattr(row, key) == getattr(CONFIG, key) for key in protocol)
+
+
+def test_rows_for_any_width():
+  """The rivals' own width need not fit the heads that only FedSSP's network has."""
+  assert len(fedssp.rows(dataclasses.replace(CONFIG, hidden=12, heads=3))) == len(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_trains(name):
+  experiment, state, history = run(ROWS[name])
+  for metrics in history:
+    assert all(np.isfinite(value).all() for value in metrics.values()), metrics
+    exchanged = {"local": 0, "local_spectral": 0, "pgpa": 2 * 4 * CONFIG.hidden}.get(name)
+    assert metrics["bytes_up"] == exchanged if exchanged is not None else metrics["bytes_up"] > 0
+  assert state.round == 2
+  evaluated = jax.device_get(jax.jit(experiment.evaluate)(state, experiment.test))
+  assert set(evaluated) == {
+    "test_accuracy", "validation_accuracy", "test_accuracy/RINGS", "test_accuracy/TREES"
+  }  # fmt: skip
+  assert all(0 <= value <= 1 for value in evaluated.values())
+  mean = (evaluated["test_accuracy/RINGS"] + evaluated["test_accuracy/TREES"]) / 2
+  np.testing.assert_allclose(evaluated["test_accuracy"], mean, rtol=1e-6)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
+  config = dataclasses.replace(ONE_SET, steps=4, checkpoint_every=2)
+  experiment = fedssp.build(config)
+  counted = experiment._replace(
+    step=chex.assert_max_traces(experiment.step, n=1),
+    evaluate=chex.assert_max_traces(experiment.evaluate, n=1),
+  )
+  workdir = tmp_path / "run"
+  loop.train(counted, config, workdir, create_workdir=workdir.mkdir, title="test")
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  for line in lines:
+    assert set(line) == {
+      "step", "seconds", "loss", "cross_entropy", "alignment", "preference_norm", "bytes_up",
+      "bytes_down", "test_accuracy", "validation_accuracy", "test_accuracy/RINGS",
+    }  # fmt: skip
+    assert line["loss"] == pytest.approx(line["cross_entropy"] + 100 * line["alignment"], rel=1e-4)
+  assert lines[0]["alignment"] == lines[0]["preference_norm"] == 0
+  assert lines[1]["alignment"] > 0 and lines[1]["preference_norm"] > 0
+  assert "tu:RINGS (30 graphs); real data" in experiment.about
+
+
+def test_it_learns():
+  """Ten kinds of digits shared out between two clients: chance, and the largest class, are 0.1."""
+  config = fedssp.Config(
+    data="embedded:digit-graphs", clients_per_domain=2, hidden=16, heads=2, layers=1,
+    batch_size=32, steps=20, average_last=1, learning_rate=5e-3,
+  )  # fmt: skip
+  experiment, state, history = run(config)
+  evaluated = jax.jit(experiment.evaluate)(state, experiment.test)
+  assert history[-1]["cross_entropy"] < 0.8 * history[0]["cross_entropy"]
+  assert evaluated["test_accuracy"] > 0.35
+  assert evaluated["validation_accuracy"] > 0.35
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_preference_in_evaluation_is_an_option():
+  answers = {}
+  for use in (True, False):
+    config = dataclasses.replace(ONE_SET, eval_preference=use)
+    experiment = fedssp.build(config)
+    start = experiment.init(jax.random.key(0))
+    (client,) = start.clients
+    evaluate = jax.jit(experiment.evaluate)
+    for sign in (-1, 1):
+      # Pushes every answer to the one class or to the other.
+      kernel = client.params["head"]["kernel"][0]
+      push = 1e3 * sign * (kernel[:, 1] - kernel[:, 0])
+      moved = start._replace(clients=(client._replace(preference=push[None]),))
+      answers[use, sign] = float(evaluate(moved, experiment.test)["test_accuracy"])
+  assert answers[False, -1] == answers[False, 1]
+  assert answers[True, -1] + answers[True, 1] == pytest.approx(1)
+  assert answers[True, -1] != answers[True, 1]
+
+
+def test_participation():
+  config = dataclasses.replace(ONE_SET, clients_per_domain=4, participation=0.5)
+  experiment = fedssp.build(config)
+  state = experiment.init(jax.random.key(0))
+  step, batch = jax.jit(experiment.step), next(experiment.batches(0))
+  h, m = config.hidden, config.heads
+  upload = 4 * (h * (h + 1) + h + m * h + h + h * h + h + 4 * h + h)
+  drawn = []
+  for _ in range(6):
+    before = state.clients[0].params["head"]["kernel"]
+    state, metrics = step(state, batch)
+    moved = jnp.any(state.clients[0].params["head"]["kernel"] != before, (1, 2))
+    drawn.append(tuple(moved.tolist()))
+    assert sum(drawn[-1]) == 2 and np.isfinite(metrics["loss"])
+    assert metrics["bytes_up"] == 2 * upload
+  assert len(set(drawn)) > 1
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def make_clients(data, config):
+  return federated_graphs.make_clients(data, config, federated_graphs.make_backbone(config))
+
+
+def graph_ids(batches):
+  """The graphs of each client, in order."""
+  ids = batches.graphs.globals["id"]
+  return [client[client >= 0] for client in ids.reshape(len(ids), -1)]
+
+
+def test_one_client_holds_the_published_split():
+  (data, _) = sources.load_graphs(tiny_graphs.DATA)
+  clients = make_clients(data, CONFIG)
+  assert clients.names == ["RINGS"] and clients.counts.tolist() == [24]
+  train, validation, test = splits.stratified_split(data.labels, seed=123)
+  ids = clients.train.graphs.globals["id"][0]
+  for batch, expected in zip(ids, np.split(train, [8, 16]), strict=True):  # in the published order
+    assert sorted(batch[batch >= 0]) == sorted(expected)
+  held_out = clients.held_out.graphs.globals
+  for number, expected in ((1, validation), (2, test)):
+    assert sorted(held_out["id"][held_out["split"] == number]) == sorted(expected)
+  assert (held_out["split"][held_out["id"] < 0] == 0).all()
+
+
+def test_clients_of_one_domain_share_its_graphs():
+  (data, _) = sources.load_graphs(tiny_graphs.DATA)
+  config = dataclasses.replace(CONFIG, clients_per_domain=3, batch_size=4)
+  clients = make_clients(data, config)
+  assert clients.names == ["RINGS.0", "RINGS.1", "RINGS.2"]
+  train, held_out = graph_ids(clients.train), graph_ids(clients.held_out)
+  assert clients.counts.tolist() == [len(ids) for ids in train] == [8, 8, 8]
+  assert sorted(np.concatenate(train + held_out)) == list(range(30))
+  labels = clients.train.graphs.globals
+  np.testing.assert_array_equal(
+    labels["label"][labels["mask"]], data.labels[labels["id"][labels["mask"]]]
+  )
+
+
+def rings(count=20, without_edges=(), labels=None, features=None):
+  ring = np.roll(np.eye(5), 1, 0) + np.roll(np.eye(5), -1, 0)
+  return from_adjacencies(
+    [0 * ring if k in without_edges else ring for k in range(count)],
+    [np.ones((5, 2)) if features is None else features(k) for k in range(count)],
+    np.arange(count) % 2 if labels is None else labels,
+    2,
+  )
+
+
+def test_graphs_without_edges_are_left_out_and_counted(monkeypatch):
+  lonely = {0, 3, 8}
+  clients = make_clients(rings(without_edges=lonely), CONFIG)
+  used = np.concatenate(graph_ids(clients.train) + graph_ids(clients.held_out))
+  assert sorted(used) == sorted(set(range(20)) - lonely)
+  monkeypatch.setattr(sources, "load_graphs", lambda name: [rings(without_edges=lonely)])
+  assert fedssp.build(CONFIG).about.endswith("; 3 graphs without edges left out")
+
+
+@pytest.mark.parametrize(
+  ("data", "options", "message"),
+  [
+    (rings(without_edges=range(20)), {}, "client random: no training graphs with edges"),
+    (rings(labels=np.zeros(20, int)), {}, "client random: its training graphs all have class 0"),
+    (
+      rings(features=lambda k: np.full((5, 2), np.nan if k == 7 else 1.0)),
+      {},
+      "random: graph 7 has features that are not finite",
+    ),
+    (rings(), {"clients_per_domain": 21}, "clients_per_domain: .*21 .*random.* 20 graphs"),
+    (rings(), {"clients_per_domain": 10}, "client random.0: 2 examples are too few"),
+  ],
+)
+def test_clients_that_cannot_be_trained_are_named(data, options, message):
+  with pytest.raises(InputError, match=message):
+    make_clients(data, dataclasses.replace(CONFIG, **options))
+
+
+@pytest.mark.parametrize(
+  ("key", "options"),
+  [
+    ("hidden", {"hidden": 9}),
+    ("heads", {"heads": 0}),
+    ("participation", {"participation": 0.0}),
+    ("participation", {"participation": 1.5}),
+    ("dropout", {"dropout": 1.0}),
+    ("batch_size", {"batch_size": 0}),
+    ("clients_per_domain", {"clients_per_domain": 0}),
+    ("local_epochs", {"local_epochs": 0}),
+    ("backbone", {"backbone": "gin"}),
+    ("backbone", {"algorithm": "fedstar"}),
+    ("backbone", {"algorithm": "fedavg", "backbone": "fedstar"}),
+    ("steps", {"steps": 0}),
+  ],
+)
+def test_impossible_values_name_their_key(key, options):
+  with pytest.raises(ValueError, match=f"^{key}: "):
+    dataclasses.replace(CONFIG, **options)
