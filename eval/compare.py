@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       about=about,
       header=header,
       rows=lines,
-      figure=report.intervals(results, list(results[0]["metrics"])[:2]),
+      figure=report.intervals(results, _headline(results)[:2]),
     )
     print(f"see {page}")
   return 0
@@ -136,9 +136,15 @@ def _chosen(rows: Mapping[str, RunConfig], names: str | None) -> dict[str, RunCo
   return {name: rows[name] for name in chosen}
 
 
+def _headline(results: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns the metrics worth a column; parts of one (`accuracy/MUTAG`) are in the JSON only."""
+  names = list(results[0]["metrics"])
+  return [name for name in names if "/" not in name] or names
+
+
 def _table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
   """Returns header and lines: the first metric with its seeds, then the others."""
-  names = list(results[0]["metrics"])
+  names = _headline(results)
   header = ["", names[0], "each seed", *names[1:], "seconds"]
   lines = []
   for row in results:

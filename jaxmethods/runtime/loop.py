@@ -93,7 +93,7 @@ def train(
             metrics |= evaluated
           seconds, clock = time.perf_counter() - clock, time.perf_counter()
           if log:
-            log.write(k, {**metrics, "seconds": round(seconds, 4)})
+            log.write(k, {"loss": metrics["loss"], **metrics, "seconds": round(seconds, 4)})
         display.update(k, {"loss": metrics["loss"], **evaluated} if logged else None)
         stop = signals.received(agree=logged)
         if stop or k % config.checkpoint_every == 0 or k == last:

@@ -40,6 +40,7 @@ _PLOT: dict[Any, Any] = {
   "grid.alpha": 0.25,
 }
 _COLUMNS = 2
+_LEGEND = 12  # a panel with more curves shows their spread, not their names
 
 
 def write(
@@ -105,26 +106,29 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
-  """Draws every scalar of metrics.jsonl against the step, the loss first."""
-  names = list(dict.fromkeys(name for line in lines for name in line))
-  scalars = [
-    name
-    for name in names
-    if name not in ("step", "seconds")
-    and all(isinstance(line.get(name, 0), int | float | None) for line in lines)
-  ]
-  rows = -(-len(scalars) // _COLUMNS)
+  """Draws every scalar of metrics.jsonl against the step; `group/name` ones share a panel."""
+  panels: dict[str, list[str]] = {}
+  for name in dict.fromkeys(name for line in lines for name in line):
+    values = [line[name] for line in lines if line.get(name) is not None]
+    if name not in ("step", "seconds") and values and isinstance(values[0], int | float):
+      group, _, single = name.rpartition("/")
+      panels.setdefault(f"{group}, each" if group else single, []).append(name)
+  rows = -(-len(panels) // _COLUMNS)
   with plt.rc_context(_PLOT):
     figure, axes = plt.subplots(
       rows, _COLUMNS, figsize=(9, 2.8 * rows), squeeze=False, layout="constrained"
     )
-    for axis, name in zip(axes.flat, scalars, strict=False):
-      points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-      marker = "o" if len(points) < 30 else ""
-      axis.plot(*zip(*points, strict=True), color="C0", marker=marker, markersize=3)
-      axis.set(title=name.replace("_", " "), xlabel="step")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+      for name in names:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        marker = "o" if len(points) < 30 else ""
+        label = name.rpartition("/")[2]
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
+      if 1 < len(names) <= _LEGEND:
+        axis.legend(fontsize=8, frameon=False, ncols=2)
+      axis.set(title=title.replace("_", " "), xlabel="step")
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes.flat[len(scalars) :]:
+    for axis in axes.flat[len(panels) :]:
       axis.set_axis_off()
   return figure
 

@@ -30,7 +30,8 @@ def executed(monkeypatch) -> list[dict[str, str]]:
 def test_allocator_is_set_once(executed, monkeypatch):
   launch.set_allocator()
   (environment,) = executed
-  assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+  tunables = environment["GLIBC_TUNABLES"].split(":")
+  assert "glibc.malloc.hugetlb=1" in tunables and "glibc.malloc.mmap_max=0" in tunables
   monkeypatch.setenv("JAXMETHODS_ALLOCATOR", environment["JAXMETHODS_ALLOCATOR"])
   launch.set_allocator()
   assert len(executed) == 1
@@ -39,7 +40,8 @@ def test_allocator_is_set_once(executed, monkeypatch):
 def test_allocator_without_huge_pages(executed, monkeypatch):
   monkeypatch.setattr(launch, "_has_huge_pages", lambda: False)
   launch.set_allocator()
-  assert executed[0]["MALLOC_MMAP_MAX_"] == "0"
+  tunables = executed[0]["GLIBC_TUNABLES"]
+  assert "glibc.malloc.mmap_max=0" in tunables and "hugetlb" not in tunables
 
 
 @pytest.mark.parametrize(

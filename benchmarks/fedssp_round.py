@@ -1,0 +1,151 @@
+"""One federated round of FedSSP on real TU graphs: seconds, compilation, memory.
+
+Each measurement is a fresh process: on one pinned thread and on all cores, first with an empty
+compilation cache, then with the one the first left behind. The published code cannot be shipped here;
+its figures were measured on a machine of the same kind (FedSSP spec) and are printed beside ours.
+
+  JAXMETHODS_DATA=DIR python -m benchmarks.fedssp_round [--data tu:SM] [--rounds 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+# Seconds per round of the published PyTorch code, training plus validation and test: CPU seconds on
+# one thread and wall seconds on two.
+PUBLISHED = {
+  "tu:SM": {"one thread": "27.2 to 28.3", "all cores": "18.7 to 20.5"},
+  "tu:MUTAG,BZR,COX2,PTC_MR": {"one thread": "3.4 to 4.5", "all cores": "2.3 to 3.2"},
+}
+
+
+def measure(data: str, rounds: int) -> dict:
+  """Times rounds in this process; seconds and MB."""
+  began = time.perf_counter()
+  import jax
+
+  from jaxmethods.experiments import fedssp
+
+  config = fedssp.Config(data=data)
+  experiment = fedssp.build(config)
+  state = experiment.init(jax.random.key(config.seed))
+  jax.block_until_ready(state)
+  result: dict = {"prepare": time.perf_counter() - began}
+
+  batch = next(experiment.batches(0))
+  step = jax.jit(experiment.step, donate_argnums=0)
+  evaluate = jax.jit(experiment.evaluate)
+  wall, cpu = [], []
+  for _ in range(rounds + 1):
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    state, metrics = step(state, batch)
+    metrics = jax.device_get((metrics, evaluate(state, experiment.test)))
+    wall.append(time.perf_counter() - wall_start)
+    cpu.append(time.process_time() - cpu_start)
+  status = Path("/proc/self/status").read_text()
+  peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+  return result | {
+    "first": wall[0],
+    "wall_median": statistics.median(wall[1:]),
+    "wall_min": min(wall[1:]),
+    "cpu_median": statistics.median(cpu[1:]),
+    "cpu_min": min(cpu[1:]),
+    "peak_mb": int(peak.split()[1]) // 1024,
+    "load": os.getloadavg()[0],
+  }
+
+
+def fresh(data: str, rounds: int, cache: str, one_thread: bool) -> dict:
+  """Runs `measure` in a new process."""
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": cache,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.fedssp_round",
+    "--data",
+    data,
+    "--rounds",
+    str(rounds),
+  ]
+  if one_thread:
+    environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    command = ["taskset", "-c", "0", *command]
+  done = subprocess.run(
+    [*command, "--child"], env=environment, stdout=subprocess.PIPE, text=True, check=True
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+  """Measures, prints and records."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--data", default="tu:SM")
+  parser.add_argument("--rounds", type=int, default=6)
+  parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.child:
+    print(json.dumps(measure(args.data, args.rounds)))
+    return
+
+  import jax
+
+  runs = {}
+  with tempfile.TemporaryDirectory() as cache:
+    runs["all cores"] = fresh(args.data, args.rounds, cache, one_thread=False)
+    warm = fresh(args.data, 1, cache, one_thread=False)
+  with tempfile.TemporaryDirectory() as cache:
+    runs["one thread"] = fresh(args.data, args.rounds, cache, one_thread=True)
+
+  published = PUBLISHED.get(args.data, {})
+  lines = [
+    f"# FedSSP round on {args.data}",
+    f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.fedssp_round --data {args.data}`; "
+    f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores; allocator "
+    f"{os.environ.get('JAXMETHODS_ALLOCATOR') or os.environ.get('GLIBC_TUNABLES', 'untouched')}; "
+    f"{args.rounds} rounds, training + validation + test of every client.",
+    "",
+    "| | wall s, median (best) | CPU s, median (best) | peak MB | load | published code, s |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for name, run in runs.items():
+    lines.append(
+      f"| {name} | {run['wall_median']:.2f} ({run['wall_min']:.2f}) "
+      f"| {run['cpu_median']:.2f} ({run['cpu_min']:.2f}) | {run['peak_mb']} | {run['load']:.2f} "
+      f"| {published.get(name, '-')} |"
+    )
+  cold = runs["all cores"]
+  lines += [
+    "",
+    f"First round with compilation: {cold['first']:.1f} s with an empty cache, {warm['first']:.1f} s "
+    f"with a warm one. Reading, spectra, packing and initial parameters before it: "
+    f"{cold['prepare']:.1f} s and {warm['prepare']:.1f} s.",
+  ]
+  text = "\n".join(lines) + "\n"
+  print(text)
+  name = "fedssp_round_" + args.data.removeprefix("tu:").replace(",", "_")
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / f"{name}.md").write_text(text)
+  (RESULTS / f"{name}.json").write_text(json.dumps({**runs, "warm": warm}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  from jaxmethods.runtime import launch
+
+  launch.set_allocator()
+  main()
