@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from jaxmethods.runtime import loop, report
 
   step, state, metrics = loop.evaluate(experiment, config, checkpoints, mesh)
+  figures = experiment.figures(state)  # by every process: it may compute on the whole mesh
   if jax.process_index() == 0:
     page = report.write(
       workdir,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       about=experiment.about,
       step=step,
       metrics=metrics,
-      figures=experiment.figures(state),
+      figures=figures,
     )
     workdir_lib.write_json(
       workdir / "results.json", {"method": args.method, "step": step, "metrics": metrics}

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except loop.Stopped as stopped:
     print(stopped, flush=True)
     return stopped.status
+  figures = experiment.figures(state)  # by every process: it may compute on the whole mesh
   if jax.process_index() == 0:
     from jaxmethods.runtime import report  # matplotlib takes 0.6 s
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       about=experiment.about,
       step=experiment.num_steps,
       metrics=metrics,
-      figures=experiment.figures(state),
+      figures=figures,
     )
     print(f"{experiment.num_steps} steps done; see {page}")
   return 0

@@ -57,6 +57,7 @@ class Experiment(NamedTuple):
     test: what `evaluate` reads, as arrays. An argument, not a closure: jit bakes closed-over arrays
       into the program text (measured: 20 MB of data became 40 MB of program).
     figures: state -> {name: matplotlib figure}; what a person would rather look at than read.
+      Every process calls it, since it may compute on the whole mesh; one writes the pictures.
     num_steps: number of steps of the whole run.
     about: one line for the top of every report: the data, how many examples, where from, and
       whether real or generated.
