@@ -145,7 +145,7 @@ def test_sigkill_at_any_moment_changes_nothing(
   result = cli(*command, "--workdir", "undisturbed", **tiny_graphs_environment)
   assert result.returncode == 0, result.stderr
 
-  killed_at = int(np.random.default_rng().integers(6, steps - 8))
+  killed_at = int(np.random.default_rng().integers(9, steps - 8))
   process = spawn(*command, "--workdir", "w", **tiny_graphs_environment)
   wait_for_lines(process, tmp_path / "w", killed_at)
   process.kill()
