@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",
     summary="federated graph classification that shares only spectral encoders",
-    embedded_run="2 min",
+    embedded_run="2.5 min",
   ),
 }
 
