@@ -390,6 +390,8 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   Raises:
     InputError: data that are missing or cannot be used, or a client that cannot be trained.
   """
+  if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
+    raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
   records = sources.load_graphs(config.data)
   backbone = make_backbone(config)
   everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
@@ -397,8 +399,6 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   groups = [_to_device(make_clients(data, config, backbone), everywhere) for data in records]
   names = [name for group in groups for name in group.names]
   setup = make_algorithm(config, backbone, len(names))
-  if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
-    raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
   client_map: engine.ClientMap | None = "shard" if mesh else None
   if not mesh and config.client_map != "auto":
     client_map = config.client_map

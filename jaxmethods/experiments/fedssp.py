@@ -60,7 +60,8 @@ class Config(RunConfig):
   tau: float = 100.0
   mu: float = 0.5
   preference_lr: float = 0.005
-  # Where paper and code differ the default is the paper; the code's behaviour is the other value.
+  # Where paper and code differ the default is the paper and the code's behaviour the other value,
+  # but for mean_mode: tau was tuned with the scale that the code gives the mean.
   eval_preference: bool = True  # code: False
   preference_grad: Literal["clear", "accumulate"] = "clear"  # code: accumulate
   optimizer_reset: bool = False  # code: True

@@ -1,8 +1,8 @@
 """Spectral graph batches in packed rows: many small graphs share one row of fixed length.
 
 Attention over a graph's eigenvalues is quadratic in the row length, and every dense layer is linear
-in the number of slots. Packing graphs first-fit-decreasing into rows keeps 93 to 97 % of the slots
-real, against 20 to 75 % when each graph is padded to the largest of its batch. Two row lengths serve
+in the number of slots. Packing graphs first-fit-decreasing into rows keeps 84 to 91 % of the slots
+real over all batches of COX2, DHFR, AIDS and NCI1 (the short last batch included). Two row lengths serve
 data sets with a few very large graphs (PROTEINS: 620 nodes, mean 39).
 """
 
@@ -26,7 +26,7 @@ class SpectralBatch(NamedTuple):
   slack of each row is one padding graph. U undirected edge slots belong to each row.
 
   Attributes:
-    graphs: the batch; `nodes` also hold nothing else than the layout's fields.
+    graphs: the batch, in the layout of `jaxmethods.graphs`.
     encoding: (N, H + 1) float32, sine encoding of the slot's eigenvalue (zero in padding).
     products: one array (R, U, L) per row group: U[j, r] U[i, r] for the undirected edge {i, j} of
       the row and every eigenvalue slot r of the row; zero outside the edge's graph. The signs of
