@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxmethods.errors import InputError
+from jaxmethods.runtime import compiler
 from jaxmethods.runtime.checkpoints import Checkpoints
 from jaxmethods.runtime.experiment import Experiment, RunConfig, State
 from jaxmethods.runtime.launch import replicate
@@ -138,12 +139,12 @@ def compile_experiment(
   if mesh:
     sharding = jax.tree.map(lambda x: x.sharding, state)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
-  step = jax.jit(
+  step = compiler.jit(
     experiment.step,
     donate_argnums=0 if donate else (),
     out_shardings=(sharding, replicated) if mesh else None,
   )
-  return step, jax.jit(experiment.evaluate, out_shardings=replicated)
+  return step, compiler.jit(experiment.evaluate, out_shardings=replicated)
 
 
 def ordered(experiment: Experiment) -> Experiment:
