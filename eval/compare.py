@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       about=about,
       header=header,
       rows=lines,
-      figure=report.intervals(results, _headline(results)[:2]),
+      figure=report.intervals(results, _headline(results)[:2], highlight=args.method),
     )
     print(f"see {page}")
   return 0

@@ -8,6 +8,7 @@ every round, test accuracy averaged over clients without weights, no selection o
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from etils import epy
@@ -81,9 +82,11 @@ class Config(RunConfig):
     for name in ("clients_per_domain", "batch_size", "local_epochs", "heads", "layers"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    multiple = 2 * self.heads if self.backbone == "spectral" else 2
+    multiple = math.lcm(2, self.heads) if self.backbone == "spectral" else 2
     if self.hidden < 2 or self.hidden % multiple:
-      raise ValueError(f"hidden: must be a multiple of {multiple} (2 * heads), got {self.hidden}")
+      raise ValueError(
+        f"hidden: must be a multiple of {multiple} (even, and divisible by heads), got {self.hidden}"
+      )
     if not 0 < self.participation <= 1:
       raise ValueError(f"participation: must be in (0, 1], got {self.participation}")
     if not 0 <= self.dropout < 1:

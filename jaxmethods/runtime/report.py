@@ -133,12 +133,15 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
   return figure
 
 
-def intervals(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+def intervals(
+  rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], *, highlight: str = ""
+) -> Figure:
   """Draws mean, 95% interval and single seeds of every row, one panel for each metric.
 
   Args:
     rows: entries {"name", "metrics": {metric: {"mean", "ci95", "values"}}}, best read top down.
     metrics: which metrics to draw.
+    highlight: name of the row in the accent colour: the method among its rivals.
   """
   with plt.rc_context(_PLOT):
     figure, axes = plt.subplots(
@@ -150,18 +153,20 @@ def intervals(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figu
       layout="constrained",
     )
     for axis, metric in zip(axes.flat, metrics, strict=True):
-      _interval_panel(axis, rows, metric)
+      _interval_panel(axis, rows, metric, highlight)
     axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0, 0].invert_yaxis()
   return figure
 
 
-def _interval_panel(axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+def _interval_panel(
+  axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str, highlight: str
+) -> None:
   for height, row in enumerate(rows):
     result = row["metrics"].get(metric)
     if result is None or result["mean"] is None:
       continue
-    color = "C1" if height == 0 else "C0"  # the method itself comes first
+    color = "C1" if row["name"] == highlight else "C0"
     values = result["values"]
     axis.plot(
       values, [height + 0.22] * len(values), "o", ms=4.5, alpha=0.5, color=color, mec="none"
