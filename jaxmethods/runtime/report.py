@@ -125,7 +125,9 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         label = name.rpartition("/")[2]
         axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
       if 1 < len(names) <= _LEGEND:
-        axis.legend(fontsize=8, frameon=False, ncols=2)
+        axis.legend(
+          fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+        )
       axis.set(title=title.replace("_", " "), xlabel="step")
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat[len(panels) :]:
