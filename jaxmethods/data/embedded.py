@@ -6,10 +6,13 @@ The wheels of the extra `data` are read as files, checked by sha256, never impor
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import io
+from pathlib import Path
 
 import jraph
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from jaxmethods.data.files import wheel_file
 from jaxmethods.data.records import ArrayData, GraphData, Source
@@ -40,7 +43,14 @@ DIGITS_LICENCE = "BSD-3-Clause (the wheel's)"
 DIGITS_CITATION = "Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998"
 
 GRAPH_SETS = ("MUTAG", "Cuneiform", "digit-graphs")
-ARRAY_SETS = ("digits", "mnist5k")
+ARRAY_SETS = ("digits", "mnist5k", "font-digits")
+
+# Fonts in matplotlib's wheel that have digits of their own.
+_FONTS = (
+  "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
+  "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
+  "STIXGeneralBolIta", "STIXGeneralItalic", "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10",
+)  # fmt: skip
 
 
 def load_graphs(name: str) -> list[GraphData]:
@@ -155,7 +165,10 @@ def load_arrays(name: str) -> ArrayData:
 
   - "digits": 1,797 digits, x (n, 8, 8, 1) float32 in [0, 1] (the published 0..16 divided by 16).
   - "mnist5k": 5,000 MNIST digits, 500 per class, sorted by class, x (n, 28, 28, 1) uint8.
+  - "font-digits": 1,020 digits that we render from matplotlib's fonts, x (n, 28, 28, 1) uint8.
   """
+  if name == "font-digits":
+    return _font_digits()
   if name == "digits":
     images, labels, origin = _digit_images()
     source = Source(
@@ -177,6 +190,37 @@ def load_arrays(name: str) -> ArrayData:
     )
     x, labels = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.uint8), table[:, -1]
   return ArrayData({"all": (x, labels.astype(np.int32))}, 10, source)
+
+
+def _font_digits(per_font: int = 6, seed: int = 0) -> ArrayData:
+  """Ten digits of every font, each at `per_font` random sizes, angles and places."""
+  random = np.random.default_rng(seed)
+  images, labels = [], []
+  for font in _FONTS:
+    content = _matplotlib_font(font)
+    for digit in range(10):
+      for _ in range(per_font):
+        letters = ImageFont.truetype(io.BytesIO(content), int(random.integers(18, 27)))
+        image = Image.new("L", (28, 28))
+        place = 14 + random.uniform(-2, 2, size=2)
+        ImageDraw.Draw(image).text(tuple(place), str(digit), 255, letters, anchor="mm")
+        images.append(np.asarray(image.rotate(random.uniform(-12, 12), Image.Resampling.BILINEAR)))
+        labels.append(digit)
+  version = importlib.metadata.version("matplotlib")
+  source = Source(
+    "embedded:font-digits",
+    f"rendered by us from {len(_FONTS)} fonts in matplotlib {version} (wheel)",
+    "the fonts' (DejaVu, STIX, Computer Modern)",
+    "none",
+    real=False,
+  )
+  x = np.stack(images)[..., None]
+  return ArrayData({"all": (x, np.array(labels, np.int32))}, 10, source)
+
+
+def _matplotlib_font(name: str) -> bytes:
+  wheel = importlib.metadata.distribution("matplotlib")
+  return Path(str(wheel.locate_file(f"matplotlib/mpl-data/fonts/ttf/{name}.ttf"))).read_bytes()
 
 
 def _digit_images() -> tuple[np.ndarray, np.ndarray, str]:

@@ -4,7 +4,7 @@
 | --- | --- |
 | `digits` | scikit-learn's 1,797 digits, 8x8 |
 | `embedded:graphs`, `embedded:MUTAG`, `embedded:Cuneiform`, `embedded:digit-graphs` | graphs |
-| `embedded:mnist5k`, `embedded:digits` | images |
+| `embedded:mnist5k`, `embedded:digits`, `embedded:font-digits` | images |
 | `tu:NAME`, `tu:SM`, `tu:BIO-SM`, `tu:MUTAG,BZR` | TUDataset graphs, one record per set |
 | `tfds:tu/NAME` | the same graphs through TensorFlow Datasets' storage |
 | `tfds:NAME`, `tfds:NAME:SPLIT` | images of TensorFlow Datasets |
@@ -63,7 +63,7 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
   """Loads labelled images or feature vectors.
 
   Args:
-    name: `digits`, `embedded:mnist5k`, `tfds:NAME[:SPLIT]`, `folder:PATH` or `npz:PATH`; see the
+    name: `digits`, `embedded:mnist5k`, `embedded:font-digits`, `tfds:NAME[:SPLIT]`, `folder:PATH` or `npz:PATH`; see the
       module docstring.
     image_size: side to which the images of a folder are resized.
 

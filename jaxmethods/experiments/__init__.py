@@ -33,6 +33,12 @@ METHODS: dict[str, Method] = {
     summary="federated graph classification that shares only spectral encoders",
     embedded_run="2.5 min",
   ),
+  "ggeur": Method(
+    title="GGEUR",
+    paper="Ma et al., CVPR 2025, arXiv 2503.06457",
+    summary="federated learning on embeddings, enlarged along the global shape of every class",
+    embedded_run="1 min",
+  ),
 }
 
 

@@ -21,6 +21,8 @@ from jaxmethods.federated.batching import Batching, prebatched
 from jaxmethods.federated.engine import weighted_mean
 
 Loss = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+# (parameters, received, the client's own of the round before, batch) -> scalar
+Penalty = Callable[[Params, Params, Params, Any], jax.Array]
 
 
 class ClientState(NamedTuple):
@@ -30,11 +32,13 @@ class ClientState(NamedTuple):
     params: its local parameters (those that are not shared).
     model_state: what is not trained by gradient, such as batch-norm statistics; never leaves it.
     opt_state: optimiser state over all its parameters, or () if it starts anew every round.
+    previous: all its parameters after its last round, () unless a penalty looks at them.
   """
 
   params: Params
   model_state: Any
   opt_state: Any
+  previous: Params = ()
 
 
 class ServerState(NamedTuple):
@@ -50,6 +54,7 @@ def init_client(
   *,
   shared: paths.Predicate = paths.everything,
   optimizer: optax.GradientTransformation | None = None,
+  keep_previous: bool = False,
 ) -> ClientState:
   """Returns a client before its first round; vmap it over stacked parameters for a group.
 
@@ -58,9 +63,11 @@ def init_client(
     model_state: its non-trained collections.
     shared: as given to `fedavg`.
     optimizer: as given to `fedavg` if it keeps the optimiser state, else None.
+    keep_previous: whether `fedavg` has a penalty.
   """
   local = paths.split(params, shared)[1]
-  return ClientState(local, model_state, optimizer.init(params) if optimizer else ())
+  opt_state = optimizer.init(params) if optimizer else ()
+  return ClientState(local, model_state, opt_state, params if keep_previous else ())
 
 
 def fedavg(
@@ -69,6 +76,7 @@ def fedavg(
   *,
   shared: paths.Predicate = paths.everything,
   proximal: float = 0.0,
+  penalty: Penalty | None = None,
   weighted: bool = True,
   local_epochs: int = 1,
   server_optimizer: optax.GradientTransformation | None = None,
@@ -84,6 +92,8 @@ def fedavg(
     optimizer: of the clients.
     shared: which parameters are exchanged, by path "a/b/c"; the others never leave the client.
     proximal: mu of FedProx: adds (mu / 2) ||w - w_server||^2 over the shared parameters to the loss.
+    penalty: added to the loss; the client then keeps its parameters for the next round
+      (`init_client(keep_previous=True)`).
     weighted: average by example counts; False: every participating client counts the same.
     local_epochs: passes over a client's batches per round.
     server_optimizer: applied to the pseudo-gradient w_server - mean(w_client); None puts the mean
@@ -110,8 +120,9 @@ def fedavg(
     def objective(params, model_state, batch, key):
       value, aux = loss(params, model_state, batch, key)
       if proximal:
-        drift = jax.tree.map(jnp.subtract, paths.split(params, shared)[0], message)
-        value += 0.5 * proximal * optax.tree.norm(drift, squared=True)
+        value += proximal_term(paths.split(params, shared)[0], message, proximal)
+      if penalty:
+        value += penalty(params, start, client.previous, batch)
       return value, aux
 
     state, metrics = local_sgd(
@@ -125,7 +136,10 @@ def fedavg(
       unroll=unroll,
     )
     upload, kept = paths.split(state[0], shared)
-    return ClientState(kept, state[1], state[2] if keep_optimizer else ()), upload, metrics
+    client = ClientState(
+      kept, state[1], state[2] if keep_optimizer else (), state[0] if penalty else ()
+    )
+    return client, upload, metrics
 
   def server(state: ServerState, uploads, weights) -> ServerState:
     counts = weights if weighted else (weights > 0).astype(weights.dtype)
@@ -143,6 +157,12 @@ def fedavg(
     return paths.merge(message, client.params)
 
   return FederatedAlgorithm(init, download, local, server, params)
+
+
+def proximal_term(params: Params, received: Params, mu: float) -> jax.Array:
+  """(mu / 2) ||w - w_server||^2."""
+  drift = jax.tree.map(jnp.subtract, params, received)
+  return 0.5 * mu * optax.tree.norm(drift, squared=True)
 
 
 def fedprox(loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.01, **options):

@@ -62,6 +62,61 @@ def dirichlet(
   return [np.sort(part) for part in parts]
 
 
+def deal_by_proportions(
+  labels: np.ndarray, proportions: np.ndarray, shuffled: np.ndarray, *, min_per_class: int = 1
+) -> list[np.ndarray]:
+  """Label skew with a floor: the single-domain partition of GGEUR (code).
+
+  Of every class each client first gets `min_per_class` examples, in order; the rest is cut by the
+  class's proportions, rounded, the last client taking the remainder.
+
+  Args:
+    labels: (n,) integers 0..C-1.
+    proportions: share of each client, (C, clients), rows sum to 1.
+    shuffled: (n,) the examples of class 0 in random order, then those of class 1, ...
+    min_per_class: examples of each class for each client.
+
+  Raises:
+    InputError: a class has too few examples.
+  """
+  num_clients = proportions.shape[1]
+  parts: list[list[int]] = [[] for _ in range(num_clients)]
+  floor = num_clients * min_per_class
+  for label, members in enumerate(_by_class(labels, shuffled, len(proportions))):
+    if len(members) < floor:
+      raise InputError(
+        f"class {label} has {len(members)} examples: {num_clients} clients with at least "
+        f"{min_per_class} each need {floor}"
+      )
+    for part, first in zip(parts, members[:floor].reshape(num_clients, -1), strict=True):
+      part.extend(first.tolist())
+    rest = members[floor:]
+    counts = np.rint(proportions[label] * len(rest)).astype(int)
+    # Rounding up can ask for more than there is; the published code then counts below zero.
+    ends = np.minimum(np.cumsum(counts)[:-1], len(rest))
+    for part, share in zip(parts, np.split(rest, ends), strict=True):
+      part.extend(share.tolist())
+  return [np.array(part, int) for part in parts]
+
+
+def domain_label_counts(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """Label skew on top of domain skew (Office-Home-LDS): how much of each class a domain's client gets.
+
+  Args:
+    proportions: (domains, C), columns sum to 1.
+    counts: training examples of each domain and class, (domains, C).
+
+  Returns:
+    int(proportions * counts), (domains, C).
+  """
+  return (proportions * counts).astype(int)
+
+
+def _by_class(labels: np.ndarray, shuffled: np.ndarray, num_classes: int) -> list[np.ndarray]:
+  """The shuffled examples of each class."""
+  return [shuffled[labels[shuffled] == label] for label in range(num_classes)]
+
+
 def shards(
   labels: Sequence[int] | np.ndarray,
   num_clients: int,

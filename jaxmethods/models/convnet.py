@@ -58,12 +58,17 @@ class ConvNet(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps (batch, height, width, channels) to logits (batch, num_classes)."""
+  def __call__(self, x: jax.Array, *, embedding: bool = False) -> jax.Array:
+    """Maps (batch, height, width, channels) to logits (batch, num_classes).
+
+    With `embedding` to what the dense layer reads instead: (batch, values of the last feature map).
+    """
     for i, features in enumerate(self.features):
       x = Conv3x3(features, self.patches, self.dtype, name=f"conv_{i}")(x)
       x = nn.relu(max_pool_2x2(x))  # the same as pooling after the ReLU, on a quarter of the values
     x = x.reshape(x.shape[0], -1)
+    if embedding:
+      return x
     return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 

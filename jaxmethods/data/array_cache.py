@@ -1,0 +1,56 @@
+"""Arrays that are computed once per machine and kept on disk under the hash of what they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def cache_folder() -> Path:
+  """`$JAXMETHODS_CACHE`, else `~/.cache/jaxmethods`."""
+  return Path(os.environ.get("JAXMETHODS_CACHE") or Path.home() / ".cache" / "jaxmethods")
+
+
+def cached(
+  kind: str,
+  depends_on: Iterable[bytes | np.ndarray],
+  compute: Callable[[], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Returns what `compute` gives, from disk if it was computed before.
+
+  A damaged file is computed anew and replaced; a folder that cannot be written costs the time of
+  computing, nothing else.
+
+  Args:
+    kind: folder of the cache.
+    depends_on: everything the result depends on, in a fixed order; among it a mark of the format.
+    compute: () -> named arrays.
+  """
+  digest = hashlib.sha256()
+  for part in depends_on:
+    digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+  path = cache_folder() / kind / f"{digest.hexdigest()}.npz"
+  try:
+    with np.load(path) as stored:
+      return dict(stored)
+  except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+    pass
+  arrays = dict(compute())
+  with contextlib.suppress(OSError):
+    _write(path, arrays)
+  return arrays
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes aside and renames: readers, and a run killed here, never see half a file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+    np.savez(Path(aside, path.name), **arrays)
+    os.replace(Path(aside, path.name), path)

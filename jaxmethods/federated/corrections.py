@@ -1,0 +1,181 @@
+"""Federated algorithms that correct the drift of local training by a term per client.
+
+scaffold  Karimireddy et al. 2020. SCAFFOLD: stochastic controlled averaging for federated learning.
+feddyn    Acar et al. 2021. Federated learning based on dynamic regularization.
+
+Both add a linear term to the local loss, so every local step stays plain `local_sgd`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
+from jaxmethods.federated.algorithms import Loss, local_sgd, proximal_term
+from jaxmethods.federated.batching import Batching, prebatched
+from jaxmethods.federated.engine import weighted_mean
+
+
+class Client(NamedTuple):
+  """What a client keeps: its correction (like the parameters) and its non-trained collections."""
+
+  correction: Params
+  model_state: Any
+
+
+class Server(NamedTuple):
+  """Global parameters, and the correction that belongs to them."""
+
+  params: Params
+  correction: Params
+
+
+class ScaffoldUpload(NamedTuple):
+  """All that leaves a client in SCAFFOLD."""
+
+  params: Params
+  change: Params
+
+
+def init_client(params: Params, model_state: Any = ()) -> Client:
+  """Returns a client before its first round."""
+  return Client(jax.tree.map(jnp.zeros_like, params), model_state)
+
+
+def scaffold(
+  loss: Loss,
+  learning_rate: float,
+  *,
+  server_rate: float = 1.0,
+  local_epochs: int = 1,
+  batches: Batching = prebatched,
+) -> FederatedAlgorithm:
+  """SCAFFOLD with its second rule for the controls; local steps are SGD.
+
+  w <- w - lr (g - c_k + c); after S steps c_k' = c_k - c + (w_g - w_k) / (S lr); then
+  w_g += server_rate * mean(w_k - w_g) and c += mean(c_k' - c_k), without weights. With adaptive local
+  steps the controls would lose their meaning, so the optimiser is not an option. The mean over
+  controls assumes that all clients take part.
+
+  Args:
+    loss: as in `algorithms.fedavg`.
+    learning_rate: lr of the local steps.
+    server_rate: of the server's step; 1 puts the mean in place.
+    local_epochs: passes over a client's batches per round.
+    batches: as in `algorithms.fedavg`.
+  """
+
+  def local(message: Server, client: Client, data, key):
+    tilt = jax.tree.map(jnp.subtract, message.correction, client.correction)
+
+    def objective(params, model_state, batch, key):
+      value, aux = loss(params, model_state, batch, key)
+      return value + optax.tree.vdot(tilt, params), aux
+
+    optimizer = optax.sgd(learning_rate)
+    start = (message.params, client.model_state, optimizer.init(message.params))
+    (params, model_state, _), metrics = local_sgd(
+      objective, optimizer, start, data, key, epochs=local_epochs, batches=batches
+    )
+    steps = local_epochs * batches(data, key).real.sum()
+    control = scaffold_control(
+      client.correction, message.correction, message.params, params, steps, learning_rate
+    )
+    change = jax.tree.map(jnp.subtract, control, client.correction)
+    return Client(control, model_state), ScaffoldUpload(params, change), metrics
+
+  def server(state: Server, uploads: ScaffoldUpload, weights):
+    part = (weights > 0).astype(weights.dtype)
+    mean = weighted_mean(uploads, part)
+    params = jax.tree.map(lambda w, m: w + server_rate * (m - w), state.params, mean.params)
+    control = jax.tree.map(jnp.add, state.correction, mean.change)
+    return _if_any(part, Server(params, control), state)
+
+  return FederatedAlgorithm(_init, _download, local, server, _params)
+
+
+def scaffold_control(
+  control: Params,
+  global_control: Params,
+  start: Params,
+  end: Params,
+  steps: jax.Array | int,
+  learning_rate: jax.Array | float,
+) -> Params:
+  """The client's new control c_k - c + (w_g - w_k) / (S lr)."""
+  scale = 1 / (jnp.maximum(steps, 1) * learning_rate)
+  return jax.tree.map(
+    lambda c_k, c, w_g, w_k: c_k - c + scale * (w_g - w_k), control, global_control, start, end
+  )
+
+
+def feddyn(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  alpha: float = 0.5,
+  *,
+  local_epochs: int = 1,
+  batches: Batching = prebatched,
+) -> FederatedAlgorithm:
+  """FedDyn: local loss - <g_k, w> + (alpha / 2) ||w - w_g||^2.
+
+  g_k <- g_k - alpha (w_k - w_g); h <- h - alpha mean(w_k - w_g); w_g = mean(w_k) - h / alpha. The
+  server's mean is without weights and assumes that all clients take part.
+
+  Args:
+    loss: as in `algorithms.fedavg`.
+    optimizer: of the clients, started anew every round.
+    alpha: strength of the regulariser.
+    local_epochs: passes over a client's batches per round.
+    batches: as in `algorithms.fedavg`.
+  """
+
+  def local(message: Server, client: Client, data, key):
+    def objective(params, model_state, batch, key):
+      value, aux = loss(params, model_state, batch, key)
+      value += proximal_term(params, message.params, alpha)
+      return value - optax.tree.vdot(client.correction, params), aux
+
+    start = (message.params, client.model_state, optimizer.init(message.params))
+    (params, model_state, _), metrics = local_sgd(
+      objective, optimizer, start, data, key, epochs=local_epochs, batches=batches
+    )
+    gradient = jax.tree.map(
+      lambda g, w, w_g: g - alpha * (w - w_g), client.correction, params, message.params
+    )
+    return Client(gradient, model_state), params, metrics
+
+  def server(state: Server, uploads: Params, weights):
+    part = (weights > 0).astype(weights.dtype)
+    mean = weighted_mean(uploads, part)
+    h = jax.tree.map(
+      lambda h, m, w: h - alpha * (m - w), state.correction, mean, state.params
+    )  # fmt: skip
+    params = jax.tree.map(lambda m, h: m - h / alpha, mean, h)
+    return _if_any(part, Server(params, h), state)
+
+  return FederatedAlgorithm(_init, lambda s, i: Server(s.params, ()), local, server, _params)
+
+
+def _init(params: Params, key: jax.Array) -> Server:
+  del key
+  return Server(params, jax.tree.map(jnp.zeros_like, params))
+
+
+def _download(server: Server, index: jax.Array) -> Server:
+  del index
+  return server
+
+
+def _params(message: Server, client: Client) -> Params:
+  del client
+  return message.params
+
+
+def _if_any(part: jax.Array, new: Server, old: Server) -> Server:
+  """A round in which nobody took part leaves the server as it was."""
+  return jax.tree.map(lambda a, b: jnp.where(part.any(), a, b), new, old)

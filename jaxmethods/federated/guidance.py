@@ -1,0 +1,107 @@
+"""FedAvg whose local loss is guided by the outputs of the global model.
+
+moon    Li, He, Song 2021. Model-contrastive federated learning.
+fedntd  Lee et al. 2022. Preservation of the global knowledge by not-true distillation.
+
+Both are `algorithms.fedavg` with a penalty that sees the received parameters and the client's own of the
+round before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
+from jaxmethods.federated.algorithms import Loss, fedavg
+
+Outputs = Callable[[Params, Any], jax.Array]  # (params, batch) -> (B, h)
+
+
+def moon(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  features: Outputs,
+  mu: float = 1.0,
+  temperature: float = 0.5,
+  **options: Any,
+) -> FederatedAlgorithm:
+  """FedAvg with mu times the contrast of `features` (B, h) to the global and the previous model.
+
+  With a linear head on frozen embeddings the only trainable output is the logits: pass those.
+  `batch["mask"]` (B,) says which examples are real.
+  """
+
+  def penalty(params, received, previous, batch):
+    stop = jax.lax.stop_gradient
+    losses = model_contrast(
+      features(params, batch),
+      stop(features(received, batch)),
+      stop(features(previous, batch)),
+      temperature,
+    )
+    return mu * _mean(losses, batch["mask"])
+
+  return fedavg(loss, optimizer, penalty=penalty, **options)
+
+
+def model_contrast(
+  z: jax.Array, z_global: jax.Array, z_previous: jax.Array, temperature: float = 0.5
+) -> jax.Array:
+  """-log of the share of e^(cos(z, z_global) / tau) beside e^(cos(z, z_previous) / tau).
+
+  Args:
+    z: (B, h).
+    z_global: (B, h), the positive.
+    z_previous: (B, h), the negative.
+    temperature: tau.
+
+  Returns:
+    (B,).
+  """
+  positive = optax.losses.cosine_similarity(z, z_global, epsilon=1e-12) / temperature
+  negative = optax.losses.cosine_similarity(z, z_previous, epsilon=1e-12) / temperature
+  return jax.nn.softplus(negative - positive)
+
+
+def fedntd(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  logits: Outputs,
+  temperature: float = 1.0,
+  beta: float = 0.5,
+  **options: Any,
+) -> FederatedAlgorithm:
+  """FedAvg with beta times the divergence from the global model over the classes that are not true.
+
+  `batch["mask"]` (B,) says which examples are real, `batch["y"]` (B,) are their labels.
+  """
+
+  def penalty(params, received, previous, batch):
+    del previous
+    teacher = jax.lax.stop_gradient(logits(received, batch))
+    losses = not_true_divergence(logits(params, batch), teacher, batch["y"], temperature)
+    return beta * _mean(losses, batch["mask"])
+
+  return fedavg(loss, optimizer, penalty=penalty, **options)
+
+
+def not_true_divergence(
+  logits: jax.Array, teacher: jax.Array, labels: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+  """KL(teacher || student) of the softmaxes without the true class, times tau^2: (B, C) -> (B,)."""
+  true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  student = jax.nn.log_softmax(jnp.where(true, -jnp.inf, logits / temperature))
+  teacher = jax.nn.log_softmax(jnp.where(true, -jnp.inf, teacher / temperature))
+  # The true class has probability 0 on both sides: keep its -inf out of the product.
+  student, teacher = (jnp.where(true, 0.0, x) for x in (student, teacher))
+  share = jnp.where(true, 0.0, jnp.exp(teacher))
+  return temperature**2 * (share * (teacher - student)).sum(-1)
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+  return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
