@@ -63,7 +63,7 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
   """Loads labelled images or feature vectors.
 
   Args:
-    name: `digits`, `embedded:mnist5k`, `embedded:font-digits`, `tfds:NAME[:SPLIT]`, `folder:PATH` or `npz:PATH`; see the
+    name: `digits`, `embedded:NAME`, `tfds:NAME[:SPLIT]`, `folder:PATH` or `npz:PATH`; see the
       module docstring.
     image_size: side to which the images of a folder are resized.
 

@@ -1,0 +1,152 @@
+"""The GGEUR experiment on small feature vectors: partition, exchange, rows, bad input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import federated_embeddings, ggeur
+from jaxmethods.runtime import config as config_lib
+
+D = 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """Three domains of four Gaussian classes, each domain shifted."""
+  rng = np.random.default_rng(0)
+  centres = 4 * rng.normal(size=(4, D))
+  arrays = {}
+  for name, shift in (("a", 0.0), ("b", 1.0), ("c", -1.0)):
+    y = np.repeat(np.arange(4), 20)
+    arrays[f"{name}_x"] = (centres[y] + shift + rng.normal(size=(80, D))).astype(np.float32)
+    arrays[f"{name}_y"] = y
+  path = tmp_path_factory.mktemp("data") / "features.npz"
+  np.savez(path, **arrays)
+  return f"npz:{path}"
+
+
+def config(source, **changes):
+  small = {
+    "data": source, "steps": 8, "local_epochs": 2, "batch_size": 16, "learning_rate": 0.05,
+    "target": 25, "own_samples": 30, "own_per_anchor": 8, "prototype_samples": 20,
+  }  # fmt: skip
+  return ggeur.Config(**(small | changes))
+
+
+def trained(config):
+  experiment = federated_embeddings.build(config)
+  state = experiment.init(jax.random.key(config.seed))
+  step, batches = jax.jit(experiment.step), experiment.batches(0)
+  for _ in range(config.steps):
+    state, metrics = step(state, next(batches))
+  return experiment, state, metrics
+
+
+def test_it_learns_and_beats_nothing_at_all(source):
+  experiment, state, metrics = trained(config(source))
+  result = experiment.evaluate(state, experiment.test)
+  assert result["test_accuracy"] > 0.9
+  assert metrics["bytes_up"] == 3 * 4 * (D * 4 + 4)
+  np.testing.assert_allclose(
+    result["test_accuracy"], np.mean([result[f"test_accuracy/{n}"] for n in "abc"]), rtol=1e-6
+  )
+  assert set(experiment.figures(state)) == {"accuracy", "examples_per_class"}
+
+
+@pytest.mark.parametrize("skew", ["domains", "labels"])
+def test_partitions_are_disjoint_and_skewed(source, skew):
+  settings = config(source, skew=skew, clients=5, min_per_class=1)
+  data = federated_embeddings.load(settings)
+  draw = getattr(federated_embeddings, f"draw_{skew.removesuffix('s')}_clients")
+  _, y, mask = draw(jax.random.key(0), data.train, settings, data.num_classes)
+  counts = (jax.nn.one_hot(y, 4) * mask[..., None]).sum(1)
+  assert (counts >= 1).all()
+  if skew == "labels":
+    assert y.shape[0] == 5
+    np.testing.assert_array_equal(mask.sum(0), (data.train.y.reshape(-1) >= 0).astype(int))
+  else:
+    assert (counts.max(0) > 2 * counts.min(0)).any()
+  even = dataclasses.replace(settings, alpha=0.0)
+  _, y, mask = draw(jax.random.key(0), data.train, even, data.num_classes)
+  assert ((jax.nn.one_hot(y, 4) * mask[..., None]).sum(1).std(0) < 2).all()
+
+
+@pytest.mark.parametrize("skew", ["domains", "labels"])
+def test_every_client_is_filled_to_the_target(source, skew):
+  settings = config(source, skew=skew, clients=4)
+  experiment = federated_embeddings.build(settings)
+  state = experiment.init(jax.random.key(0))
+  counts = (jax.nn.one_hot(state.data["y"], 4) * state.data["mask"][..., None]).sum(1)
+  if skew == "domains":
+    np.testing.assert_array_equal(counts, settings.target)
+  else:
+    assert (counts >= settings.target).all()
+
+
+def test_all_clients_report_moments_and_nothing_else(source):
+  settings = config(source)
+  data = federated_embeddings.load(settings)
+  key = jax.random.key(0)
+  x, y, mask = federated_embeddings.draw_domain_clients(key, data.train, settings, 4)
+  reported, shape = federated_embeddings.exchange(key, x, y, mask, settings, 4)
+  assert [leaf.shape for leaf in jax.tree.leaves(reported)] == [(3, 4), (3, 4, D), (3, 4, D, D)]
+  assert (reported.count != 1).all()  # one example would be the embedding itself
+  assert shape.eigenvalues.shape == (4, D)
+
+
+def test_every_row_runs(source):
+  rows = ggeur.rows(config(source, steps=2, local_epochs=1))
+  assert next(iter(rows)) == "ggeur"
+  for name in ("ggeur_isotropic", "local", "centralised", "scaffold", "moon_ggeur", "feddyn",
+               "fedadam", "fedntd", "fedprox"):  # fmt: skip
+    experiment, state, metrics = trained(rows[name])
+    assert np.isfinite(metrics["loss"]), name
+    assert np.isfinite(experiment.evaluate(state, experiment.test)["test_accuracy"]), name
+
+
+def test_a_client_that_returns_nan_is_rejected_and_the_round_goes_on(source):
+  experiment = federated_embeddings.build(config(source, enlarge="none"))
+  state = experiment.init(jax.random.key(0))
+  broken = state._replace(data=state.data | {"x": state.data["x"].at[1].set(jnp.nan)})
+  state, metrics = jax.jit(experiment.step)(broken, ())
+  assert metrics["rejected"] == 1
+  assert np.isfinite(state.server.params["head"]["kernel"]).all()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"test_share": 1.0}, "test_share"),
+    ({"alpha": -1.0}, "alpha"),
+    ({"guided_threshold": 0.0}, "guided_threshold"),
+    ({"target": 0}, "target"),
+  ],
+)
+def test_impossible_settings(source, changes, message):
+  with pytest.raises(ValueError, match=message):
+    config(source, **changes)
+
+
+def test_bad_data(tmp_path, source):
+  with np.load(source.removeprefix("npz:")) as archive:
+    arrays = dict(archive)
+  gone = {k: v + (v >= 2) if k.endswith("_y") else v for k, v in arrays.items()}
+  np.savez(tmp_path / "gone.npz", **gone)
+  with pytest.raises(InputError, match="no client can have class 2"):
+    federated_embeddings.build(config(f"npz:{tmp_path / 'gone.npz'}"))
+  with pytest.raises(InputError, match=r"client \d .* is empty"):
+    for seed in range(20):
+      lonely = config(source, alpha=0.001, min_per_class=0)
+      federated_embeddings.build(lonely).init(jax.random.key(seed))
+
+
+def test_the_embedded_default_is_what_the_file_says():
+  from pathlib import Path
+
+  file = Path(__file__).parents[2] / "configs" / "ggeur.yaml"
+  loaded = config_lib.load(ggeur.Config, file, method="ggeur")
+  assert loaded.data == "embedded:digit-domains"
