@@ -52,5 +52,5 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes aside and renames: readers, and a run killed here, never see half a file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-    np.savez(Path(aside, path.name), **arrays)
+    np.savez(Path(aside, path.name), **arrays)  # type: ignore[arg-type]  # a name is no option
     os.replace(Path(aside, path.name), path)

@@ -219,7 +219,7 @@ def exchange(key, x, y, mask, config: Config, num_classes: int):
   )
   reported = jax.vmap(report)(jax.random.split(key, x.shape[0]), moments)
   if config.skew == "labels":
-    chosen = method.guided_set(reported.count, config.guided_threshold)
+    chosen = method.guided_set(reported.counts, config.guided_threshold)
     reported = method.select(reported, chosen)
   pooled = method.aggregate(reported)
   shape = method.geometric_shape(pooled.covariance, config.top_scaling)
@@ -239,14 +239,18 @@ def enlarged(key, x, y, mask, config: Config, num_classes: int):
   reported, shape = exchange(exchange_key, x, y, mask, config, num_classes)
   num_clients = x.shape[0]
   largest = int(jax.device_get(jax.nn.one_hot(y, num_classes).sum(1).max()))
-  options = {"target": config.target, "rows": max(config.target, largest), "scale": config.scale}
+  options: dict[str, Any] = {
+    "target": config.target,
+    "rows": max(config.target, largest),
+    "scale": config.scale,
+  }
   keys = jax.random.split(own_key, num_clients)
 
   def one(args):
     key, index, x, y, mask = args
     if config.skew == "labels":
       return method.enlarge(key, x, y, mask, shape, **options)
-    others = (jnp.arange(num_clients) != index)[:, None] & (reported.count > 0)
+    others = (jnp.arange(num_clients) != index)[:, None] & (reported.counts > 0)
     if config.enlarge == "own":
       others = jnp.zeros_like(others)
     return method.enlarge_across_domains(
@@ -285,7 +289,10 @@ def make_algorithm(config: Config) -> tuple[FederatedAlgorithm, Any]:
     return value, (model_state, {})
 
   adam = optax.adam(config.learning_rate)
-  local = {"local_epochs": config.local_epochs, "batches": shuffled(config.batch_size)}
+  local: dict[str, Any] = {
+    "local_epochs": config.local_epochs,
+    "batches": shuffled(config.batch_size),
+  }
   average = {"weighted": config.weighted, **local}
   start = algorithms.init_client
   guided = lambda params: algorithms.init_client(params, keep_previous=True)

@@ -32,12 +32,12 @@ class Moments(NamedTuple):
   """Per-class statistics: all that leaves a client before training.
 
   Attributes:
-    count: n, (C,) int32.
+    counts: n, (C,) int32.
     mean: mu, (C, d); 0 where n is 0.
     covariance: Sigma, population (divided by n), (C, d, d); 0 where n is 0.
   """
 
-  count: Array
+  counts: Array
   mean: Array
   covariance: Array
 
@@ -112,7 +112,7 @@ def share(
   Raises:
     ValueError: noise without a key.
   """
-  reported = moments.count >= min_count
+  reported = moments.counts >= min_count
   mean, covariance = moments.mean, moments.covariance
   if noise:
     if key is None:
@@ -122,7 +122,7 @@ def share(
     mean = mean + noise * jax.random.normal(mean_key, mean.shape, mean.dtype)
     covariance = covariance + noise * (drawn + drawn.mT) / 2
   return Moments(
-    jnp.where(reported, moments.count, 0),
+    jnp.where(reported, moments.counts, 0),
     jnp.where(reported[:, None], mean, 0),
     jnp.where(reported[:, None, None], covariance, 0),
   )
@@ -139,25 +139,25 @@ def aggregate(moments: Moments) -> Moments:
   Returns:
     Global moments, (C, ...).
   """
-  weight = moments.count.astype(moments.mean.dtype)  # (K, C)
+  weight = moments.counts.astype(moments.mean.dtype)  # (K, C)
   share_of = weight / jnp.maximum(weight.sum(0), 1)
   mean = jnp.einsum("kc,kcd->cd", share_of, moments.mean)
   apart = moments.mean - mean
   covariance = jnp.einsum("kc,kcde->cde", share_of, moments.covariance)
   covariance += jnp.einsum("kc,kcd,kce->cde", share_of, apart, apart)
-  return Moments(moments.count.sum(0), mean, covariance)
+  return Moments(moments.counts.sum(0), mean, covariance)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
   """Pools two sets of moments (parallel formula); folding it over clients equals `aggregate`."""
-  n_a, n_b = a.count.astype(a.mean.dtype), b.count.astype(b.mean.dtype)
+  n_a, n_b = a.counts.astype(a.mean.dtype), b.counts.astype(b.mean.dtype)
   n = jnp.maximum(n_a + n_b, 1)
   delta = b.mean - a.mean
   part_a, part_b = n_a / n, n_b / n
   between = (part_a * part_b)[:, None, None] * delta[:, :, None] * delta[:, None, :]
   within = part_a[:, None, None] * a.covariance + part_b[:, None, None] * b.covariance
   return Moments(
-    a.count + b.count,
+    a.counts + b.counts,
     jnp.where((n_a > 0)[:, None], a.mean + part_b[:, None] * delta, b.mean),
     jnp.where(((n_a > 0) & (n_b > 0))[:, None, None], within + between, within),
   )
@@ -186,7 +186,7 @@ def guided_set(counts: Array, threshold: float = 1.0) -> Array:
 def select(moments: Moments, reported: Array) -> Moments:
   """Stacked moments (K, C, ...) with those outside `reported` (K, C) set to nothing."""
   return Moments(
-    jnp.where(reported, moments.count, 0),
+    jnp.where(reported, moments.counts, 0),
     jnp.where(reported[..., None], moments.mean, 0),
     jnp.where(reported[..., None, None], moments.covariance, 0),
   )

@@ -94,7 +94,7 @@ def test_all_clients_report_moments_and_nothing_else(source):
   x, y, mask = federated_embeddings.draw_domain_clients(key, data.train, settings, 4)
   reported, shape = federated_embeddings.exchange(key, x, y, mask, settings, 4)
   assert [leaf.shape for leaf in jax.tree.leaves(reported)] == [(3, 4), (3, 4, D), (3, 4, D, D)]
-  assert (reported.count != 1).all()  # one example would be the embedding itself
+  assert (reported.counts != 1).all()  # one example would be the embedding itself
   assert shape.eigenvalues.shape == (4, D)
 
 

@@ -41,7 +41,7 @@ def client_moments(arrays):
 def test_client_statistics(golden):
   arrays, tolerance = golden
   moments = client_moments(arrays)
-  np.testing.assert_array_equal(moments.count, arrays["stats/counts"])
+  np.testing.assert_array_equal(moments.counts, arrays["stats/counts"])
   np.testing.assert_allclose(moments.mean, arrays["stats/means"], **tolerance)
   np.testing.assert_allclose(moments.covariance, arrays["stats/covariances"], **tolerance)
 
@@ -60,9 +60,9 @@ def test_aggregation(golden):
   )
 
   folded = jax.tree.map(lambda x: x[0], stacked)
-  for client in range(1, stacked.count.shape[0]):
+  for client in range(1, stacked.counts.shape[0]):
     folded = ggeur.merge(folded, jax.tree.map(lambda x, k=client: x[k], stacked))
-  np.testing.assert_array_equal(folded.count, pooled.count)
+  np.testing.assert_array_equal(folded.counts, pooled.counts)
   np.testing.assert_allclose(folded.mean, pooled.mean, **tolerance)
   np.testing.assert_allclose(folded.covariance, pooled.covariance, **tolerance)
 

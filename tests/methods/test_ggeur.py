@@ -32,7 +32,7 @@ def test_aggregation_equals_the_pooled_moments(clients):
     owner = jnp.where((y == 1) & (owner == 0), clients - 1, owner)
     pooled = ggeur.aggregate(stacked_moments(x, y, owner, clients))
     whole = ggeur.class_moments(x, y, C)
-    np.testing.assert_array_equal(pooled.count, whole.count)
+    np.testing.assert_array_equal(pooled.counts, whole.counts)
     np.testing.assert_allclose(pooled.mean, whole.mean, atol=1e-10)
     np.testing.assert_allclose(pooled.covariance, whole.covariance, atol=1e-10)
     # Invariant to a shift of all embeddings; the trace is the mean squared distance.
@@ -45,7 +45,7 @@ def test_aggregation_equals_the_pooled_moments(clients):
 def test_moments_of_absent_and_single_examples_are_finite():
   x, y = examples()
   moments = ggeur.class_moments(x, y, C, (y == 0) & (jnp.cumsum(y == 0) == 1))
-  np.testing.assert_array_equal(moments.count, [1, 0, 0])
+  np.testing.assert_array_equal(moments.counts, [1, 0, 0])
   assert all(np.isfinite(part).all() for part in moments)
   np.testing.assert_array_equal(moments.covariance, 0)
   shape = ggeur.geometric_shape(moments.covariance)
@@ -55,9 +55,9 @@ def test_moments_of_absent_and_single_examples_are_finite():
 def test_what_is_shared():
   x, y = examples(n=9)
   moments = ggeur.class_moments(x, y, C)
-  kept = ggeur.share(moments, min_count=int(moments.count.min()) + 1)
-  rare = int(moments.count.argmin())
-  assert kept.count[rare] == 0
+  kept = ggeur.share(moments, min_count=int(moments.counts.min()) + 1)
+  rare = int(moments.counts.argmin())
+  assert kept.counts[rare] == 0
   np.testing.assert_array_equal(kept.mean[rare], 0)
   np.testing.assert_array_equal(kept.covariance[rare], 0)
   noisy = ggeur.share(moments, noise=0.1, key=jax.random.key(0))
