@@ -1,0 +1,234 @@
+"""The image operations of AugMix, exact on 8-bit images, and AugMix itself.
+
+Hendrycks et al. 2020, "AugMix: a simple data processing method to improve robustness and uncertainty".
+Every operation takes one image, (h, w, c) with whole values 0..255 in any numeric type, and gives
+float32 with whole values 0..255: what the host library used by the published code gives, bit for bit
+(affine ones within one level).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# The nine operations of AugMix, in the order that a draw counts them; the four enhancements
+# overlap the test corruptions and are off in the paper.
+OPERATIONS = (
+  "autocontrast", "equalize", "posterize", "rotate", "solarize", "shear_x", "shear_y", "translate_x",
+  "translate_y",
+)  # fmt: skip
+
+
+def autocontrast(image: Array) -> Array:
+  """Stretches every channel to 0..255; a flat channel stays."""
+  x = image.astype(jnp.int32)
+  low, high = x.min((0, 1)), x.max((0, 1))
+  stretched = (x - low) * 255 // jnp.maximum(high - low, 1)
+  return jnp.where(high > low, stretched, x).astype(jnp.float32)
+
+
+def equalize(image: Array) -> Array:
+  """Flattens every channel's histogram."""
+
+  def one(channel: Array) -> Array:
+    index = channel.astype(jnp.int32).reshape(-1)
+    histogram = jnp.zeros(256, jnp.int32).at[index].add(1)
+    last = jnp.max(jnp.where(histogram > 0, jnp.arange(256), 0))
+    step = (histogram.sum() - histogram[last]) // 255
+    below = jnp.cumsum(histogram) - histogram
+    table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
+    changed = (step > 0) & ((histogram > 0).sum() > 1)
+    return jnp.where(changed, table[index], index).reshape(channel.shape)
+
+  return jax.vmap(one, in_axes=2, out_axes=2)(image).astype(jnp.float32)
+
+
+def posterize(image: Array, bits: Array | int) -> Array:
+  """Keeps the `bits` highest bits."""
+  step = 2 ** (8 - jnp.asarray(bits, jnp.int32))
+  return (image.astype(jnp.int32) // step * step).astype(jnp.float32)
+
+
+def solarize(image: Array, threshold: Array | int) -> Array:
+  """Inverts values from `threshold` on."""
+  x = image.astype(jnp.float32)
+  return jnp.where(x < threshold, x, 255 - x)
+
+
+def affine(image: Array, matrix: Array) -> Array:
+  """Bilinear resampling, 0 outside the image, truncated to whole values.
+
+  Args:
+    image: (h, w, c).
+    matrix: (a, b, c, d, e, f): the pixel with centre (x, y) is read at
+      (a x + b y + c, d x + e y + f).
+  """
+  height, width = image.shape[:2]
+  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+  a, b, c, d, e, f = matrix
+  source_x, source_y = a * x + b * y + c, d * x + e * y + f
+  inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+  value = bilinear(image.astype(jnp.float32), source_y - 0.5, source_x - 0.5)
+  return jnp.where(inside[..., None], jnp.floor(value), 0)
+
+
+def bilinear(image: Array, rows: Array, columns: Array) -> Array:
+  """Values of (h, w, ...) at fractional positions, indices clipped to the edge."""
+  height, width = image.shape[:2]
+  top, left = jnp.floor(rows), jnp.floor(columns)
+  down, right = (rows - top)[..., None], (columns - left)[..., None]
+
+  def at(row: Array, column: Array) -> Array:
+    row = jnp.clip(row, 0, height - 1).astype(jnp.int32)
+    return image[row, jnp.clip(column, 0, width - 1).astype(jnp.int32)]
+
+  above = at(top, left) * (1 - right) + at(top, left + 1) * right
+  below = at(top + 1, left) * (1 - right) + at(top + 1, left + 1) * right
+  return above * (1 - down) + below * down
+
+
+def rotate(image: Array, degrees: Array | float) -> Array:
+  """Turns counter-clockwise about the centre."""
+  height, width = image.shape[:2]
+  t = -jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
+  cos, sin, cx, cy = jnp.cos(t), jnp.sin(t), width / 2, height / 2
+  matrix = (cos, sin, cx - cx * cos - cy * sin, -sin, cos, cy + cx * sin - cy * cos)
+  return affine(image, jnp.stack(matrix))
+
+
+def shear_x(image: Array, factor: Array | float) -> Array:
+  """Reads the pixel (x, y) at x + factor y."""
+  return affine(image, _matrix(b=factor))
+
+
+def shear_y(image: Array, factor: Array | float) -> Array:
+  """Reads the pixel (x, y) at y + factor x."""
+  return affine(image, _matrix(d=factor))
+
+
+def translate_x(image: Array, pixels: Array | float) -> Array:
+  """Reads the pixel (x, y) at x + pixels."""
+  return affine(image, _matrix(c=pixels))
+
+
+def translate_y(image: Array, pixels: Array | float) -> Array:
+  """Reads the pixel (x, y) at y + pixels."""
+  return affine(image, _matrix(f=pixels))
+
+
+def _matrix(b=0.0, c=0.0, d=0.0, f=0.0) -> Array:
+  return jnp.stack([jnp.asarray(v, jnp.float32) for v in (1.0, b, c, d, 1.0, f)])
+
+
+def color(image: Array, factor: Array | float) -> Array:
+  """Saturation: 0 is grey, 1 the image."""
+  return _enhance(image, _grey(image)[..., None], factor)
+
+
+def contrast(image: Array, factor: Array | float) -> Array:
+  """Contrast: 0 is the mean grey level, 1 the image."""
+  return _enhance(image, jnp.round(_grey(image).mean()), factor)
+
+
+def brightness(image: Array, factor: Array | float) -> Array:
+  """Brightness: 0 is black, 1 the image."""
+  return _enhance(image, jnp.float32(0), factor)
+
+
+def sharpness(image: Array, factor: Array | float) -> Array:
+  """Sharpness: 0 is smoothed (border kept), 1 the image."""
+  x = image.astype(jnp.float32)
+  weights = jnp.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], jnp.float32)
+  height, width = x.shape[:2]
+  inner = sum(
+    weights[i, j] * x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
+  )
+  smooth = x.at[1:-1, 1:-1].set(jnp.floor(inner / 13 + 0.5))
+  return _enhance(x, smooth, factor)
+
+
+def _grey(image: Array) -> Array:
+  weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
+  return ((weighted.sum(-1) + 32768) >> 16).astype(jnp.float32)
+
+
+def _enhance(image: Array, degenerate: Array, factor: Array | float) -> Array:
+  x = image.astype(jnp.float32)
+  return jnp.floor(jnp.clip(degenerate + factor * (x - degenerate), 0, 255))
+
+
+# --- AugMix -------------------------------------------------------------------------------------
+
+
+def random_operation(key: Array, image: Array, severity: float = 3.0) -> Array:
+  """One of the nine operations, uniformly, at a random strength.
+
+  Args:
+    key: random key.
+    image: (h, w, c), whole values 0..255.
+    severity: the strength's level l is uniform in (0.1, severity).
+
+  Returns:
+    float32, the shape of `image`.
+  """
+  which_key, level_key, sign_key = jax.random.split(key, 3)
+  level = jax.random.uniform(level_key, minval=0.1, maxval=severity)
+  sign = jax.random.rademacher(sign_key, (), jnp.float32)
+  shear = sign * 0.03 * level
+  shift = sign * jnp.floor(level * (image.shape[1] / 3) / 10)
+  branches = (
+    autocontrast,
+    equalize,
+    lambda x: posterize(x, 4 - jnp.floor(0.4 * level).astype(jnp.int32)),
+    lambda x: rotate(x, sign * jnp.floor(3 * level)),
+    lambda x: solarize(x, 256 - jnp.floor(25.6 * level)),
+    lambda x: shear_x(x, shear),
+    lambda x: shear_y(x, shear),
+    lambda x: translate_x(x, shift),
+    lambda x: translate_y(x, shift),
+  )
+  which = jax.random.randint(which_key, (), 0, len(OPERATIONS))
+  return jax.lax.switch(which, branches, image.astype(jnp.float32))
+
+
+def augmix(
+  key: Array, image: Array, *, severity: float = 3.0, width: int = 3, depth: int = 3
+) -> Array:
+  """AugMix of one image: a random mixture of chains of random operations, mixed with the image.
+
+  Args:
+    key: random key.
+    image: (h, w, c), whole values 0..255.
+    severity: of the operations.
+    width: number of chains.
+    depth: longest chain; each has 1..depth operations.
+
+  Returns:
+    float32 in 0..255, (1 - m) image + m sum_i w_i chain_i with w ~ Dirichlet(1), m ~ Beta(1, 1). Mixing
+    before normalising is the same as after it, because the weights are convex.
+  """
+  chain_key, weight_key, mix_key = jax.random.split(key, 3)
+  x = image.astype(jnp.float32)
+
+  def chain(key: Array) -> Array:
+    depth_key, *step_keys = jax.random.split(key, depth + 1)
+    length = jax.random.randint(depth_key, (), 1, depth + 1)
+    out = x
+    for i, step_key in enumerate(step_keys):
+      out = jnp.where(i < length, random_operation(step_key, out, severity), out)
+    return out
+
+  chains = jax.lax.map(chain, jax.random.split(chain_key, width))
+  weights = jax.random.dirichlet(weight_key, jnp.ones(width))
+  return mix(x, chains, weights, jax.random.uniform(mix_key))
+
+
+def mix(image: Array, chains: Array, weights: Array, share: Array) -> Array:
+  """(1 - m) image + m sum_i w_i chain_i: image (...), chains (W, ...), weights (W,), m ()."""
+  return (1 - share) * image + share * jnp.tensordot(weights, chains, 1)
+
+
+def normalise(image: Array, mean: Array, std: Array) -> Array:
+  """(image / 255 - mean) / std per channel."""
+  return (image / 255 - mean) / std
