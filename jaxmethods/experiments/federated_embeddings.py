@@ -65,12 +65,23 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-  """Everything a checkpoint needs; `data` and `weights` are fixed once drawn."""
+  """Everything a checkpoint needs; `data`, `weights` and `own` are fixed once drawn.
+
+  Attributes:
+    server: of the algorithm.
+    clients: of the algorithm, stacked.
+    data: "x" (K, n, d), "y", "mask" (K, n); with generation, class by class, own embeddings first.
+    weights: (K,) examples.
+    own: (K, C) own examples of every class, before anything was generated.
+    key: of the rounds.
+    round: rounds completed.
+  """
 
   server: Any
   clients: Any
   data: dict[str, jax.Array]
   weights: jax.Array
+  own: jax.Array
   key: jax.Array
   round: jax.Array
 
@@ -339,6 +350,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     partition_key, enlarge_key, algorithm_key, round_key = jax.random.split(key, 4)
     x, y, mask = draw(partition_key, data.train, config, data.num_classes)
     _check_clients(mask, data, config)
+    own = (jax.nn.one_hot(y, data.num_classes, dtype=jnp.int32) * mask[..., None]).sum(1)
     if config.enlarge != "none":
       x, y, mask = enlarged(enlarge_key, x, y, mask, config, data.num_classes)
     if config.algorithm == "centralised":
@@ -350,7 +362,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     held = {"x": x, "y": jnp.maximum(y, 0), "mask": mask}
     weights = mask.sum(1).astype(jnp.float32)
     server = algorithm.init({"head": head}, algorithm_key)
-    return State(server, clients, held, weights, round_key, jnp.zeros((), jnp.int32))
+    return State(server, clients, held, weights, own, round_key, jnp.zeros((), jnp.int32))
 
   def batches(step: int) -> Iterator[tuple]:
     del step  # the order of examples follows from the state's key and round
@@ -390,14 +402,13 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   def figures(state: State):
     metrics = jax.device_get(compiler.jit(evaluate)(state, data.test))
     accuracy = [float(metrics[f"test_accuracy/{name}"]) for name in data.domains]
-    counts = (
-      jax.nn.one_hot(state.data["y"], data.num_classes) * state.data["mask"][..., None]
-    ).sum(1)
-    names = data.domains if config.skew == "domains" else None
-    return {
-      "accuracy": _bars(data.domains, accuracy),
-      "examples_per_class": _counts(np.asarray(jax.device_get(counts)), names),
-    }
+    pictures = {"accuracy": _bars(data.domains, accuracy)}
+    own = np.asarray(jax.device_get(state.own))
+    names = data.domains if config.skew == "domains" else [f"client {k}" for k in range(len(own))]
+    pictures["own_examples"] = _counts(own, names)
+    if config.enlarge != "none" and config.algorithm != "centralised":
+      pictures["generated_embeddings"] = _generated(state, data, names)
+    return pictures
 
   return Experiment(init, batches, step, evaluate, data.test, figures, config.steps, data.about)
 
@@ -421,13 +432,53 @@ def _bars(names: list[str], values: list[float]) -> Figure:
   return figure
 
 
-def _counts(counts: np.ndarray, names: list[str] | None) -> Figure:
-  """What every client trains on, own and generated, class by class."""
-  figure, axes = plt.subplots(figsize=(7, 1.4 + 0.4 * len(counts)), layout="constrained")
-  picture = axes.imshow(counts, aspect="auto", cmap="viridis")
-  axes.set_yticks(
-    range(len(counts)), names or [f"client {k}" for k in range(len(counts))][: len(counts)]
+def _counts(counts: np.ndarray, names: list[str]) -> Figure:
+  """How many examples of each class every client holds."""
+  figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(counts)), layout="constrained")
+  axes.imshow(np.sqrt(counts), aspect="auto", cmap="Blues")
+  for (client, label), count in np.ndenumerate(counts):
+    dark = count > 0.4 * counts.max()
+    axes.text(
+      label, client, count, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+    )
+  axes.set_yticks(range(len(names)), names)
+  axes.set(xlabel="class", title="own examples")
+  axes.spines[:].set_visible(False)
+  return figure
+
+
+def _generated(state: State, data: Data, names: list[str], panels: int = 4) -> Figure:
+  """Own, generated and unseen test embeddings of one class, in its two main directions.
+
+  The class is the one that the clients share out most unevenly; clients are the first `panels`.
+  """
+  own, held = jax.device_get((state.own, state.data))
+  label = int((own.max(0) - own.min(0)).argmax())
+  unseen = np.asarray(data.test.x)[np.asarray(data.test.y) == label]
+  centre = unseen.mean(0)
+  directions = np.linalg.svd(unseen - centre, full_matrices=False)[2][:2].T
+  shown = min(panels, len(own))
+  figure, axes = plt.subplots(
+    1,
+    shown,
+    figsize=(3 * shown, 3.2),
+    sharex=True,
+    sharey=True,
+    squeeze=False,
+    layout="constrained",
   )
-  axes.set(xlabel="class", title="training embeddings, generated ones included")
-  figure.colorbar(picture, ax=axes, shrink=0.9)
+  for client, axis in enumerate(axes.flat):
+    mine = held["x"][client][(held["y"][client] == label) & held["mask"][client]]
+    count = own[client, label]
+    for points, name, style in (
+      (unseen, "test, all domains", {"color": "0.8", "s": 8}),
+      (mine[count:], "generated", {"color": "#edae49", "s": 10, "alpha": 0.7}),
+      (mine[:count], "own", {"color": "#1f6f8b", "s": 16}),
+    ):
+      flat = (points - centre) @ directions
+      axis.scatter(flat[:, 0], flat[:, 1], label=name, linewidths=0, **style)
+    axis.set(title=f"{names[client]}: {count} own", xticks=[], yticks=[])
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+  figure.suptitle(f"embeddings of class {label}, two main directions", fontsize=10)
   return figure

@@ -54,7 +54,7 @@ def test_it_learns_and_beats_nothing_at_all(source):
   np.testing.assert_allclose(
     result["test_accuracy"], np.mean([result[f"test_accuracy/{n}"] for n in "abc"]), rtol=1e-6
   )
-  assert set(experiment.figures(state)) == {"accuracy", "examples_per_class"}
+  assert set(experiment.figures(state)) == {"accuracy", "own_examples", "generated_embeddings"}
 
 
 @pytest.mark.parametrize("skew", ["domains", "labels"])
