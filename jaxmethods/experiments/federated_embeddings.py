@@ -324,7 +324,7 @@ def make_algorithm(config: Config) -> tuple[FederatedAlgorithm, Any]:
       options = config.fedntd_temperature, config.fedntd_beta
       return guidance.fedntd(loss, adam, logits_of, *options, **average), guided
     case "scaffold":
-      return corrections.scaffold(loss, config.learning_rate, **local), corrections.init_client
+      return corrections.scaffold(loss, config.sgd_rate, **local), corrections.init_client
     case "feddyn":
       return corrections.feddyn(loss, adam, config.feddyn_alpha, **local), corrections.init_client
   raise ValueError(config.algorithm)

@@ -46,7 +46,8 @@ class Config(RunConfig):
   algorithm: Algorithm = "fedavg"
   local_epochs: int = 10
   batch_size: int = 16
-  learning_rate: float = 1e-2
+  learning_rate: float = 1e-2  # of Adam
+  sgd_rate: float = 0.03  # of SCAFFOLD, whose local steps are SGD (ours)
   weighted: bool = False
   double_softmax: bool = False  # code: True
   fedprox_mu: float = 0.01
