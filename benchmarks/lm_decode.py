@@ -11,6 +11,7 @@ rest of the same call. Both run alternately in fresh processes; the peer needs i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -51,8 +52,9 @@ def prepare(folder: Path) -> dict:
   return {"source": loaded.files.source.origin}
 
 
-def timed(call) -> dict:
+def timed(function, *arguments, **options) -> dict:
   """Wall and CPU seconds of repeated calls, after one that compiles."""
+  call = functools.partial(function, *arguments, **options)
   begin = time.perf_counter()
   call()
   first = time.perf_counter() - begin
@@ -83,11 +85,12 @@ def measure_ours(folder: Path, prompts: dict, batches: list[int]) -> dict:
   params = jax.device_put(loaded.params)
 
   def compiled(new: int, eos=()):
-    return jax.jit(
+    program = jax.jit(
       lambda params, ids, mask: generate(
         loaded.model, {"params": params}, ids, mask, max_new_tokens=new, eos=eos
       )
     )
+    return lambda *arguments: jax.block_until_ready(program(*arguments))
 
   result = {"version": f"jax {jax.__version__}"}
   for batch in batches:
@@ -95,7 +98,7 @@ def measure_ours(folder: Path, prompts: dict, batches: list[int]) -> dict:
     mask = np.ones_like(ids)
     for name, new in (("prefill", 1), ("total", NEW + 1)):
       call = compiled(new)
-      result[f"{name}_{batch}"] = timed(lambda: jax.block_until_ready(call(params, ids, mask)))
+      result[f"{name}_{batch}"] = timed(call, params, ids, mask)
       if batch == 1 and name == "total":
         result["long"] = np.asarray(call(params, ids, mask).tokens)[0].tolist()
   answers = compiled(ANSWER, eos=(2,))(params, *left_pad(prompts["questions"]))
@@ -127,7 +130,7 @@ def measure_peer(folder: Path, prompts: dict, batches: list[int]) -> dict:
     ids = torch.tensor([prompts["long"]] * batch)
     for name, new in (("prefill", 1), ("total", NEW + 1)):
       exact = {"min_new_tokens": new, "eos_token_id": None}
-      result[f"{name}_{batch}"] = timed(lambda: run(ids, new, **exact))
+      result[f"{name}_{batch}"] = timed(run, ids, new, **exact)
       if batch == 1 and name == "total":
         result["long"] = run(ids, new, **exact)[0].tolist()
   # One question at a time: no padding, so that ours in a left-padded batch is checked by it.
@@ -172,7 +175,9 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
       side: [rates(runs, batch, field)[k] for field, k in fields] for side, runs in sides.items()
     }
     for side, speed in speeds.items():
-      first = min(r[f"total_{batch}"]["first"] - r[f"total_{batch}"]["wall_min"] for r in sides[side])
+      first = min(
+        r[f"total_{batch}"]["first"] - r[f"total_{batch}"]["wall_min"] for r in sides[side]
+      )
       cells = [f"{s:.1f}" for s in speed] + [f"{first:.1f}" if side == "jaxmethods" else "-"]
       rows.append(f"| {batch} | {side} | {' | '.join(cells)} |")
     if len(speeds) > 1:
@@ -194,8 +199,8 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
   return "\n".join(
     [
       "# SmolLM2-135M-Instruct: answers, prefill and greedy decode, one pinned core",
-      f"Weights: {about['source']}, dequantised to float32. Prompt {PROMPT} tokens, {NEW} more after the "
-      f"first; tokens per second. Prefill is the call for one token, decode the rest of a call for "
+      f"Weights: {about['source']}, dequantised to float32. Prompt {PROMPT} tokens, {NEW} more after "
+      f"the first; tokens per second. Prefill is the call for one token, decode the rest of a call for "
       f"{NEW + 1}. {TIMES} calls in {len(sides['jaxmethods'])} fresh processes of each side, taken in "
       f"turn; medians, of the quietest process. Machine load {min(loads):.1f} to {max(loads):.1f}, "
       f"GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', 'not set')}. "
@@ -219,7 +224,9 @@ def main() -> None:
   parser.add_argument("--peer_python", help="python with torch and transformers; none: ours only")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--batches", default="1,8")
-  parser.add_argument("--folder", type=Path, help="keep the checkpoint here (default: a temporary one)")
+  parser.add_argument(
+    "--folder", type=Path, help="keep the checkpoint here (default: a temporary one)"
+  )
   parser.add_argument("--child", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
   args = parser.parse_args()
   batches = [int(batch) for batch in args.batches.split(",")]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -201,7 +202,8 @@ def _from_hub(name: str, repository: str) -> Path:
   try:
     return Path(
       huggingface_hub.snapshot_download(
-        repository, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "merges.txt", "*.jinja"]
+        repository,
+        allow_patterns=["*.json", "*.safetensors", "tokenizer*", "merges.txt", "*.jinja"],
       )
     )
   except Exception as error:  # the hub's own errors, and any of its network library
@@ -245,7 +247,7 @@ def _bpe_tokenizer(name: str, fields: Mapping[str, Any]) -> Any:
   from transformers import PreTrainedTokenizerFast
 
   kind, flavour = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre")
-  splits = {
+  splits: dict[str, list[Any]] = {
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")],
   }
@@ -260,7 +262,9 @@ def _bpe_tokenizer(name: str, fields: Mapping[str, Any]) -> Any:
   )
   tokenizer.decoder = decoders.ByteLevel()
   control = [w for w, t in zip(words, fields["tokenizer.ggml.token_type"], strict=True) if t == 3]
-  tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in control])
+  tokenizer.add_special_tokens(
+    [AddedToken(word, special=True, normalized=False) for word in control]
+  )
   special = {
     role: words[fields[f"tokenizer.ggml.{key}_token_id"]]
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
@@ -322,7 +326,9 @@ def _stories260k(name: str) -> ModelFiles:
     ("mlp.up_proj", (mlp, width)),
   ]
   values = np.frombuffer(binary, "<f4", offset=28)
-  tensors = {"model.embed_tokens.weight": values[: vocab * width].reshape(vocab, width)}
+  tensors: dict[str, np.ndarray] = {
+    "model.embed_tokens.weight": values[: vocab * width].reshape(vocab, width)
+  }
   start = vocab * width
   for module, shape in order:
     size = int(np.prod(shape))
@@ -381,7 +387,7 @@ class TinyTokenizer:
       piece = character.encode()
       ids += [self._ids[piece]] if piece in self._ids else [b + self._FIRST_BYTE for b in piece]
     while True:
-      pairs = [self._pieces[a] + self._pieces[b] for a, b in zip(ids, ids[1:], strict=False)]
+      pairs = [self._pieces[a] + self._pieces[b] for a, b in itertools.pairwise(ids)]
       known = [k for k, piece in enumerate(pairs) if piece in self._ids]
       if not known:
         return [self.bos_token_id, *ids]

@@ -209,7 +209,9 @@ def open_gguf(file: Path) -> Gguf:
     "tie_word_embeddings": "lm_head.weight" not in stored,
     "hidden_act": "silu",
   }
-  interleaved = {"q_proj": heads, "k_proj": config["num_key_value_heads"]} if family == "llama" else {}
+  interleaved = (
+    {"q_proj": heads, "k_proj": config["num_key_value_heads"]} if family == "llama" else {}
+  )
   return Gguf(config, _GgufTensors(stored, interleaved), fields)
 
 

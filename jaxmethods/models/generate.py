@@ -72,13 +72,18 @@ def generate(
     raise ValueError(
       f"a prompt of {length} tokens and {max_new_tokens} new ones are longer than the cache of {size}"
     )
-  if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+  if (
+    temperature < 0
+    or (top_k is not None and top_k < 1)
+    or (top_p is not None and not 0 < top_p <= 1)
+  ):
     raise ValueError(f"impossible sampling: {temperature=}, {top_k=}, {top_p=}")
   if temperature > 0 and key is None:
     raise ValueError("sampling at a temperature above 0 needs a key")
   mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
   ids = jnp.asarray(ids, jnp.int32)
   ends = jnp.asarray(list(eos), jnp.int32)
+  apply: Any = model.apply  # linen's own type allows for mutable collections, which are not used
 
   def choose(logits: jax.Array, step: jax.Array | int) -> jax.Array:
     if temperature == 0:
@@ -90,13 +95,15 @@ def generate(
   def next_logits(step: jax.Array, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     if use_cache:
       newest = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-      out = model.apply(variables, newest, cache=cache, logits="last")
+      out = apply(variables, newest, cache=cache, logits="last")
       return out.logits[:, 0], out.cache
     text = jnp.concatenate([ids, tokens], axis=1)
-    there = jnp.concatenate([mask, jnp.arange(max_new_tokens)[None].repeat(batch, 0) < step], axis=1)
-    hidden = model.apply(variables, text, mask=there, logits="none").hidden
+    there = jnp.concatenate(
+      [mask, jnp.arange(max_new_tokens)[None].repeat(batch, 0) < step], axis=1
+    )
+    hidden = apply(variables, text, mask=there, logits="none").hidden
     newest = jax.lax.dynamic_index_in_dim(hidden, length + step - 1, axis=1, keepdims=False)
-    return model.apply(variables, newest, method="logits"), None
+    return apply(variables, newest, method="logits"), None
 
   def body(carry):
     step, tokens, done, cache = carry
@@ -107,9 +114,7 @@ def generate(
     step, _, done, _ = carry
     return (step < max_new_tokens) & ~done.all()
 
-  out = model.apply(
-    variables, ids, mask=mask, cache_size=size if use_cache else None, logits="last"
-  )
+  out = apply(variables, ids, mask=mask, cache_size=size if use_cache else None, logits="last")
   tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
   tokens, done = _write(tokens, jnp.zeros(batch, bool), choose(out.logits[:, 0], 0), 0, ends)
   carry = (jnp.int32(1), tokens, done, out.cache)
