@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import masked_mean
 from jaxmethods.models.hugging_face import (
   dense,
   encoder_config,
@@ -21,10 +22,10 @@ from jaxmethods.models.hugging_face import (
   setting,
 )
 from jaxmethods.models.transformer import (
+  Encoded,
   Encoder,
   EncoderConfig,
   layer_norm,
-  masked_mean,
   normalise,
 )
 from jaxmethods.models.weights import Rule
@@ -50,7 +51,9 @@ class BertConfig:
   pooler: bool = False
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], *, pooler: bool = False, **encoder: Any) -> BertConfig:
+  def from_hugging_face(
+    cls, config: Mapping[str, Any], *, pooler: bool = False, **encoder: Any
+  ) -> BertConfig:
     """Reads the config of a BertModel; `encoder`: how to compute, as in `EncoderConfig`.
 
     Raises:
@@ -81,7 +84,7 @@ class Bert(nn.Module):
     mask: jax.Array | None = None,
     types: jax.Array | None = None,
     **hooks: Any,
-  ) -> tuple[jax.Array, Any]:
+  ) -> Encoded:
     """Encodes texts.
 
     Args:
@@ -91,7 +94,7 @@ class Bert(nn.Module):
       **hooks: keywords of `Encoder.__call__`.
 
     Returns:
-      Hidden states (B, T, D), free of meaning where `mask` is 0, and the blocks' summaries.
+      Hidden states (B, T, D), free of meaning where `mask` is 0.
     """
     config, length = self.config, ids.shape[1]
     if length > config.context:
@@ -104,11 +107,11 @@ class Bert(nn.Module):
     x = x + embed(config.types, "type")(jnp.zeros_like(ids) if types is None else types)
     x = x + embed(config.context, "position")(jnp.arange(length))
     x = layer_norm(config.encoder, "norm")(x)
-    seen = None if mask is None else mask.astype(bool)[:, None, None, :]
-    x, summaries = Encoder(config.encoder, name="encoder")(x, seen, **hooks)
+    visible = None if mask is None else mask.astype(bool)[:, None, :]
+    encoded = Encoder(config.encoder, name="encoder")(x, visible, **hooks)
     if config.pooler and self.is_initializing():
-      nn.Dense(width, dtype=dtype, name="pooler")(x[:, 0])
-    return x, summaries
+      nn.Dense(width, dtype=dtype, name="pooler")(encoded.hidden[:, 0])
+    return encoded
 
 
 def sentence_embedding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -121,34 +124,34 @@ def sentence_embedding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
   Returns:
     (B, D); zero for a text without tokens.
   """
-  return normalise(masked_mean(hidden, mask))
+  return normalise(masked_mean(mask)(hidden))
 
 
-_BASE = (
-  Rule("embeddings.word_embeddings.weight", "word/embedding"),
-  Rule("embeddings.position_embeddings.weight", "position/embedding"),
-  Rule("embeddings.token_type_embeddings.weight", "type/embedding"),
-  *norm("norm", "embeddings.LayerNorm"),
-  *encoder_rules(
-    {
-      "query": ("encoder.layer.{i}.attention.self.query",),
-      "key": ("encoder.layer.{i}.attention.self.key",),
-      "value": ("encoder.layer.{i}.attention.self.value",),
-      "out": ("encoder.layer.{i}.attention.output.dense",),
-      "norm_1": ("encoder.layer.{i}.attention.output.LayerNorm",),
-      "fc_1": ("encoder.layer.{i}.intermediate.dense",),
-      "fc_2": ("encoder.layer.{i}.output.dense",),
-      "norm_2": ("encoder.layer.{i}.output.LayerNorm",),
-    }
+# With or without the prefix of a model that has a head.
+BERT_TABLE = rooted(
+  (
+    Rule("embeddings.word_embeddings.weight", "word/embedding"),
+    Rule("embeddings.position_embeddings.weight", "position/embedding"),
+    Rule("embeddings.token_type_embeddings.weight", "type/embedding"),
+    *norm("norm", "embeddings.LayerNorm"),
+    *encoder_rules(
+      {
+        "attention/query": ("encoder.layer.{i}.attention.self.query",),
+        "attention/key": ("encoder.layer.{i}.attention.self.key",),
+        "attention/value": ("encoder.layer.{i}.attention.self.value",),
+        "attention/out": ("encoder.layer.{i}.attention.output.dense",),
+        "norm_1": ("encoder.layer.{i}.attention.output.LayerNorm",),
+        "mlp/fc_1": ("encoder.layer.{i}.intermediate.dense",),
+        "mlp/fc_2": ("encoder.layer.{i}.output.dense",),
+        "norm_2": ("encoder.layer.{i}.output.LayerNorm",),
+      }
+    ),
+    *dense("pooler", "pooler.dense"),
   ),
+  "",
+  "",
+  "bert.",
 )
 
-
-def bert_table(config: BertConfig) -> tuple[Rule, ...]:
-  """The names in a file of this model, with or without the prefix of a model with a head."""
-  pooler = dense("pooler", "pooler.dense") if config.pooler else ()
-  return rooted((*_BASE, *pooler), "", "", "bert.")
-
-
 # A buffer that old files hold beside the weights.
-BERT_IGNORED = ("embeddings.position_ids", "bert.embeddings.position_ids")
+BERT_IGNORED = ("*embeddings.position_ids",)

@@ -15,8 +15,6 @@ from flax import linen as nn
 
 from jaxmethods.errors import InputError
 from jaxmethods.models.hugging_face import (
-  Table,
-  dense,
   encoder_config,
   encoder_rules,
   family,
@@ -24,7 +22,7 @@ from jaxmethods.models.hugging_face import (
   rooted,
   setting,
 )
-from jaxmethods.models.transformer import Encoder, EncoderConfig, layer_norm, normalise
+from jaxmethods.models.transformer import Encoded, Encoder, EncoderConfig, layer_norm, normalise
 from jaxmethods.models.vit import ViT, ViTConfig
 from jaxmethods.models.weights import Rule
 
@@ -50,7 +48,7 @@ class TextConfig:
   eos: int
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **encoder: Any) -> TextConfig:
+  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> TextConfig:
     """Reads the config of CLIP's text tower."""
     family(config, "clip_text_model")
     return cls(
@@ -70,7 +68,7 @@ class CLIPConfig:
   projection: int
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **encoder: Any) -> CLIPConfig:
+  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> CLIPConfig:
     """Reads the config of a CLIPModel; `encoder`: how to compute, as in `EncoderConfig`.
 
     Raises:
@@ -78,8 +76,8 @@ class CLIPConfig:
     """
     family(config, "clip")
     return cls(
-      vision=ViTConfig.from_hf(setting(config, "vision_config"), **encoder),
-      text=TextConfig.from_hf(setting(config, "text_config"), **encoder),
+      vision=ViTConfig.from_hugging_face(setting(config, "vision_config"), **encoder),
+      text=TextConfig.from_hugging_face(setting(config, "text_config"), **encoder),
       projection=setting(config, "projection_dim"),
     )
 
@@ -106,18 +104,18 @@ class TextTower(nn.Module):
     self.encoder = Encoder(config.encoder)
     self.norm = layer_norm(config.encoder)
 
-  def __call__(self, ids: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
-    """Maps token ids (B, T) to normalised hidden states (B, T, D), and the blocks' summaries."""
+  def __call__(self, ids: jax.Array, **hooks: Any) -> Encoded:
+    """Maps token ids (B, T) to normalised hidden states (B, T, D)."""
     return self.encode(self.token(ids), **hooks)
 
-  def encode(self, embedded: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
+  def encode(self, embedded: jax.Array, **hooks: Any) -> Encoded:
     """The same from token embeddings (B, T, D), in which prompts may stand for words."""
     length = embedded.shape[1]
     if length > self.config.context:
       raise ValueError(f"text of {length} tokens: the model reads at most {self.config.context}")
     x = embedded + self.position[:length].astype(embedded.dtype)
-    x, summaries = self.encoder(x, jnp.tri(length, dtype=bool), **hooks)
-    return self.norm(x), summaries
+    encoded = self.encoder(x, jnp.tri(length, dtype=bool)[None], **hooks)
+    return encoded._replace(hidden=self.norm(encoded.hidden))
 
 
 class CLIP(nn.Module):
@@ -154,20 +152,17 @@ class CLIP(nn.Module):
 
   def image_features(self, pixels: jax.Array) -> jax.Array:
     """Embeds images (B, height, width, channels): (B, E), not normalised."""
-    return self.project_image(self.encode_image(self.vision.embed(pixels))[0])
+    return self.project_image(self.encode_image(self.vision.embed(pixels)).hidden)
 
   def text_features(self, ids: jax.Array) -> jax.Array:
-    """Embeds texts (N, T): (N, E), not normalised. A text without its end token gives nonsense
-    here; `check_texts` finds it before it is on the device.
-    """
-    hidden, _ = self.text(ids)
-    return self.project_text(hidden, end_of_text(ids, self.config.text.eos))
+    """Embeds texts (N, T): (N, E), not normalised; see `check_texts` for what a text must have."""
+    return self.project_text(self.text(ids).hidden, end_of_text(ids, self.config.text.eos))
 
   def embed_image(self, pixels: jax.Array) -> jax.Array:
     """The image tower's tokens (B, 1 + N, D) before the first block."""
     return self.vision.embed(pixels)
 
-  def encode_image(self, tokens: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
+  def encode_image(self, tokens: jax.Array, **hooks: Any) -> Encoded:
     """The image tower's blocks; keywords of `Encoder.__call__`."""
     return self.vision.encode(tokens, **hooks)
 
@@ -179,7 +174,7 @@ class CLIP(nn.Module):
     """Token embeddings (N, T, D), without positions."""
     return self.text.token(ids)
 
-  def encode_text(self, embedded: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
+  def encode_text(self, embedded: jax.Array, **hooks: Any) -> Encoded:
     """The text tower from token embeddings (N, T, D); keywords of `Encoder.__call__`."""
     return self.text.encode(embedded, **hooks)
 
@@ -189,7 +184,11 @@ class CLIP(nn.Module):
 
 
 def end_of_text(ids: jax.Array, eos: int) -> jax.Array:
-  """The place (N,) at which each text of token ids (N, T) ends; `eos` as in `TextConfig`."""
+  """The place (N,) at which each text of token ids (N, T) ends; `eos` as in `TextConfig`.
+
+  Without an end token that is place 0, as in the published code: `check_texts` refuses such a text
+  before it is on the device.
+  """
   return jnp.argmax(ids if eos == _LEGACY_EOS else ids == eos, axis=-1)
 
 
@@ -219,18 +218,17 @@ def contrastive_loss(logits_per_image: jax.Array) -> jax.Array:
 _ENCODER = encoder_rules(
   {
     "norm_1": ("encoder.layers.{i}.layer_norm1",),
-    "query": ("encoder.layers.{i}.self_attn.q_proj",),
-    "key": ("encoder.layers.{i}.self_attn.k_proj",),
-    "value": ("encoder.layers.{i}.self_attn.v_proj",),
-    "out": ("encoder.layers.{i}.self_attn.out_proj",),
+    "attention/query": ("encoder.layers.{i}.self_attn.q_proj",),
+    "attention/key": ("encoder.layers.{i}.self_attn.k_proj",),
+    "attention/value": ("encoder.layers.{i}.self_attn.v_proj",),
+    "attention/out": ("encoder.layers.{i}.self_attn.out_proj",),
     "norm_2": ("encoder.layers.{i}.layer_norm2",),
-    "fc_1": ("encoder.layers.{i}.mlp.fc1",),
-    "fc_2": ("encoder.layers.{i}.mlp.fc2",),
+    "mlp/fc_1": ("encoder.layers.{i}.mlp.fc1",),
+    "mlp/fc_2": ("encoder.layers.{i}.mlp.fc2",),
   }
 )
 
-# The image tower alone, as LLaVA holds it and CLIPVisionModel files name it.
-VISION_TABLE: Table = (
+_VISION = (
   Rule("embeddings.class_embedding", "class_token"),
   Rule("embeddings.patch_embedding.weight", "patch_embedding/kernel", "conv"),
   Rule("embeddings.position_embedding.weight", "position"),
@@ -239,23 +237,85 @@ VISION_TABLE: Table = (
   *norm("norm", "post_layernorm"),
 )
 
-TEXT_TABLE: Table = (
+_TEXT = (
   Rule("embeddings.token_embedding.weight", "token/embedding"),
   Rule("embeddings.position_embedding.weight", "position"),
   *_ENCODER,
   *norm("norm", "final_layer_norm"),
 )
 
-CLIP_TABLE: Table = (
+CLIP_TABLE = (
   Rule("logit_scale", "logit_scale"),
-  *rooted(TEXT_TABLE, "text/", "text_model."),
-  *rooted(VISION_TABLE, "vision/", "vision_model."),
+  *rooted(_TEXT, "text/", "text_model."),
+  *rooted(_VISION, "vision/", "vision_model."),
   Rule("visual_projection.weight", "visual_projection/kernel", "transpose"),
   Rule("text_projection.weight", "text_projection/kernel", "transpose"),
 )
 
+# One tower alone: the files of transformers 5 drop the prefix.
+VISION_TABLE = rooted(_VISION, "", "", "vision_model.")
+TEXT_TABLE = rooted(_TEXT, "", "", "text_model.")
+
 # Buffers that old files hold beside the weights.
-CLIP_IGNORED = (
-  "text_model.embeddings.position_ids",
-  "vision_model.embeddings.position_ids",
+CLIP_IGNORED = ("*embeddings.position_ids",)
+
+_OPENAI_BLOCKS = encoder_rules(
+  {
+    "norm_1": ("transformer.resblocks.{i}.ln_1",),
+    "attention/query": ("transformer.resblocks.{i}.attn.q",),
+    "attention/key": ("transformer.resblocks.{i}.attn.k",),
+    "attention/value": ("transformer.resblocks.{i}.attn.v",),
+    "attention/out": ("transformer.resblocks.{i}.attn.out_proj",),
+    "norm_2": ("transformer.resblocks.{i}.ln_2",),
+    "mlp/fc_1": ("transformer.resblocks.{i}.mlp.c_fc",),
+    "mlp/fc_2": ("transformer.resblocks.{i}.mlp.c_proj",),
+  }
 )
+
+# The layout of the first release and of open_clip, after `split_openai`.
+OPENAI_TABLE = (
+  Rule("logit_scale", "logit_scale"),
+  Rule("token_embedding.weight", "text/token/embedding"),
+  Rule("positional_embedding", "text/position"),
+  *rooted(_OPENAI_BLOCKS, "text/", ""),
+  *norm("text/norm", "ln_final"),
+  Rule("text_projection", "text_projection/kernel"),
+  Rule("visual.class_embedding", "vision/class_token"),
+  Rule("visual.positional_embedding", "vision/position"),
+  Rule("visual.conv1.weight", "vision/patch_embedding/kernel", "conv"),
+  *norm("vision/pre_norm", "visual.ln_pre"),
+  *rooted(_OPENAI_BLOCKS, "vision/", "visual."),
+  *norm("vision/norm", "visual.ln_post"),
+  Rule("visual.proj", "visual_projection/kernel"),
+)
+
+OPENAI_IGNORED = ("input_resolution", "context_length", "vocab_size")
+
+
+def split_openai(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Splits what the first release stores as one tensor: query, key and value of a block."""
+  split = {}
+  for name, tensor in tensors.items():
+    if match := _IN_PROJ.fullmatch(name):
+      thirds = np.split(tensor, 3)
+      split |= {f"{match[1]}.{k}.{match[2]}": t for k, t in zip("qkv", thirds, strict=True)}
+    else:
+      split[name] = tensor
+  return split
+
+
+def join_openai(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Undoes `split_openai`."""
+  joined = {}
+  for name, tensor in tensors.items():
+    match = _QKV.fullmatch(name)
+    if not match:
+      joined[name] = tensor
+    elif match[2] == "q":
+      thirds = [tensors[f"{match[1]}.{k}.{match[3]}"] for k in "qkv"]
+      joined[f"{match[1]}.in_proj_{match[3]}"] = np.concatenate(thirds)
+  return joined
+
+
+_IN_PROJ = re.compile(r"(.*\.attn)\.in_proj_(weight|bias)")
+_QKV = re.compile(r"(.*\.attn)\.([qkv])\.(weight|bias)")

@@ -9,7 +9,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.models.transformer import EncoderConfig
 from jaxmethods.models.weights import Layout, Rule
 
-Table = tuple[Rule, ...]
+Rules = tuple[Rule, ...]
 
 
 def family(config: Mapping[str, Any], *expected: str) -> str:
@@ -48,26 +48,26 @@ def encoder_config(config: Mapping[str, Any], **how: Any) -> EncoderConfig:
   )
 
 
-def dense(ours: str, *theirs: str) -> Table:
+def dense(ours: str, *theirs: str) -> Rules:
   """The rules of a linear layer with a bias; `theirs`: its name, then its older names."""
   return _rules(ours, theirs, ("weight", "kernel", "transpose"), ("bias", "bias", "as_is"))
 
 
-def norm(ours: str, *theirs: str) -> Table:
+def norm(ours: str, *theirs: str) -> Rules:
   """The rules of a layer norm."""
   return _rules(ours, theirs, ("weight", "scale", "as_is"), ("bias", "bias", "as_is"))
 
 
-def encoder_rules(names: Mapping[str, tuple[str, ...]]) -> Table:
+def encoder_rules(names: Mapping[str, tuple[str, ...]]) -> Rules:
   """The rules of `Encoder` as the submodule "encoder": {our submodule of a block: their names}."""
   rules: list[Rule] = []
   for ours, theirs in names.items():
-    of = norm if ours.startswith("norm") else dense
+    of = norm if "norm" in ours else dense
     rules.extend(of(f"encoder/layers/{ours}", *theirs))
   return tuple(rules)
 
 
-def rooted(table: Iterable[Rule], ours: str, *theirs: str) -> Table:
+def rooted(table: Iterable[Rule], ours: str, *theirs: str) -> Rules:
   """Puts a table under a path of ours and under each of several prefixes of theirs, first is first."""
   moved = []
   for rule in table:
@@ -76,8 +76,10 @@ def rooted(table: Iterable[Rule], ours: str, *theirs: str) -> Table:
   return tuple(moved)
 
 
-def _rules(ours: str, theirs: tuple[str, ...], *leaves: tuple[str, str, Layout]) -> Table:
+def _rules(ours: str, theirs: tuple[str, ...], *leaves: tuple[str, str, Layout]) -> Rules:
   return tuple(
-    Rule(f"{theirs[0]}.{leaf}", f"{ours}/{our_leaf}", layout, tuple(f"{n}.{leaf}" for n in theirs[1:]))
+    Rule(
+      f"{theirs[0]}.{leaf}", f"{ours}/{our_leaf}", layout, tuple(f"{n}.{leaf}" for n in theirs[1:])
+    )
     for leaf, our_leaf, layout in leaves
   )

@@ -1,23 +1,25 @@
 """The transformer encoder behind ViT, both towers of CLIP and BERT.
 
 One block serves two forms: scanned (deep, TPU/GPU: compile time is constant in depth) and unrolled
-(shallow, CPU). Whatever a method wants to know about the layers it computes inside them, with a
-`Summarize` hook; an (layers, batch, tokens, width) array never leaves the encoder.
+(shallow, CPU). What a method wants to know about the layers (`Probe`) is reduced inside them: an array
+(layers, batch, tokens, width) never leaves the encoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmethods.errors import InputError, nearest
+from jaxmethods.models.attention import attention, attention_rows, masked_bias
+from jaxmethods.models.causal_lm import Probe
 from jaxmethods.stats.activations import gelu
-from jaxmethods.stats.dropout import dropout
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": gelu,
@@ -28,8 +30,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": nn.silu,
 }
 
-# (hidden state after a block (B, T, D), its attention weights (B, H, T, T)) -> any pytree.
-Summarize = Callable[[jax.Array, jax.Array], Any]
 # (hidden state before a block, this block's slice of `inputs`) -> hidden state, such as one with
 # this layer's prompts put in.
 Edit = Callable[[jax.Array, Any], jax.Array]
@@ -79,77 +79,91 @@ class EncoderConfig:
       raise InputError(f"drop_path: must be in [0, 1), got {self.drop_path}")
 
 
-def attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, heads: int, mask: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Multi-head scaled dot-product attention; its softmax is float32 in every dtype.
+class Encoded(NamedTuple):
+  """What an encoder gives.
 
-  Args:
-    query: (B, T, D).
-    key: (B, S, D).
-    value: (B, S, D).
-    heads: H.
-    mask: bool, broadcast to (B, H, T, S); true where a query may look.
-
-  Returns:
-    The mixed values (B, T, D) and the weights (B, H, T, S).
+  Attributes:
+    hidden: (B, T, D).
+    states: `Probe.states` of the input and of every block's output, stacked: (L + 1, ...).
+    attention: `Probe.attention` of every block, stacked: (L, ...).
   """
-  query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-  scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
-  scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-  weights = jax.nn.softmax(scores).astype(value.dtype)
-  mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-  return mixed.reshape(*mixed.shape[:2], -1), weights
+
+  hidden: jax.Array
+  states: Any = None
+  attention: Any = None
 
 
-class EncoderBlock(nn.Module):
-  """Attention and MLP with residual sums; see `Encoder` for the arguments."""
+class Attention(nn.Module):
+  """Multi-head attention with biases; Dense layers query, key, value, out."""
+
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, bias: jax.Array
+  ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Maps x (B, T, D) to (B, T, D) and a function from queries (B, R) to rows (B, H, R, T)."""
+    heads, width, dtype = self.config.heads, self.config.width, self.config.dtype
+
+    def split(name: str) -> jax.Array:
+      y = nn.Dense(width, dtype=dtype, name=name)(x)
+      return y.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+    query, key, value = (split(name) for name in ("query", "key", "value"))
+    query = (query * query.shape[-1] ** -0.5)[:, :, None]
+    mixed = attention(query, key, value, bias)[:, :, 0].swapaxes(1, 2).reshape(x.shape)
+    rows = functools.partial(attention_rows, query, key, bias)
+    return nn.Dense(width, dtype=dtype, name="out")(mixed), rows
+
+
+class MLP(nn.Module):
+  """fc_2(activation(fc_1(x)))."""
+
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps (B, T, D) to (B, T, D)."""
+    activation, dtype = ACTIVATIONS[self.config.activation], self.config.dtype
+    x = activation(nn.Dense(self.config.hidden, dtype=dtype, name="fc_1")(x))
+    return nn.Dense(self.config.width, dtype=dtype, name="fc_2")(x)
+
+
+class Block(nn.Module):
+  """Attention and MLP with residual sums; see `Encoder` for the attributes."""
 
   config: EncoderConfig
   depth: int
   train: bool
   edit: Edit | None
-  summarize: Summarize | None
+  probe: Probe
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, index: jax.Array | int, inputs: Any, mask: jax.Array | None
+    self, x: jax.Array, index: jax.Array | int, inputs: Any, bias: jax.Array
   ) -> tuple[jax.Array, Any]:
-    """The hidden state (B, T, D) after block `index`, and its summary."""
+    """The hidden state (B, T, D) after block `index`, and what the probe keeps of it."""
     before = x
     if self.edit is not None:
       x = self.edit(x, inputs)
-    weights: jax.Array
+    attend, mlp = Attention(self.config, name="attention"), MLP(self.config, name="mlp")
+    norm_1, norm_2 = layer_norm(self.config, "norm_1"), layer_norm(self.config, "norm_2")
     if self.config.norm == "pre":
-      mixed, weights = self._attend(self._norm("norm_1", x), mask)
+      mixed, rows = attend(norm_1(x), bias)
       x = x + self._drop_path(mixed, index)
-      x = x + self._drop_path(self._mlp(self._norm("norm_2", x)), index)
+      x = x + self._drop_path(mlp(norm_2(x)), index)
     else:
-      mixed, weights = self._attend(x, mask)
-      x = self._norm("norm_1", x + self._drop_path(mixed, index))
-      x = self._norm("norm_2", x + self._drop_path(self._mlp(x), index))
+      mixed, rows = attend(x, bias)
+      x = norm_1(x + self._drop_path(mixed, index))
+      x = norm_2(x + self._drop_path(mlp(x), index))
     if self.depth < self.config.num_layers:
       # A scan cannot stop early: the blocks that nobody wants hand their input on.
       x = jnp.where(index < self.depth, x, before)
-    return x, None if self.summarize is None else self.summarize(x, weights)
-
-  def _dense(self, name: str, width: int) -> nn.Dense:
-    return nn.Dense(width, dtype=self.config.dtype, name=name)
-
-  def _norm(self, name: str, x: jax.Array) -> jax.Array:
-    return layer_norm(self.config, name)(x)
-
-  def _attend(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    width = self.config.width
-    query, key, value = (self._dense(name, width)(x) for name in ("query", "key", "value"))
-    mixed, weights = attention(query, key, value, self.config.heads, mask)
-    return self._dense("out", width)(mixed), weights
-
-  def _mlp(self, x: jax.Array) -> jax.Array:
-    x = ACTIVATIONS[self.config.activation](self._dense("fc_1", self.config.hidden)(x))
-    return self._dense("fc_2", self.config.width)(x)
+    states, queries, reduce = self.probe
+    return x, (
+      None if states is None else states(x),
+      None if queries is None else reduce(rows(queries)),
+    )
 
   def _drop_path(self, branch: jax.Array, index: jax.Array | int) -> jax.Array:
     if not self.train or self.config.drop_path == 0.0:
@@ -169,35 +183,40 @@ class Encoder(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    visible: jax.Array | None = None,
     *,
     depth: int | None = None,
     edit: Edit | None = None,
     inputs: Any = None,
-    summarize: Summarize | None = None,
+    probe: Probe | None = None,
     train: bool = False,
-  ) -> tuple[jax.Array, Any]:
+  ) -> Encoded:
     """Runs the blocks.
 
     Args:
       x: (B, T, D).
-      mask: bool, broadcast to (B, H, T, T); true where a query may look.
+      visible: bool, broadcast to (B, T, T); true where a query may look. None: everywhere.
       depth: how many blocks to run; None: all.
       edit: changes the hidden state before each block.
       inputs: pytree of arrays (L, ...), one slice for each call of `edit`.
-      summarize: what to keep of each block.
+      probe: what to keep of the layers.
       train: whether to drop paths; reads the rng stream "dropout".
 
     Returns:
-      The hidden state (B, T, D) and the summaries, stacked on a leading axis of `depth`.
+      See `Encoded`, whose L is `depth`.
     """
     total = self.config.num_layers
     depth = total if depth is None else depth
     if not 0 <= depth <= total:
       raise ValueError(f"depth: must be in [0, {total}], got {depth}")
-    block: Any = EncoderBlock
+    probe = probe or Probe()
+    first = None if probe.states is None else probe.states(x)
+    length = x.shape[1]
+    visible = jnp.ones((1, 1, 1), bool) if visible is None else visible
+    bias = masked_bias(jnp.broadcast_to(visible, (len(visible), length, length)))
+    block: Any = Block
     if self.config.remat:
-      block = nn.remat(EncoderBlock, prevent_cse=not self.config.scan_layers)
+      block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
     if self.config.scan_layers:
       block = nn.scan(
         block,
@@ -206,41 +225,26 @@ class Encoder(nn.Module):
         in_axes=(0, 0, nn.broadcast),
         length=total,
       )
-      layers = block(self.config, depth, train, edit, summarize, name="layers")
-      x, summaries = layers(x, jnp.arange(total), inputs, mask)
-      return x, jax.tree.map(lambda s: s[:depth], summaries)
-    kept = []
+      layers = block(self.config, depth, train, edit, probe, name="layers")
+      x, kept = layers(x, jnp.arange(total), inputs, bias)
+      later, rows = jax.tree.map(lambda leaf: leaf[:depth], kept)
+      return Encoded(
+        x, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later), rows
+      )
+    states, attentions = [first], []
     # Parameters are made for every block, also for those that are not run.
     for i in range(total if self.is_initializing() else depth):
-      layer = block(self.config, total, train, edit, summarize, name=f"layers_{i}")
-      x, summary = layer(x, i, jax.tree.map(lambda a, i=i: a[i], inputs), mask)
-      kept.append(summary)
-    return x, jax.tree.map(lambda *s: jnp.stack(s), *kept[:depth]) if kept[:depth] else None
+      layer = block(self.config, total, train, edit, probe, name=f"layers_{i}")
+      x, (state, rows) = layer(x, i, jax.tree.map(lambda leaf, i=i: leaf[i], inputs), bias)
+      states.append(state)
+      attentions.append(rows)
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if trees else None
+    return Encoded(x, stack(states), stack(attentions))
 
 
 def layer_norm(config: EncoderConfig, name: str | None = None) -> nn.LayerNorm:
   """The layer norm of an encoder; E[x^2] - E[x]^2 would cancel where the mean is large."""
   return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
-
-
-def mean_of_tokens(mask: jax.Array | None = None) -> Summarize:
-  """A hook: the mean hidden state (B, D) over the tokens that `mask` (B, T) keeps, default all."""
-  return lambda hidden, weights: masked_mean(hidden, mask)
-
-
-def attention_rows(queries: jax.Array) -> Summarize:
-  """A hook: the weights (B, H, T) with which one query per example, `queries` (B,), looks around."""
-  return lambda hidden, weights: jnp.take_along_axis(
-    weights, queries[:, None, None, None], axis=2
-  ).squeeze(2)
-
-
-def masked_mean(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Mean (B, D) of the rows of (B, T, D) that `mask` (B, T) keeps, 0 where it keeps none."""
-  if mask is None:
-    return hidden.mean(1)
-  kept = mask[..., None]
-  return jnp.where(kept, hidden, 0).sum(1) / jnp.maximum(kept.sum(1), 1)
 
 
 def normalise(x: jax.Array) -> jax.Array:

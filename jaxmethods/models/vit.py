@@ -21,7 +21,7 @@ from jaxmethods.models.hugging_face import (
   rooted,
   setting,
 )
-from jaxmethods.models.transformer import Encoder, EncoderConfig, layer_norm
+from jaxmethods.models.transformer import Encoded, Encoder, EncoderConfig, layer_norm
 from jaxmethods.models.weights import Rule
 
 
@@ -35,8 +35,8 @@ class ViTConfig:
     patch: side of a patch.
     stride: between two patches; smaller than `patch`: they overlap. None: `patch`.
     channels: of the image.
-    patch_bias: whether the embedding of a patch has a bias.
-    pre_norm: whether the embedded tokens are normalised before the first block (CLIP).
+    clip: whether it is CLIP's image tower: a patch's embedding has no bias, and the tokens are
+      normalised before the first block.
   """
 
   encoder: EncoderConfig
@@ -44,8 +44,7 @@ class ViTConfig:
   patch: int
   stride: int | None = None
   channels: int = 3
-  patch_bias: bool = True
-  pre_norm: bool = False
+  clip: bool = False
 
   def __post_init__(self) -> None:
     if self.patch < 1 or (self.stride is not None and self.stride < 1):
@@ -65,21 +64,19 @@ class ViTConfig:
     return self.grid[0] * self.grid[1] + 1
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **encoder: Any) -> ViTConfig:
+  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> ViTConfig:
     """Reads the config of a `vit` or of CLIP's image tower; `encoder`: how to compute, as there.
 
     Raises:
       InputError: another family, or a key is missing.
     """
-    clip = family(config, "vit", "clip_vision_model") == "clip_vision_model"
     side = setting(config, "image_size")
     return cls(
       encoder=encoder_config(config, **encoder),
       image_size=(side, side),
       patch=setting(config, "patch_size"),
       channels=config.get("num_channels", 3),
-      patch_bias=not clip,
-      pre_norm=clip,
+      clip=family(config, "vit", "clip_vision_model") == "clip_vision_model",
     )
 
 
@@ -99,16 +96,17 @@ class ViT(nn.Module):
     width, dtype = config.encoder.width, config.encoder.dtype
     stride = config.stride or config.patch
     self.patch_embedding = Conv(
-      width, config.patch, stride, use_bias=config.patch_bias, kernel_init=normal, dtype=dtype
+      width, config.patch, stride, use_bias=not config.clip, kernel_init=normal, dtype=dtype
     )
-    self.class_token = self.param("class_token", normal, (width,))
-    self.position = self.param("position", normal, (config.num_tokens, width))
-    if config.pre_norm:
+    ones = () if config.clip else (1,)  # as the published files store them
+    self.class_token = self.param("class_token", normal, (*ones, *ones, width))
+    self.position = self.param("position", normal, (*ones, config.num_tokens, width))
+    if config.clip:
       self.pre_norm = layer_norm(config.encoder)
     self.encoder = Encoder(config.encoder)
     self.norm = layer_norm(config.encoder)
 
-  def __call__(self, pixels: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
+  def __call__(self, pixels: jax.Array, **hooks: Any) -> Encoded:
     """Encodes images.
 
     Args:
@@ -116,10 +114,10 @@ class ViT(nn.Module):
       **hooks: keywords of `Encoder.__call__`.
 
     Returns:
-      The normalised tokens (B, 1 + N, D), class token first, patches row by row; the summaries.
+      The normalised tokens (B, 1 + N, D), class token first, patches row by row.
     """
-    tokens, summaries = self.encode(self.embed(pixels), **hooks)
-    return self.norm(tokens), summaries
+    encoded = self.encode(self.embed(pixels), **hooks)
+    return encoded._replace(hidden=self.norm(encoded.hidden))
 
   def embed(self, pixels: jax.Array) -> jax.Array:
     """Maps images (B, height, width, channels) to tokens (B, 1 + N, D) with their positions."""
@@ -130,28 +128,40 @@ class ViT(nn.Module):
     tokens = jnp.concatenate([class_token, patches.reshape(batch, -1, width)], axis=1)
     return tokens + self.position.astype(tokens.dtype)
 
-  def encode(self, tokens: jax.Array, **hooks: Any) -> tuple[jax.Array, Any]:
+  def encode(self, tokens: jax.Array, **hooks: Any) -> Encoded:
     """Runs the blocks on embedded tokens (B, T, D); the result is not normalised yet."""
-    return self.encoder(self.pre_norm(tokens) if self.config.pre_norm else tokens, **hooks)
+    return self.encoder(self.pre_norm(tokens) if self.config.clip else tokens, **hooks)
 
 
 # Names of transformers 5 first, those of files written before it as aliases.
 VIT_TABLE = rooted(
   (
-    Rule("embeddings.cls_token", "class_token", "row"),
-    Rule("embeddings.position_embeddings", "position", "rows"),
+    Rule("embeddings.cls_token", "class_token"),
+    Rule("embeddings.position_embeddings", "position"),
     Rule("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", "conv"),
     Rule("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias"),
     *encoder_rules(
       {
         "norm_1": ("layers.{i}.layernorm_before", "encoder.layer.{i}.layernorm_before"),
-        "query": ("layers.{i}.attention.q_proj", "encoder.layer.{i}.attention.attention.query"),
-        "key": ("layers.{i}.attention.k_proj", "encoder.layer.{i}.attention.attention.key"),
-        "value": ("layers.{i}.attention.v_proj", "encoder.layer.{i}.attention.attention.value"),
-        "out": ("layers.{i}.attention.o_proj", "encoder.layer.{i}.attention.output.dense"),
+        "attention/query": (
+          "layers.{i}.attention.q_proj",
+          "encoder.layer.{i}.attention.attention.query",
+        ),
+        "attention/key": (
+          "layers.{i}.attention.k_proj",
+          "encoder.layer.{i}.attention.attention.key",
+        ),
+        "attention/value": (
+          "layers.{i}.attention.v_proj",
+          "encoder.layer.{i}.attention.attention.value",
+        ),
+        "attention/out": (
+          "layers.{i}.attention.o_proj",
+          "encoder.layer.{i}.attention.output.dense",
+        ),
         "norm_2": ("layers.{i}.layernorm_after", "encoder.layer.{i}.layernorm_after"),
-        "fc_1": ("layers.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
-        "fc_2": ("layers.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
+        "mlp/fc_1": ("layers.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
+        "mlp/fc_2": ("layers.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
       }
     ),
     *norm("norm", "layernorm"),
