@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jaxmethods.errors import InputError, nearest
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
@@ -29,6 +30,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "relu": nn.relu,
   "silu": nn.silu,
 }
+
+
+def check_activation(name: str) -> None:
+  """Raises `InputError` unless `ACTIVATIONS` has the name."""
+  if name not in ACTIVATIONS:
+    near = nearest(name, ACTIVATIONS)
+    raise InputError(f"activation: {name!r} is not known, the nearest is {near!r}")
+
 
 # (hidden state before a block, this block's slice of `inputs`) -> hidden state, such as one with
 # this layer's prompts put in.
@@ -64,7 +73,7 @@ class EncoderConfig:
   drop_path: float = 0.0
   scan_layers: bool = False
   remat: bool = False
-  dtype: jnp.dtype | None = None
+  dtype: DTypeLike | None = None
 
   def __post_init__(self) -> None:
     for name in ("width", "num_layers", "heads", "hidden"):
@@ -72,9 +81,7 @@ class EncoderConfig:
         raise InputError(f"{name}: must be at least 1, got {getattr(self, name)}")
     if self.width % self.heads:
       raise InputError(f"width: must be a multiple of {self.heads} heads, got {self.width}")
-    if self.activation not in ACTIVATIONS:
-      near = nearest(self.activation, ACTIVATIONS)
-      raise InputError(f"activation: {self.activation!r} is not known, the nearest is {near!r}")
+    check_activation(self.activation)
     if not 0 <= self.drop_path < 1:
       raise InputError(f"drop_path: must be in [0, 1), got {self.drop_path}")
 
