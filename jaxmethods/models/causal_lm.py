@@ -513,7 +513,7 @@ class CausalLM(nn.Module):
 
     x = self.norm(x)
     if cache is not None:
-      cache = Cache(slots[0], slots[1], valid, cache.length + length)
+      cache = Cache(slots[0], slots[1], valid, jnp.asarray(cache.length + length, jnp.int32))
     return Output(
       None if logits == "none" else self.logits(x[:, -1:] if logits == "last" else x),
       x,

@@ -1,0 +1,269 @@
+"""Tensors in files: safetensors (one file or shards) and GGUF, read one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxmethods.errors import InputError
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5_000_000_000  # what transformers writes
+
+
+class Safetensors(Mapping[str, np.ndarray]):
+  """The tensors of a checkpoint folder or file; indexing reads one tensor, keys read none.
+
+  Args:
+    path: a `.safetensors` file, or a folder with `model.safetensors` or its sharded form.
+
+  Raises:
+    InputError: no such file, a shard is missing, or a file is damaged or cut short.
+  """
+
+  def __init__(self, path: Path) -> None:
+    """Opens the files."""
+    if not path.exists():
+      raise InputError(f"{path}: no such file or folder")
+    promised: dict[str, str] = {}
+    if path.is_file():
+      files = [path]
+    elif (path / _INDEX).is_file():
+      promised = read_json(path / _INDEX).get("weight_map", {})
+      files = [path / name for name in sorted(set(promised.values()))]
+    elif (path / _WEIGHTS).is_file():
+      files = [path / _WEIGHTS]
+    else:
+      raise InputError(f"{path}: holds neither {_WEIGHTS} nor {_INDEX}")
+    self._handles: dict[str, Any] = {}
+    for file in files:
+      handle = _open(file)
+      self._handles |= dict.fromkeys(handle.keys(), handle)
+    for name, file_name in promised.items():
+      if name not in self._handles:
+        raise InputError(f"{path / file_name}: has no tensor {name}, which {_INDEX} promises")
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._handles[name].get_tensor(name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._handles)
+
+  def __len__(self) -> int:
+    return len(self._handles)
+
+
+def _open(file: Path) -> Any:
+  try:
+    return safe_open(file, framework="np")
+  except FileNotFoundError:
+    raise InputError(f"{file}: this part of the checkpoint is missing") from None
+  except (SafetensorError, OSError) as error:
+    raise InputError(f"{file}: is damaged or cut short ({error})") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """A JSON object."""
+  try:
+    contents = json.loads(file.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+  except ValueError as error:
+    raise InputError(f"{file}: is not JSON: {error}") from None
+  if not isinstance(contents, dict):
+    raise InputError(f"{file}: must hold a JSON object")
+  return contents
+
+
+def save_checkpoint(
+  folder: Path,
+  tensors: Mapping[str, np.ndarray],
+  config: Mapping[str, Any],
+  *,
+  shard_bytes: int = _SHARD_BYTES,
+) -> None:
+  """Writes a Hugging Face checkpoint: `config.json` and safetensors, in shards if it is large.
+
+  Args:
+    folder: made if needed.
+    tensors: name -> tensor.
+    config: contents of `config.json`.
+    shard_bytes: size at which another file is begun.
+  """
+  shards: list[dict[str, np.ndarray]] = [{}]
+  size = 0
+  for name, tensor in tensors.items():
+    if shards[-1] and size + tensor.nbytes > shard_bytes:
+      shards.append({})
+      size = 0
+    shards[-1][name] = tensor
+    size += tensor.nbytes
+  names = [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
+  names = names if len(shards) > 1 else [_WEIGHTS]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+      with _replacing(folder / name) as temporary:
+        save_file(shard, temporary, metadata={"format": "pt"})
+    if len(shards) > 1:
+      weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+      total = sum(tensor.nbytes for tensor in tensors.values())
+      index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+      with _replacing(folder / _INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+    with _replacing(folder / "config.json") as temporary:
+      temporary.write_text(json.dumps(dict(config), indent=2) + "\n")
+  except OSError as error:
+    raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+  """A file beside `file` that takes its place when it is complete."""
+  temporary = file.with_name(f".{file.name}.{os.getpid()}")
+  try:
+    yield temporary
+    temporary.replace(file)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+class Gguf(NamedTuple):
+  """A GGUF file in the terms of Hugging Face.
+
+  Attributes:
+    config: as `config.json` has it.
+    tensors: under the names of the family's checkpoints, dequantised to float32 when read.
+    fields: metadata by GGUF key, the tokenizer among it.
+  """
+
+  config: dict[str, Any]
+  tensors: Mapping[str, np.ndarray]
+  fields: Mapping[str, Any]
+
+
+_GGUF_NAMES = {
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+
+
+def open_gguf(file: Path) -> Gguf:
+  """Opens a GGUF file of the Llama, Qwen2 or Qwen3 architecture.
+
+  Raises:
+    InputError: no such file, the `gguf` package is not installed, the file is damaged or cut short,
+      or it holds another architecture.
+  """
+  try:
+    import gguf
+  except ImportError:
+    raise InputError(f"{file}: needs the gguf package: pip install 'jaxmethods[gguf]'") from None
+  if not file.is_file():
+    raise InputError(f"{file}: no such file")
+  try:
+    reader = gguf.GGUFReader(file)
+    fields = _Fields(reader.fields)
+    family = fields["general.architecture"]
+    stored = {_from_gguf(tensor.name): tensor for tensor in reader.tensors}
+  except (ValueError, IndexError, OSError, KeyError) as error:
+    raise InputError(f"{file}: is damaged or cut short, or is no GGUF file ({error})") from None
+  if family not in ("llama", "qwen2", "qwen3"):
+    raise InputError(f"{file}: architecture {family!r} is not supported (llama, qwen2, qwen3)")
+
+  get = lambda name, default=None: fields.get(f"{family}.{name}", default)
+  heads = get("attention.head_count")
+  config = {
+    "model_type": family,
+    "hidden_size": get("embedding_length"),
+    "intermediate_size": get("feed_forward_length"),
+    "num_hidden_layers": get("block_count"),
+    "num_attention_heads": heads,
+    "num_key_value_heads": get("attention.head_count_kv", heads),
+    "head_dim": get("attention.key_length") or get("embedding_length") // heads,
+    "max_position_embeddings": get("context_length"),
+    "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12),  # stored as float32
+    "rope_theta": get("rope.freq_base", 10000.0),
+    "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+    "tie_word_embeddings": "lm_head.weight" not in stored,
+    "hidden_act": "silu",
+  }
+  interleaved = (
+    {"q_proj": heads, "k_proj": config["num_key_value_heads"]} if family == "llama" else {}
+  )
+  return Gguf(config, _GgufTensors(stored, interleaved), fields)
+
+
+def _from_gguf(name: str) -> str:
+  """model.layers.3.self_attn.q_proj.weight of blk.3.attn_q.weight; unknown names stay."""
+  module, _, leaf = name.rpartition(".")
+  block, _, part = module.rpartition(".")
+  if part not in _GGUF_NAMES:
+    return name
+  prefix = f"model.layers.{block.removeprefix('blk.')}." if block else ""
+  return f"{prefix}{_GGUF_NAMES[part]}.{leaf}"
+
+
+class _Fields(Mapping[str, Any]):
+  """Metadata of a GGUF file as plain values, each converted when it is asked for."""
+
+  def __init__(self, fields: Mapping[str, Any]) -> None:
+    self._fields = fields
+
+  def __getitem__(self, name: str) -> Any:
+    return self._fields[name].contents()
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._fields)
+
+  def __len__(self) -> int:
+    return len(self._fields)
+
+
+class _GgufTensors(Mapping[str, np.ndarray]):
+  """Dequantises when read; undoes the row order of interleaved rotary pairs."""
+
+  def __init__(self, stored: Mapping[str, Any], interleaved: Mapping[str, int]) -> None:
+    self._stored, self._interleaved = stored, interleaved
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    import gguf
+
+    stored = self._stored[name]
+    tensor = np.asarray(gguf.dequantize(stored.data, stored.tensor_type), np.float32)
+    tensor = tensor.reshape(tuple(int(n) for n in stored.shape[::-1]))
+    heads = self._interleaved.get(name.split(".")[-2])
+    return tensor if heads is None else split_halves(tensor, heads)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._stored)
+
+  def __len__(self) -> int:
+    return len(self._stored)
+
+
+def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Brings the rows (heads * d, ...) of each head from interleaved rotary pairs to halves."""
+  pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+  return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

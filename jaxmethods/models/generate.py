@@ -1,0 +1,160 @@
+"""Text from a causal LM: prefill, then one `lax.while_loop` over a preallocated cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmethods.models.causal_lm import CausalLM
+
+
+class Generated(NamedTuple):
+  """New tokens of a batch.
+
+  Attributes:
+    tokens: (B, N), padded after the end.
+    lengths: (B,), how many are real, the end token included.
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+
+
+def generate(
+  model: CausalLM,
+  variables: Mapping[str, Any],
+  ids: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  max_new_tokens: int,
+  key: jax.Array | None = None,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  eos: Sequence[int] = (),
+  pad: int = 0,
+  cache_size: int | None = None,
+  use_cache: bool = True,
+) -> Generated:
+  """Continues prompts until each has said `eos` or has N = `max_new_tokens` new tokens.
+
+  Args:
+    model: the model.
+    variables: its collections, e.g. {"params": ..., "adapter": ...}.
+    ids: (B, T), padded on the left.
+    mask: (B, T), 0 at padding; default: no padding.
+    max_new_tokens: N.
+    key: of the draws; not needed for greedy decoding.
+    temperature: divides the logits; 0 is greedy.
+    top_k: draw among the k likeliest.
+    top_p: draw among the likeliest that together reach this probability.
+    eos: tokens that end a text.
+    pad: what follows the end.
+    cache_size: slots of the cache; default: what is needed.
+    use_cache: False recomputes the whole text for every token (slow; the reference).
+
+  Returns:
+    See `Generated`.
+
+  Raises:
+    ValueError: prompt and new tokens are longer than the cache, or an impossible setting.
+  """
+  batch, length = ids.shape
+  total = length + max_new_tokens
+  size = total if cache_size is None else cache_size
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+  if total > size:
+    raise ValueError(
+      f"a prompt of {length} tokens and {max_new_tokens} new ones are longer than the cache of {size}"
+    )
+  if (
+    temperature < 0
+    or (top_k is not None and top_k < 1)
+    or (top_p is not None and not 0 < top_p <= 1)
+  ):
+    raise ValueError(f"impossible sampling: {temperature=}, {top_k=}, {top_p=}")
+  if temperature > 0 and key is None:
+    raise ValueError("sampling at a temperature above 0 needs a key")
+  mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
+  ids = jnp.asarray(ids, jnp.int32)
+  ends = jnp.asarray(list(eos), jnp.int32)
+  apply: Any = model.apply  # linen's own type allows for mutable collections, which are not used
+
+  def choose(logits: jax.Array, step: jax.Array | int) -> jax.Array:
+    if temperature == 0:
+      return logits.argmax(-1).astype(jnp.int32)
+    assert key is not None
+    logits = restrict(logits.astype(jnp.float32) / temperature, top_k, top_p)
+    return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+  def next_logits(step: jax.Array, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    if use_cache:
+      newest = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
+      out = apply(variables, newest, cache=cache, logits="last")
+      return out.logits[:, 0], out.cache
+    text = jnp.concatenate([ids, tokens], axis=1)
+    there = jnp.concatenate(
+      [mask, jnp.arange(max_new_tokens)[None].repeat(batch, 0) < step], axis=1
+    )
+    hidden = apply(variables, text, mask=there, logits="none").hidden
+    newest = jax.lax.dynamic_index_in_dim(hidden, length + step - 1, axis=1, keepdims=False)
+    return apply(variables, newest, method="logits"), None
+
+  def body(carry):
+    step, tokens, done, cache = carry
+    logits, cache = next_logits(step, tokens, cache)
+    return (step + 1, *_write(tokens, done, choose(logits, step), step, ends), cache)
+
+  def unfinished(carry):
+    step, _, done, _ = carry
+    return (step < max_new_tokens) & ~done.all()
+
+  out = apply(variables, ids, mask=mask, cache_size=size if use_cache else None, logits="last")
+  tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
+  tokens, done = _write(tokens, jnp.zeros(batch, bool), choose(out.logits[:, 0], 0), 0, ends)
+  carry = (jnp.int32(1), tokens, done, out.cache)
+  _, tokens, done, _ = jax.lax.while_loop(unfinished, body, carry)
+  ended = jnp.isin(tokens, ends)
+  lengths = jnp.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens)
+  return Generated(tokens, lengths)
+
+
+def _write(tokens, done, new, step, ends):
+  """Puts the new tokens (B,) of the texts that go on at `step`."""
+  kept = jax.lax.dynamic_slice_in_dim(tokens, step, 1, axis=1)
+  column = jnp.where(done[:, None], kept, new[:, None])
+  tokens = jax.lax.dynamic_update_slice_in_dim(tokens, column, step, axis=1)
+  return tokens, done | jnp.isin(new, ends)
+
+
+def restrict(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
+  """Sets the logits (B, V) of what must not be drawn to -inf: `top_k` first, then `top_p`."""
+  if top_k is not None and top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if top_p is not None and top_p < 1:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    likely = jax.nn.softmax(ranked)
+    # Kept while what is before it does not reach top_p: never empty.
+    kept = jnp.cumsum(likely, axis=-1) - likely < top_p
+    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return logits
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids (B, T) and mask (B, T) of prompts of different lengths."""
+  length = max(map(len, prompts))
+  ids = np.full((len(prompts), length), pad, np.int32)
+  mask = np.zeros((len(prompts), length), bool)
+  for row, prompt in enumerate(prompts):
+    if not prompt:
+      raise ValueError(f"prompt {row} is empty")
+    ids[row, length - len(prompt) :] = prompt
+    mask[row, length - len(prompt) :] = True
+  return ids, mask
