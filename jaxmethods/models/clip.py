@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -272,7 +271,7 @@ _OPENAI_BLOCKS = encoder_rules(
   }
 )
 
-# The layout of the first release and of open_clip, after `split_openai`.
+# The layout of the first release and of open_clip, after `split_in_proj`.
 OPENAI_TABLE = (
   Rule("logit_scale", "logit_scale"),
   Rule("token_embedding.weight", "text/token/embedding"),
@@ -290,32 +289,3 @@ OPENAI_TABLE = (
 )
 
 OPENAI_IGNORED = ("input_resolution", "context_length", "vocab_size")
-
-
-def split_openai(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Splits what the first release stores as one tensor: query, key and value of a block."""
-  split = {}
-  for name, tensor in tensors.items():
-    if match := _IN_PROJ.fullmatch(name):
-      thirds = np.split(tensor, 3)
-      split |= {f"{match[1]}.{k}.{match[2]}": t for k, t in zip("qkv", thirds, strict=True)}
-    else:
-      split[name] = tensor
-  return split
-
-
-def join_openai(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Undoes `split_openai`."""
-  joined = {}
-  for name, tensor in tensors.items():
-    match = _QKV.fullmatch(name)
-    if not match:
-      joined[name] = tensor
-    elif match[2] == "q":
-      thirds = [tensors[f"{match[1]}.{k}.{match[3]}"] for k in "qkv"]
-      joined[f"{match[1]}.in_proj_{match[3]}"] = np.concatenate(thirds)
-  return joined
-
-
-_IN_PROJ = re.compile(r"(.*\.attn)\.in_proj_(weight|bias)")
-_QKV = re.compile(r"(.*\.attn)\.([qkv])\.(weight|bias)")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jaxmethods.errors import InputError
 from jaxmethods.models.transformer import EncoderConfig
@@ -74,6 +77,35 @@ def rooted(table: Iterable[Rule], ours: str, *theirs: str) -> Rules:
     first, *others = (root + name for root in theirs for name in (rule.theirs, *rule.aliases))
     moved.append(Rule(first, ours + rule.ours, rule.layout, tuple(others)))
   return tuple(moved)
+
+
+def split_in_proj(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Splits what PyTorch's own attention stores as one: X.in_proj_weight to X.q.weight, X.k..., X.v..."""
+  split = {}
+  for name, tensor in tensors.items():
+    if match := _IN_PROJ.fullmatch(name):
+      thirds = np.split(tensor, 3)
+      split |= {f"{match[1]}.{k}.{match[2]}": t for k, t in zip("qkv", thirds, strict=True)}
+    else:
+      split[name] = tensor
+  return split
+
+
+def join_in_proj(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Undoes `split_in_proj`."""
+  joined = {}
+  for name, tensor in tensors.items():
+    match = _QKV.fullmatch(name)
+    if not match:
+      joined[name] = tensor
+    elif match[2] == "q":
+      thirds = [tensors[f"{match[1]}.{k}.{match[3]}"] for k in "qkv"]
+      joined[f"{match[1]}.in_proj_{match[3]}"] = np.concatenate(thirds)
+  return joined
+
+
+_IN_PROJ = re.compile(r"(.*)\.in_proj_(weight|bias)")
+_QKV = re.compile(r"(.*)\.([qkv])\.(weight|bias)")
 
 
 def _rules(ours: str, theirs: tuple[str, ...], *leaves: tuple[str, str, Layout]) -> Rules:

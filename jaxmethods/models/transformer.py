@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 
 from jaxmethods.errors import InputError, nearest
@@ -101,39 +102,69 @@ class Encoded(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Multi-head attention with biases; Dense layers query, key, value, out."""
+  """Multi-head attention with biases; Dense layers query, key, value, out.
 
-  config: EncoderConfig
+  Attributes:
+    heads: H, which divides the width.
+    zero_token: whether every query may also look at a token whose key and value are zero.
+    dtype: of the computation.
+  """
+
+  heads: int
+  zero_token: bool = False
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, bias: jax.Array
+    self, x: jax.Array, bias: jax.Array, memory: jax.Array | None = None
   ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Maps x (B, T, D) to (B, T, D) and a function from queries (B, R) to rows (B, H, R, T)."""
-    heads, width, dtype = self.config.heads, self.config.width, self.config.dtype
+    """Looks around in `memory`, or in `x` itself.
 
-    def split(name: str) -> jax.Array:
-      y = nn.Dense(width, dtype=dtype, name=name)(x)
-      return y.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    Args:
+      x: (B, T, D).
+      bias: (B or 1, T, S), see `masked_bias`.
+      memory: (B, S, any width).
 
-    query, key, value = (split(name) for name in ("query", "key", "value"))
+    Returns:
+      (B, T, D), and a function from queries (B, R) to their rows of weights (B, H, R, S).
+    """
+
+    def split(name: str, source: jax.Array) -> jax.Array:
+      y = nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(source)
+      return y.reshape(*y.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    memory = x if memory is None else memory
+    query, key, value = split("query", x), split("key", memory), split("value", memory)
+    if self.zero_token:
+      key, value = (jnp.pad(y, ((0, 0), (0, 0), (0, 1), (0, 0))) for y in (key, value))
+      bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1)))
     query = (query * query.shape[-1] ** -0.5)[:, :, None]
     mixed = attention(query, key, value, bias)[:, :, 0].swapaxes(1, 2).reshape(x.shape)
     rows = functools.partial(attention_rows, query, key, bias)
-    return nn.Dense(width, dtype=dtype, name="out")(mixed), rows
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="out")(mixed), rows
 
 
 class MLP(nn.Module):
-  """fc_2(activation(fc_1(x)))."""
+  """fc_2(activation(fc_1(x))), back to the width of x.
 
-  config: EncoderConfig
+  Attributes:
+    hidden: width in between.
+    activation: a name in `ACTIVATIONS`.
+    last_init: initialiser of the kernel of fc_2.
+    dtype: of the computation.
+  """
+
+  hidden: int
+  activation: str = "gelu"
+  last_init: Initializer = nn.linear.default_kernel_init
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps (B, T, D) to (B, T, D)."""
-    activation, dtype = ACTIVATIONS[self.config.activation], self.config.dtype
-    x = activation(nn.Dense(self.config.hidden, dtype=dtype, name="fc_1")(x))
-    return nn.Dense(self.config.width, dtype=dtype, name="fc_2")(x)
+    """Maps (..., D) to (..., D)."""
+    hidden = nn.Dense(self.hidden, dtype=self.dtype, name="fc_1")(x)
+    out = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.last_init, name="fc_2")
+    return out(ACTIVATIONS[self.activation](hidden))
 
 
 class Block(nn.Module):
@@ -153,9 +184,11 @@ class Block(nn.Module):
     before = x
     if self.edit is not None:
       x = self.edit(x, inputs)
-    attend, mlp = Attention(self.config, name="attention"), MLP(self.config, name="mlp")
-    norm_1, norm_2 = layer_norm(self.config, "norm_1"), layer_norm(self.config, "norm_2")
-    if self.config.norm == "pre":
+    config = self.config
+    attend = Attention(config.heads, dtype=config.dtype, name="attention")
+    mlp = MLP(config.hidden, config.activation, dtype=config.dtype, name="mlp")
+    norm_1, norm_2 = layer_norm(config, "norm_1"), layer_norm(config, "norm_2")
+    if config.norm == "pre":
       mixed, rows = attend(norm_1(x), bias)
       x = x + self._drop_path(mixed, index)
       x = x + self._drop_path(mlp(norm_2(x)), index)
@@ -163,7 +196,7 @@ class Block(nn.Module):
       mixed, rows = attend(x, bias)
       x = norm_1(x + self._drop_path(mixed, index))
       x = norm_2(x + self._drop_path(mlp(x), index))
-    if self.depth < self.config.num_layers:
+    if self.depth < config.num_layers:
       # A scan cannot stop early: the blocks that nobody wants hand their input on.
       x = jnp.where(index < self.depth, x, before)
     states, queries, reduce = self.probe
