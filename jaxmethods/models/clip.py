@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -78,6 +79,65 @@ class CLIPConfig:
       vision=ViTConfig.from_hugging_face(setting(config, "vision_config"), **encoder),
       text=TextConfig.from_hugging_face(setting(config, "text_config"), **encoder),
       projection=setting(config, "projection_dim"),
+    )
+
+  @classmethod
+  def from_openai(
+    cls,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    heads: tuple[int, int] | None = None,
+    **encoder: Any,
+  ) -> CLIPConfig:
+    """Reads the shapes of a checkpoint in the layout of the first release, which has no config.
+
+    Args:
+      tensors: of the checkpoint, split or not.
+      heads: of the text and image tower; None: one for each 64 channels, as in every released model.
+      **encoder: how to compute, as in `EncoderConfig`.
+
+    Raises:
+      InputError: a tensor is missing.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+      if name not in tensors:
+        raise InputError(f"{name}: not in the checkpoint, so it is no CLIP of the first release")
+      return tensors[name].shape
+
+    def tower(prefix: str, width: int, heads: int | None) -> EncoderConfig:
+      blocks = f"{prefix}transformer.resblocks."
+      layers = {
+        name.removeprefix(blocks).split(".")[0] for name in tensors if name.startswith(blocks)
+      }
+      return EncoderConfig(
+        width=width,
+        num_layers=len(layers),
+        heads=width // 64 if heads is None else heads,
+        hidden=shape(f"{blocks}0.mlp.c_fc.bias")[0],
+        activation="quick_gelu",
+        **encoder,
+      )
+
+    text_heads, vision_heads = heads or (None, None)
+    vocabulary, text_width = shape("token_embedding.weight")
+    vision_width, channels, patch, _ = shape("visual.conv1.weight")
+    side = patch * math.isqrt(shape("visual.positional_embedding")[0] - 1)
+    return cls(
+      vision=ViTConfig(
+        encoder=tower("visual.", vision_width, vision_heads),
+        image_size=(side, side),
+        patch=patch,
+        channels=channels,
+        clip=True,
+      ),
+      text=TextConfig(
+        encoder=tower("", text_width, text_heads),
+        vocabulary=vocabulary,
+        context=shape("positional_embedding")[0],
+        eos=_LEGACY_EOS,
+      ),
+      projection=shape("text_projection")[1],
     )
 
 

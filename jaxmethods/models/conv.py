@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
+from jax.typing import DTypeLike
 
 
 class Conv(nn.Module):
@@ -37,7 +38,7 @@ class Conv(nn.Module):
   use_bias: bool = True
   kernel_init: Initializer = nn.initializers.he_normal()
   patches: bool | None = None
-  dtype: jnp.dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -81,7 +81,7 @@ def rooted(table: Iterable[Rule], ours: str, *theirs: str) -> Rules:
 
 def split_in_proj(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Splits what PyTorch's own attention stores as one: X.in_proj_weight to X.q.weight, X.k..., X.v..."""
-  split = {}
+  split: dict[str, np.ndarray] = {}
   for name, tensor in tensors.items():
     if match := _IN_PROJ.fullmatch(name):
       thirds = np.split(tensor, 3)

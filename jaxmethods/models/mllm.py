@@ -128,7 +128,11 @@ class MLLM(nn.Module):
   def setup(self) -> None:
     """Declares the parameters."""
     config, width = self.config, self.config.language.width
-    how = {"scan_layers": self.scan_layers, "dtype": self.dtype, "remat": self.remat}
+    how: dict[str, Any] = {
+      "scan_layers": self.scan_layers,
+      "dtype": self.dtype,
+      "remat": self.remat,
+    }
     encoder = dataclasses.replace(config.vision.encoder, **how)
     self.vision = ViT(dataclasses.replace(config.vision, encoder=encoder))
     self.projector = Projector(width, config.activation, self.dtype, self.param_dtype)
@@ -147,6 +151,10 @@ class MLLM(nn.Module):
     """
     features = None if pixels is None else self.image_features(pixels)
     return self.language(embeddings=self.embed(ids, features), **keywords)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Logits (..., V) of the language model's hidden states (..., D)."""
+    return self.language.logits(hidden)
 
   def image_features(self, pixels: jax.Array) -> jax.Array:
     """The tokens by which images appear in a text.

@@ -1,4 +1,4 @@
-"""Both towers of CLIP against the published implementation (`clip_tiny.npz`)."""
+"""Both towers of CLIP against the published implementations (`clip_tiny.npz`, `gift.npz`)."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.models.clip import CLIP, CLIP_TABLE, CLIPConfig, contrastive_loss
+from jaxmethods.models.clip import CLIP, CLIP_TABLE, OPENAI_TABLE, CLIPConfig, contrastive_loss
+from jaxmethods.models.hugging_face import join_in_proj, split_in_proj
 from jaxmethods.models.transformer import normalise
 from jaxmethods.models.weights import export_params, import_params
 from tests.tensors import assert_same_bytes, below
@@ -112,3 +113,19 @@ def test_contrastive_loss_and_gradients(case):
 def test_export_undoes_import(case):
   golden, _, params, _ = case
   assert_same_bytes(export_params(params, CLIP_TABLE), below(golden, "state_dict/"))
+
+
+def test_layout_of_the_first_release(golden_file):
+  recorded = below(golden_file("gift"), "step/")
+  prefix = "teacher/"
+  tensors = {k.removeprefix(prefix): v for k, v in recorded.items() if k.startswith(prefix)}
+  heads = tuple(map(int, recorded["heads_text_vision"]))
+  model = CLIP(CLIPConfig.from_openai(tensors, heads=heads))
+  pixels = recorded["ref_images"][0].transpose(0, 2, 3, 1)
+  ids = recorded["prompt_tokens"][recorded["ref_prompt_ids"][0]]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), pixels, ids)["params"]
+  params = import_params(split_in_proj(tensors), OPENAI_TABLE, shapes)
+  # The recorded teacher borrows the student's temperature, which is the same.
+  logits = jax.jit(lambda p: model.apply({"params": p}, pixels, ids).logits_per_image)(params)
+  np.testing.assert_allclose(logits, recorded["out0/ref_logits_teacher"], rtol=1e-5, atol=5e-5)
+  assert_same_bytes(join_in_proj(export_params(params, OPENAI_TABLE)), tensors)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmethods.models.generate import generate
 from jaxmethods.models.mllm import MLLM, MLLMConfig, check_images, table
 from jaxmethods.models.weights import export_params, import_params
 from tests.tensors import assert_same_bytes, below
@@ -48,6 +49,29 @@ def test_logits(case):
   real = mask.astype(bool)
   expected = recorded["expected_logits"]
   np.testing.assert_allclose(np.asarray(run(params))[real], expected[real], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [False], ids=["unrolled"], indirect=True)
+def test_generation_reads_images_once(case):
+  recorded, model, params, pixels = case
+  # Generation wants its padding on the left; the second text has no image, and its own is not used.
+  ids, mask = recorded["input_ids"].copy(), recorded["attention_mask"]
+  ids, mask = (
+    np.stack([np.roll(r, r.size - m.sum()) for r, m in zip(a, mask, strict=True)])
+    for a in (ids, mask)
+  )
+  ids[-1][ids[-1] == model.config.image_token] = 3
+  run = jax.jit(
+    lambda p, pixels, use_cache: (
+      generate(
+        model, {"params": p}, ids, mask, max_new_tokens=4, use_cache=use_cache, pixels=pixels
+      ).tokens
+    ),
+    static_argnums=2,
+  )
+  tokens = run(params, pixels, True)
+  np.testing.assert_array_equal(run(params, pixels, False), tokens)
+  np.testing.assert_array_equal(run(params, 1 - pixels, True)[-1], tokens[-1])
 
 
 def test_old_and_new_names(case):
