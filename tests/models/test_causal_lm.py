@@ -135,6 +135,30 @@ def test_attention_and_its_gradients_are_those_of_softmax():
   np.testing.assert_allclose(unmasked, jax.nn.softmax(scores), rtol=1e-5)
 
 
+def test_attention_gradients_keep_the_type_of_bfloat16():
+  x = jnp.ones((1, 1, 2, 3, 4), jnp.bfloat16)
+  loss = lambda *y: attention(*y, masked_bias(jnp.tri(3, dtype=bool))[None]).sum().astype(float)
+  grads = jax.grad(loss, (0, 1, 2))(x, x[:, :, 0], x[:, :, 0])
+  assert [g.dtype for g in grads] == [jnp.bfloat16] * 3
+
+
+def test_embeddings_in_place_of_ids(problem):
+  model, (forms, ids, mask, outs) = CausalLM(CONFIG), problem
+  variables = {"params": forms["unrolled"][1]}
+
+  @jax.jit
+  def run(variables):
+    embeddings = model.apply(variables, ids, method="embed_tokens")
+    hidden = model.apply(variables, embeddings=embeddings, mask=mask, logits="none").hidden
+    return model.apply(variables, hidden, method="logits")
+
+  np.testing.assert_allclose(
+    run(variables)[mask], outs["unrolled"].logits[mask], rtol=1e-5, atol=1e-5
+  )
+  with pytest.raises(ValueError, match="exactly one of ids and embeddings"):
+    model.apply(variables)
+
+
 def test_a_query_that_sees_nothing_is_finite():
   x = jnp.ones((1, 1, 1, 2, 4))
   out = attention(x, x[:, :, 0], x[:, :, 0], masked_bias(jnp.zeros((1, 2, 2), bool)))
