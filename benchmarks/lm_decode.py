@@ -184,6 +184,7 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
       cells = [f"{a / b:.2f}" for a, b in zip(ours, peer, strict=True)]
       rows.append(f"| {batch} | **ratio** | {' | '.join(cells)} | |")
   loads = [run["load1"] for runs in sides.values() for run in runs]
+  busy = " (others were computing on this core: disturbed)" if max(loads) > 2 else ""
   ours = sides["jaxmethods"][0]
   same = "not compared (no --peer_python)"
   if "transformers" in sides:
@@ -201,8 +202,8 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
       f"Weights: {about['source']}, dequantised to float32. Prompt {PROMPT} tokens, {NEW} more after "
       f"the first; tokens per second. Prefill is the call for one token, decode the rest of a call for "
       f"{NEW + 1}. {TIMES} calls in {len(sides['jaxmethods'])} fresh processes of each side, taken in "
-      f"turn; medians, of the quietest process. Machine load {min(loads):.1f} to {max(loads):.1f}, "
-      f"GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', 'not set')}. "
+      f"turn; medians, of the quietest process. Machine load {min(loads):.1f} to {max(loads):.1f}{busy}"
+      f", GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', 'not set')}. "
       + ", ".join(runs[0]["version"] for runs in sides.values())
       + ".",
       "",

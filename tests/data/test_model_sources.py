@@ -212,8 +212,8 @@ def test_names_that_are_wrong(name, message):
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch):
-  import huggingface_hub
+  from huggingface_hub import constants
 
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   with pytest.raises(InputError, match="no folder nobody/nothing, and the hub could not be asked"):
     load_causal_lm("hf:nobody/nothing")
