@@ -1,9 +1,4 @@
-"""A small convnet whose 3x3 convolutions suit both a CPU and an accelerator.
-
-On CPU a convolution inside a loop, or mapped over clients with their own weights, takes XLA's slow path;
-gathering the 3x3 patches and multiplying by the kernel as a matrix is 4 to 7 times faster there. Same
-parameters either way.
-"""
+"""A small convnet for images of few pixels."""
 
 from __future__ import annotations
 
@@ -13,33 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-class Conv3x3(nn.Module):
-  """3x3 convolution, stride 1, zero padding.
-
-  Attributes:
-    features: output channels.
-    patches: multiply patches by the kernel (True) or call `lax.conv` (False); None: True on CPU.
-    dtype: of the computation.
-  """
-
-  features: int
-  patches: bool | None = None
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps (batch, height, width, channels) to (batch, height, width, features)."""
-    shape = (3, 3, x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(self.dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-    x = x.astype(self.dtype)
-    patches = jax.default_backend() == "cpu" if self.patches is None else self.patches
-    if patches:
-      return patches_3x3(x) @ kernel.reshape(-1, self.features) + bias
-    return bias + jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+from jaxmethods.models.conv import Conv
 
 
 class ConvNet(nn.Module):
@@ -48,7 +17,7 @@ class ConvNet(nn.Module):
   Attributes:
     features: output channels of the convolutions.
     num_classes: number of logits.
-    patches: as in `Conv3x3`.
+    patches: as in `Conv`.
     dtype: of the computation.
   """
 
@@ -64,27 +33,13 @@ class ConvNet(nn.Module):
     With `embedding` to what the dense layer reads instead: (batch, values of the last feature map).
     """
     for i, features in enumerate(self.features):
-      x = Conv3x3(features, self.patches, self.dtype, name=f"conv_{i}")(x)
+      conv = Conv(features, padding=1, patches=self.patches, dtype=self.dtype, name=f"conv_{i}")
+      x = conv(x)
       x = nn.relu(max_pool_2x2(x))  # the same as pooling after the ReLU, on a quarter of the values
     x = x.reshape(x.shape[0], -1)
     if embedding:
       return x
     return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-
-
-def patches_3x3(x: jax.Array) -> jax.Array:
-  """The zero-padded 3x3 neighbourhood of every pixel.
-
-  Args:
-    x: (batch, height, width, channels).
-
-  Returns:
-    (batch, height, width, 9 * channels), row by row as in an HWIO kernel.
-  """
-  height, width = x.shape[1:3]
-  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-  return jnp.concatenate(shifts, axis=-1)
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.models.causal_lm import CausalLM
+from jaxmethods.models.mllm import MLLM
 
 
 class Generated(NamedTuple):
@@ -25,7 +26,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-  model: CausalLM,
+  model: CausalLM | MLLM,
   variables: Mapping[str, Any],
   ids: jax.Array,
   mask: jax.Array | None = None,
@@ -39,6 +40,7 @@ def generate(
   pad: int = 0,
   cache_size: int | None = None,
   use_cache: bool = True,
+  **prompt: Any,
 ) -> Generated:
   """Continues prompts until each has said `eos` or has N = `max_new_tokens` new tokens.
 
@@ -56,6 +58,7 @@ def generate(
     pad: what follows the end.
     cache_size: slots of the cache; default: what is needed.
     use_cache: False recomputes the whole text for every token (slow; the reference).
+    **prompt: what else the model reads with the prompt, such as the `pixels` of an `MLLM`.
 
   Returns:
     See `Generated`.
@@ -101,7 +104,7 @@ def generate(
     there = jnp.concatenate(
       [mask, jnp.arange(max_new_tokens)[None].repeat(batch, 0) < step], axis=1
     )
-    hidden = apply(variables, text, mask=there, logits="none").hidden
+    hidden = apply(variables, text, mask=there, logits="none", **prompt).hidden
     newest = jax.lax.dynamic_index_in_dim(hidden, length + step - 1, axis=1, keepdims=False)
     return apply(variables, newest, method="logits"), None
 
@@ -114,7 +117,8 @@ def generate(
     step, _, done, _ = carry
     return (step < max_new_tokens) & ~done.all()
 
-  out = apply(variables, ids, mask=mask, cache_size=size if use_cache else None, logits="last")
+  slots = size if use_cache else None
+  out = apply(variables, ids, mask=mask, cache_size=slots, logits="last", **prompt)
   tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
   tokens, done = _write(tokens, jnp.zeros(batch, bool), choose(out.logits[:, 0], 0), 0, ends)
   carry = (jnp.int32(1), tokens, done, out.cache)

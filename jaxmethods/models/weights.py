@@ -127,7 +127,7 @@ def export_params(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarr
     for (name, *_), tensor in zip(names, value if _is_stacked(path) else [value], strict=True):
       axes = _AXES.get(_rule(path, table).layout)
       tensor = tensor if axes is None else np.transpose(tensor, np.argsort(axes))
-      tensors[name] = np.ascontiguousarray(tensor)
+      tensors[name] = np.asarray(tensor, order="C")  # ascontiguousarray: no scalars
   return tensors
 
 

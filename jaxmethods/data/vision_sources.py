@@ -1,0 +1,148 @@
+"""Vision, text-embedding and multimodal models by the names of `model_sources`, and their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from jaxmethods.data.model_sources import ModelFiles, open_model
+from jaxmethods.errors import InputError
+from jaxmethods.models import mllm
+from jaxmethods.models.bert import BERT_IGNORED, BERT_TABLE, Bert, BertConfig
+from jaxmethods.models.causal_lm import BUFFERS
+from jaxmethods.models.clip import CLIP, CLIP_IGNORED, CLIP_TABLE, CLIPConfig
+from jaxmethods.models.sharding import param_shardings, placement
+from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
+from jaxmethods.models.weights import Table, import_params, on_host
+
+
+class Loaded(NamedTuple):
+  """A model with its parameters; `files` has config, tokenizer and provenance."""
+
+  model: nn.Module
+  params: dict[str, Any]
+  files: ModelFiles
+
+
+class _Family(NamedTuple):
+  model: nn.Module
+  table: Table
+  inputs: Sequence[jax.Array]  # the smallest that make all parameters
+  ignored: Collection[str] = ()
+
+
+def load_model(
+  name: str,
+  *,
+  mesh: Mesh | None = None,
+  key: jax.Array | None = None,
+  **how: Any,
+) -> Loaded:
+  """Loads a ViT, CLIP, BERT or LLaVA model.
+
+  Args:
+    name: see `jaxmethods.data.model_sources`.
+    mesh: where parameters go, one tensor at a time, by `sharding.RULES`; None: numpy arrays.
+    key: of random parameters.
+    **how: scan_layers, dtype, remat: fields of `EncoderConfig`, or attributes of `MLLM`.
+
+  Returns:
+    Model, parameters (dtypes of the checkpoint), and the files they came from.
+
+  Raises:
+    InputError: as `open_model`; an unsupported family; a tensor that is missing, left over or of the
+      wrong shape, by name.
+  """
+  files = open_model(name)
+  try:
+    kind = files.config.get("model_type")
+    if kind not in _FAMILIES:
+      known = ", ".join(_FAMILIES)
+      raise ValueError(f"model_type {kind!r} is no supported family ({known})")
+    config = complete(files.config)
+    model, table, inputs, ignored = _FAMILIES[kind](config, files.tensors or {}, how)
+    init = lambda key: model.init(key, *inputs)["params"]
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    if files.tensors is None:
+      shardings = None if mesh is None else param_shardings(shapes, mesh)
+      params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
+    else:
+      place = on_host if mesh is None else placement(shapes, mesh)
+      params = import_params(files.tensors, table, shapes, ignore=ignored, place=place)
+  except ValueError as error:
+    raise InputError(f"{name}: {error}") from None
+  return Loaded(model, params, files)
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds to the contents of a `config.json` the defaults of its family, which files leave out."""
+  from transformers import AutoConfig
+
+  given = {name: value for name, value in config.items() if name != "model_type"}
+  return AutoConfig.for_model(config["model_type"], **given).to_dict()
+
+
+def image_processor(files: ModelFiles) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+  """The preprocessing that a model was trained with, by `transformers`.
+
+  Args:
+    files: of the model.
+
+  Returns:
+    uint8 images (height, width, 3) of any size -> (B, height, width, 3) float32 as the model wants.
+
+  Raises:
+    InputError: the model has no `preprocessor_config.json`.
+  """
+  from transformers import AutoImageProcessor
+
+  folder = Path(files.source.origin)
+  if not (folder / "preprocessor_config.json").is_file():
+    raise InputError(f"{files.source.name}: no preprocessor_config.json in {folder}")
+  processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+
+  def process(images: Sequence[np.ndarray]) -> np.ndarray:
+    pixels = processor(list(images), return_tensors="np", input_data_format="channels_last")
+    return np.ascontiguousarray(pixels["pixel_values"].transpose(0, 2, 3, 1), dtype=np.float32)
+
+  return process
+
+
+def _pixels(config: ViTConfig) -> jax.Array:
+  return jnp.zeros((1, *config.image_size, config.channels))
+
+
+def _vit(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+  shape = ViTConfig.from_hugging_face(config, **how)
+  return _Family(ViT(shape), VIT_TABLE, [_pixels(shape)])
+
+
+def _clip(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+  shape = CLIPConfig.from_hugging_face(config, **how)
+  inputs = [_pixels(shape.vision), jnp.zeros((1, 1), jnp.int32)]
+  return _Family(CLIP(shape), CLIP_TABLE, inputs, CLIP_IGNORED)
+
+
+def _bert(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+  pooler = any(name.endswith("pooler.dense.weight") for name in tensors)
+  shape = BertConfig.from_hugging_face(config, pooler=pooler, **how)
+  return _Family(Bert(shape), BERT_TABLE, [jnp.zeros((1, 1), jnp.int32)], BERT_IGNORED)
+
+
+def _llava(
+  config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]
+) -> _Family:
+  shape = mllm.MLLMConfig.from_hugging_face(config)
+  inputs = [jnp.zeros((1, 1), jnp.int32), _pixels(shape.vision)]
+  ignored = (*BUFFERS, *CLIP_IGNORED)
+  return _Family(mllm.MLLM(shape, **how), mllm.table(shape), inputs, ignored)
+
+
+_FAMILIES = {"vit": _vit, "clip": _clip, "bert": _bert, "llava": _llava}
