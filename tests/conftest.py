@@ -22,11 +22,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+  """$JAXMETHODS_GOLDEN, else tests/golden."""
+  return Path(os.environ.get("JAXMETHODS_GOLDEN") or ROOT / "tests" / "golden")
+
+
 @pytest.fixture
-def golden_file() -> Callable[[str], np.lib.npyio.NpzFile]:
-  """Opens reference vectors by name from $JAXMETHODS_GOLDEN, else tests/golden."""
-  folder = Path(os.environ.get("JAXMETHODS_GOLDEN") or ROOT / "tests" / "golden")
-  return lambda name: np.load(folder / f"{name}.npz")
+def golden_file(golden_folder: Path) -> Callable[[str], np.lib.npyio.NpzFile]:
+  """Opens reference vectors by name."""
+  return lambda name: np.load(golden_folder / f"{name}.npz")
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""Attention of grouped queries, with a backward pass that keeps one square matrix instead of three."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a query that sees nothing gets the mean of all values, not NaN
+
+
+def masked_bias(visible: jax.Array) -> jax.Array:
+  """The additive form of a boolean mask."""
+  return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+  """Softmax attention; the G queries of a group share keys and values.
+
+  Args:
+    query: (B, K, G, T, d), already scaled.
+    key: (B, K, S, d).
+    value: (B, K, S, d).
+    bias: (B or 1, T, S), added to the scores; a constant (gets no gradient).
+
+  Returns:
+    (B, K, G, T, d).
+  """
+  return _attention(query, key, value, bias)[0]
+
+
+def _attention(query, key, value, bias):
+  weights = jnp.exp(_shifted_scores(query, key, bias))
+  total = weights.sum(-1, keepdims=True)
+  weights = weights.astype(value.dtype)
+  # Divided after the product: (T, d) instead of (T, S) quotients.
+  mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, value) / total.astype(value.dtype)
+  return mixed, (query, key, value, weights, total, mixed)
+
+
+def _attention_backward(residuals, d_mixed):
+  query, key, value, weights, total, mixed = residuals
+  d_mixed = (d_mixed / total).astype(value.dtype)
+  d_value = jnp.einsum("bkgts,bkgtd->bksd", weights, d_mixed)
+  d_weights = jnp.einsum("bkgtd,bksd->bkgts", d_mixed, value)
+  d_scores = weights * (d_weights - (d_mixed * mixed).sum(-1, keepdims=True))
+  d_query = jnp.einsum("bkgts,bksd->bkgtd", d_scores, key)
+  d_key = jnp.einsum("bkgts,bkgtd->bksd", d_scores, query)
+  return d_query, d_key, d_value, None
+
+
+attention.defvjp(_attention, _attention_backward)
+
+
+def attention_rows(
+  query: jax.Array, key: jax.Array, bias: jax.Array, chosen: jax.Array
+) -> jax.Array:
+  """Attention probabilities of a few queries; the full map is never formed.
+
+  Args:
+    query: (B, K, G, T, d), already scaled.
+    key: (B, K, S, d).
+    bias: (B or 1, T, S).
+    chosen: (B, R) positions among the T.
+
+  Returns:
+    (B, K * G, R, S) float32, heads in the order of the model.
+  """
+  query = jnp.take_along_axis(query, chosen[:, None, None, :, None], axis=3)
+  bias = jnp.broadcast_to(bias, (len(chosen), *bias.shape[1:]))
+  bias = jnp.take_along_axis(bias, chosen[:, :, None], axis=1)
+  weights = jnp.exp(_shifted_scores(query, key, bias))
+  rows = weights / weights.sum(-1, keepdims=True)
+  return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+
+
+def _shifted_scores(query, key, bias):
+  """Scores in float32 with the maximum of every row at 0."""
+  scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=jnp.float32)
+  scores = scores + bias[:, None, None]
+  return scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))

@@ -1,0 +1,593 @@
+"""Decoder-only language models of the Llama, Mistral, Qwen2 and Qwen3 families.
+
+One block serves two forms: layers scanned (`scan_layers=True`: parameters stacked under "layers",
+compile time constant in depth; for deep models and accelerators) or unrolled ("layers_0", ...; faster
+for small models on CPU). Prompts are padded on the left. What a method wants to know about the layers
+(`Probe`) is reduced inside the scan, so nothing of shape (layers, batch, tokens, width) is ever kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxmethods.models.attention import attention, attention_rows, masked_bias
+from jaxmethods.models.weights import Rule, Table
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding, half-split layout.
+
+  Attributes:
+    base: wavelengths grow from 2 pi to 2 pi base.
+    scaling: "linear" divides all frequencies by `factor`; "llama3" the low ones only.
+    factor: of the scaling.
+    low, high: "llama3" leaves wavelengths below `context / high` alone, divides those above
+      `context / low`, and blends in between.
+    context: context length of the pretraining.
+  """
+
+  base: float = 10000.0
+  scaling: Literal["default", "linear", "llama3"] = "default"
+  factor: float = 1.0
+  low: float = 1.0
+  high: float = 4.0
+  context: int = 8192
+
+  def angles(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, (B, T, head_dim / 2) each, of positions (B, T)."""
+    frequency = self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if self.scaling == "linear":
+      frequency = frequency / self.factor
+    elif self.scaling == "llama3":
+      turns = self.context * frequency / (2 * math.pi)
+      kept = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+      frequency = kept * frequency + (1 - kept) * frequency / self.factor
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMConfig:
+  """Shapes of a model; `from_hugging_face` reads those of published ones.
+
+  Attributes:
+    vocab_size: V.
+    width: D.
+    num_layers: L.
+    num_heads: K * G query heads.
+    num_kv_heads: K key and value heads.
+    head_dim: d.
+    mlp_width: of the gated MLP.
+    norm_eps: of the RMS norms.
+    rope: rotary embedding.
+    qkv_bias, out_bias, mlp_bias: which linear layers have a bias.
+    qk_norm: RMS norm of every query and key head (Qwen3).
+    tied: the head is the transposed embedding.
+    windows: tokens that a layer looks back, itself included, per layer; None: all. Empty: all in all.
+    init_std: of random parameters.
+  """
+
+  vocab_size: int
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  norm_eps: float = 1e-6
+  rope: Rope = Rope()
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  tied: bool = False
+  windows: tuple[int | None, ...] = ()
+  init_std: float = 0.02
+
+  def __post_init__(self) -> None:
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim: must be even to be rotated, got {self.head_dim}")
+    if self.windows and len(self.windows) != self.num_layers:
+      raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+    if len(set(self.windows) - {None}) > 1:
+      raise ValueError(f"windows: more than one length, {self.windows}")
+
+  @classmethod
+  def from_hugging_face(cls, config: Mapping[str, Any]) -> CausalLMConfig:
+    """Reads the contents of a `config.json`.
+
+    Args:
+      config: of the Llama, Mistral, Qwen2 or Qwen3 family, as transformers 4 or 5 writes it.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: an unsupported family, activation or rotary embedding, or a missing key.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+      known = ", ".join(FAMILIES)
+      raise ValueError(f"model_type {family!r} is no supported causal LM family ({known})")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+      raise ValueError(f"hidden_act {activation!r} is not supported, only silu")
+    try:
+      heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+      # Qwen2 has these biases always, the others if they say so; only the others have one on out.
+      bias = bool(config.get("attention_bias", False))
+      return cls(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        mlp_width=config["intermediate_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope=_rope(config),
+        qkv_bias=bias or family == "qwen2",
+        out_bias=bias and family in ("llama", "qwen3"),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+        windows=_windows(config, family, layers),
+        init_std=config.get("initializer_range", 0.02),
+      )
+    except KeyError as error:
+      raise ValueError(f"{error.args[0]}: is missing from the config of a {family} model") from None
+
+
+def _rope(config: Mapping[str, Any]) -> Rope:
+  """Of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
+  given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  base = given.get("rope_theta", config.get("rope_theta", 10000.0))
+  kind = given.get("rope_type", given.get("type", "default"))
+  if kind not in ("default", "linear", "llama3") or given.get("partial_rotary_factor", 1) != 1:
+    raise ValueError(f"rope_parameters {dict(given)} are not supported")
+  if kind == "default":
+    return Rope(base)
+  if kind == "linear":
+    return Rope(base, kind, given["factor"])
+  context = given["original_max_position_embeddings"]
+  return Rope(
+    base, kind, given["factor"], given["low_freq_factor"], given["high_freq_factor"], context
+  )
+
+
+def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+  """Which layers slide: all of Mistral, the upper ones of Qwen where it is switched on."""
+  window = config.get("sliding_window")
+  on = family == "mistral" or config.get("use_sliding_window", False)
+  if window is None or not on or family == "llama":
+    return ()
+  if kinds := config.get("layer_types"):
+    slides = [kind == "sliding_attention" for kind in kinds]
+  else:
+    first = config.get("max_window_layers", 28) if family != "mistral" else 0
+    slides = [layer >= first for layer in range(layers)]
+  return tuple(window if slide else None for slide in slides)
+
+
+def table(
+  config: CausalLMConfig,
+  *,
+  under: str = "",
+  prefixes: tuple[str, ...] = ("model.",),
+  heads: tuple[str, ...] = ("lm_head.weight",),
+) -> Table:
+  """Names of the parameters in Hugging Face checkpoints.
+
+  Args:
+    config: of the model; a tied head is another name of the embedding.
+    under: our path of the language model inside a larger model, e.g. "language/".
+    prefixes: what stands before "layers.0..." there; the first is written, the others read too.
+    heads: names of the head, likewise.
+
+  Returns:
+    The rules.
+  """
+
+  def rule(theirs: str, ours: str, transposed: bool = False, others: tuple[str, ...] = ()) -> Rule:
+    first, *rest = (prefix + theirs for prefix in prefixes)
+    return Rule(first, under + ours, "transpose" if transposed else "as_is", (*rest, *others))
+
+  linear = {
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.o_proj": "attention/out",
+    "mlp.gate_proj": "mlp/gate",
+    "mlp.up_proj": "mlp/up",
+    "mlp.down_proj": "mlp/down",
+  }
+  norms = {
+    "input_layernorm": "norm_1",
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+    "post_attention_layernorm": "norm_2",
+  }
+  layer = "layers.{i}."
+  rules = [rule("embed_tokens.weight", "embed/embedding", others=heads if config.tied else ())]
+  for theirs, ours in linear.items():
+    rules.append(rule(f"{layer}{theirs}.weight", f"layers/{ours}/kernel", transposed=True))
+    rules.append(rule(f"{layer}{theirs}.bias", f"layers/{ours}/bias"))
+  rules += [
+    rule(f"{layer}{theirs}.weight", f"layers/{ours}/scale") for theirs, ours in norms.items()
+  ]
+  rules.append(rule("norm.weight", "norm/scale"))
+  if not config.tied:
+    rules.append(Rule(heads[0], f"{under}head/kernel", "transpose", heads[1:]))
+  return rules
+
+
+# Tensors of old checkpoints that are no parameters.
+BUFFERS = ("*.rotary_emb.inv_freq",)
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far, in slots that are allocated once.
+
+  Attributes:
+    keys, values: scanned: one array (L, B, K, S, d); unrolled: L arrays (1, B, K, S, d).
+    valid: (B, S), slots that hold a token (not padding).
+    length: (), slots filled in every row.
+  """
+
+  keys: Any
+  values: Any
+  valid: jax.Array
+  length: jax.Array | int
+
+
+class Probe(NamedTuple):
+  """What to keep of the layers; computed inside the scan.
+
+  Attributes:
+    states: reduces a hidden state (B, T, D), e.g. `masked_mean(mask)`.
+    queries: (B, R), positions among the T whose attention is wanted.
+    attention: reduces the rows (B, heads, R, S) of those queries.
+  """
+
+  states: Callable[[jax.Array], Any] | None = None
+  queries: jax.Array | None = None
+  attention: Callable[[jax.Array], Any] = lambda rows: rows
+
+
+def masked_mean(mask: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """A reducer for `Probe.states`: means over tokens, of one mask or several.
+
+  Args:
+    mask: (B, T) or (B, M, T), nonnegative weights; a mask without tokens gives zeros.
+
+  Returns:
+    (B, T, D) -> (B, D) or (B, M, D), in float32.
+  """
+  weights = mask.astype(jnp.float32)
+  weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
+  return lambda x: jnp.einsum("b...t,btd->b...d", weights, x.astype(jnp.float32))
+
+
+class Output(NamedTuple):
+  """What a forward pass gives.
+
+  Attributes:
+    logits: (B, T, V), (B, 1, V) or None, as asked for.
+    hidden: (B, T, D), after the final norm.
+    cache: with these tokens added, if there was one or one was asked for.
+    states: `Probe.states` of the embedding and of every block's output, stacked: (L + 1, ...).
+    final: `Probe.states` of `hidden`: transformers gives this in place of the last of `states`.
+    attention: `Probe.attention` of every layer, stacked: (L, ...).
+  """
+
+  logits: jax.Array | None
+  hidden: jax.Array
+  cache: Cache | None = None
+  states: Any = None
+  final: Any = None
+  attention: Any = None
+
+
+class _Context(NamedTuple):
+  """What all layers share in one forward pass.
+
+  Attributes:
+    cos, sin: (B, T, d / 2).
+    bias: (B or 1, T, S).
+    window_bias: the same for layers that slide, None if there are none.
+    start: first slot of these tokens in the cache.
+    fresh: whether the cache was empty, so that these tokens see only themselves.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  bias: jax.Array
+  window_bias: jax.Array | None
+  start: jax.Array | int
+
+
+class Attention(nn.Module):
+  """Rotary attention with grouped queries; Dense layers query, key, value, out."""
+
+  config: CausalLMConfig
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+  fresh: bool
+
+  @nn.compact
+  def __call__(self, x, cache, index, bias, context: _Context):
+    """Maps x (B, T, D) to ((B, T, D), cache, queries -> attention rows)."""
+    c = self.config
+    batch, length, width = x.shape
+
+    def heads(name: str, count: int, rotated: bool) -> jax.Array:
+      y = _dense(c, self, count * c.head_dim, name, c.qkv_bias)(x)
+      y = y.reshape(batch, length, count, c.head_dim)
+      if rotated and c.qk_norm:
+        y = _norm(c, self, f"{name}_norm")(y)
+      y = y.swapaxes(1, 2)
+      return rotate(y, context.cos[:, None], context.sin[:, None]) if rotated else y
+
+    query = heads("query", c.num_heads, True) * c.head_dim**-0.5
+    query = query.reshape(batch, c.num_kv_heads, -1, length, c.head_dim)
+    key = heads("key", c.num_kv_heads, True)
+    value = heads("value", c.num_kv_heads, False)
+    if cache is not None:
+      place = (index, 0, 0, context.start, 0)
+      cache = tuple(
+        jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), place)
+        for stack, new in zip(cache, (key, value), strict=True)
+      )
+      if not self.fresh:
+        key, value = (
+          jax.lax.dynamic_index_in_dim(stack, index, keepdims=False).astype(x.dtype)
+          for stack in cache
+        )
+    mixed = attention(query, key, value, bias)
+    mixed = mixed.reshape(batch, c.num_heads, length, c.head_dim).swapaxes(1, 2)
+    out = _dense(c, self, width, "out", c.out_bias)(mixed.reshape(batch, length, -1))
+    return out, cache, functools.partial(attention_rows, query, key, bias)
+
+
+class MLP(nn.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  config: CausalLMConfig
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    gate = _dense(c, self, c.mlp_width, "gate", c.mlp_bias)(x)
+    up = _dense(c, self, c.mlp_width, "up", c.mlp_bias)(x)
+    return _dense(c, self, x.shape[-1], "down", c.mlp_bias)(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One pre-norm layer, with the signature that `nn.scan` wants."""
+
+  config: CausalLMConfig
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+  fresh: bool
+  probe: Probe
+
+  @nn.compact
+  def __call__(self, carry, layer, context: _Context):
+    """Maps ((B, T, D), cache) and (index in the cache, whether it slides) to the same and a summary."""
+    c, (x, cache), (index, slides) = self.config, carry, layer
+    bias = context.bias
+    if context.window_bias is not None:
+      bias = jnp.where(slides, context.window_bias, bias)
+    common = (c, self.dtype, self.param_dtype)
+    mixed, cache, rows = Attention(*common, self.fresh, name="attention")(
+      _norm(c, self, "norm_1")(x), cache, index, bias, context
+    )
+    x = x + mixed
+    x = x + MLP(*common, name="mlp")(_norm(c, self, "norm_2")(x))
+    states, queries, reduce = self.probe
+    summary = (
+      None if states is None else states(x),
+      None if queries is None else reduce(rows(queries)),
+    )
+    return (x, cache), summary
+
+
+class CausalLM(nn.Module):
+  """A decoder-only language model.
+
+  Parameters: "embed", "layers" or "layers_0", ..., "norm", and "head" unless tied.
+
+  Attributes:
+    config: shapes.
+    scan_layers: stacked parameters and `lax.scan`, or numbered ones and a loop.
+    dtype: of the computation; scores, norms and rotations are float32 inside.
+    param_dtype: of random parameters (imported ones keep theirs).
+    remat: recompute every layer in the backward pass.
+  """
+
+  config: CausalLMConfig
+  scan_layers: bool = False
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+  remat: bool = False
+
+  def setup(self) -> None:
+    c = self.config
+    self.embed = nn.Embed(
+      c.vocab_size, c.width, dtype=self.dtype, param_dtype=self.param_dtype,
+      embedding_init=nn.initializers.normal(c.init_std),
+    )  # fmt: skip
+    self.norm = _norm(c, self, None)
+    if not c.tied:
+      self.head = _dense(c, self, c.vocab_size, None, False)
+
+  @nn.compact
+  def __call__(
+    self,
+    ids: jax.Array | None = None,
+    *,
+    embeddings: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: Cache | None = None,
+    cache_size: int | None = None,
+    probe: Probe | None = None,
+    logits: Literal["all", "last", "none"] = "all",
+  ) -> Output:
+    """Runs the model on the next tokens.
+
+    Args:
+      ids: (B, T) token ids, or None if `embeddings` are given.
+      embeddings: (B, T, D), in place of the embedded ids (images among text).
+      mask: (B, T), 0 at padding; default: no padding.
+      positions: (B, T); default: counted over the tokens that are no padding, the cached ones too.
+      cache: of the tokens before these. It must have T free slots: that can only be checked here
+        when its length is no traced value, `generate` always checks.
+      cache_size: S, to begin a cache with these tokens.
+      probe: what to keep of the layers.
+      logits: of which positions. "last" is the last column, the newest token of left-padded rows.
+
+    Returns:
+      See `Output`. Values at padded positions mean nothing.
+
+    Raises:
+      ValueError: more tokens than the cache has slots.
+    """
+    if (ids is None) == (embeddings is None):
+      raise ValueError("exactly one of ids and embeddings is needed")
+    c, probe = self.config, probe or Probe()
+    x = self.embed(ids) if embeddings is None else embeddings.astype(self.dtype)
+    batch, length = x.shape[:2]
+    fresh = cache is None
+    if cache is None and cache_size is not None:
+      cache = empty_cache(c, batch, cache_size, self.dtype, scan_layers=self.scan_layers)
+    mask = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
+    if cache is not None:
+      _check_room(cache, length)
+    context, valid = self._context(mask, positions, cache, fresh)
+    states = [] if probe.states is None else [probe.states(x)]
+
+    block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
+    make = functools.partial(block, c, self.dtype, self.param_dtype, fresh, probe)
+    slides = [window is not None for window in c.windows] or [False] * c.num_layers
+    slots: Any = None if cache is None else (cache.keys, cache.values)
+    if self.scan_layers:
+      scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "adapter": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=c.num_layers,
+      )
+      layers = scanned(c, self.dtype, self.param_dtype, fresh, probe, name="layers")
+      each = (jnp.arange(c.num_layers), jnp.array(slides))
+      (x, slots), (later, rows) = layers((x, slots), each, context)
+      states = [jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), s, later) for s in states]
+    else:
+      summaries, used = [], []
+      for i in range(c.num_layers):
+        slot = None if slots is None else (slots[0][i], slots[1][i])
+        (x, slot), summary = make(name=f"layers_{i}")((x, slot), (0, slides[i]), context)
+        used.append(slot)
+        summaries.append(summary)
+      later, rows = zip(*summaries, strict=True)
+      stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+      states = [stack([s, *later]) for s in states]
+      rows = None if probe.queries is None else stack(rows)
+      slots = None if slots is None else tuple(zip(*used, strict=True))
+
+    x = self.norm(x)
+    if cache is not None:
+      cache = Cache(slots[0], slots[1], valid, cache.length + length)
+    return Output(
+      None if logits == "none" else self.logits(x[:, -1:] if logits == "last" else x),
+      x,
+      cache,
+      states[0] if states else None,
+      None if probe.states is None else probe.states(x),
+      rows,
+    )
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Logits (..., V) of hidden states (..., D) that are normed."""
+    return self.embed.attend(hidden) if self.config.tied else self.head(hidden)
+
+  def embed_tokens(self, ids: jax.Array) -> jax.Array:
+    """Embeddings (B, T, D) of ids (B, T), to be mixed with others."""
+    return self.embed(ids)
+
+  def _context(self, mask, positions, cache, fresh) -> tuple[_Context, jax.Array]:
+    """Rotations and masks of tokens with mask (B, T), and which slots are valid with them."""
+    length = mask.shape[1]
+    start: jax.Array | int = 0 if fresh else cache.length
+    before = jnp.zeros((len(mask), 1), int) if fresh else cache.valid.sum(1, keepdims=True)
+    if positions is None:
+      positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+    valid = mask if cache is None else jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
+    keys = mask if fresh else valid
+    query_slot = (start + jnp.arange(length))[:, None]
+    key_slot = jnp.arange(keys.shape[1])
+    seen = keys[:, None] & (key_slot <= query_slot)
+    window_bias = None
+    if window := next(filter(None, self.config.windows), None):
+      window_bias = masked_bias(seen & (query_slot - key_slot < window))
+    cos, sin = self.config.rope.angles(positions, self.config.head_dim)
+    return _Context(cos, sin, masked_bias(seen), window_bias, start), valid
+
+
+def empty_cache(
+  config: CausalLMConfig, batch: int, size: int, dtype: DTypeLike, *, scan_layers: bool
+) -> Cache:
+  """A cache of `size` slots for `batch` rows."""
+  shape = (batch, config.num_kv_heads, size, config.head_dim)
+
+  def zeros() -> Any:
+    if scan_layers:
+      return jnp.zeros((config.num_layers, *shape), dtype)
+    return tuple(jnp.zeros((1, *shape), dtype) for _ in range(config.num_layers))
+
+  return Cache(zeros(), zeros(), jnp.zeros((batch, size), bool), 0)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the halves of the last axis (..., d) against each other by angles (..., d / 2)."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def _check_room(cache: Cache, length: int) -> None:
+  size = cache.valid.shape[1]
+  used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+  if used + length > size:
+    raise ValueError(f"a sequence of {used + length} tokens is longer than the cache of {size}")
+
+
+def _dense(c: CausalLMConfig, module: Any, width: int, name: str | None, bias: bool) -> nn.Dense:
+  return nn.Dense(
+    width,
+    use_bias=bias,
+    dtype=module.dtype,
+    param_dtype=module.param_dtype,
+    kernel_init=nn.initializers.normal(c.init_std),
+    name=name,
+  )
+
+
+def _norm(c: CausalLMConfig, module: Any, name: str | None) -> nn.RMSNorm:
+  return nn.RMSNorm(c.norm_eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
