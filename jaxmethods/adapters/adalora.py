@@ -75,7 +75,7 @@ def triplet_scores(scores: Scores) -> dict[str, jax.Array]:
 
 
 def budget(step: jax.Array, initial: int, final: int, warmup: int, until: int) -> jax.Array:
-  """Triplets left at a step: `initial`, from step `warmup` on falling as a cubic to `final` at `until`."""
+  """Triplets left: `initial`, from step `warmup` on falling as a cubic to `final` at step `until`."""
   rest = 1.0 - jnp.clip((step - warmup) / (until - warmup), 0.0, 1.0)
   return jnp.round(final + (initial - final) * rest**3).astype(jnp.int32)
 

@@ -15,6 +15,7 @@ The same tree serves kernels (in, out) of unrolled layers and stacks (layers, in
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -113,7 +114,7 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
     tree = {
       below(path, name): leaf
       for path, linear in chosen.items()
-      for name, leaf in start(key_of(key, path), path, linear).items()
+      for name, leaf in start(key_of(key, path), linear, path).items()
     }
     if rule.shared:
       widths = [linear.kernel.shape[-2:] for linear in chosen.values()]
@@ -121,7 +122,7 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
       tree |= {below(SHARED, name): leaf for name, leaf in common.items()}
     return unflatten(tree)
 
-  def start(key: jax.Array, path: str, linear: Linear) -> dict[str, jax.Array]:
+  def start(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
     stack = linear.kernel.shape[:-2]
     keys = jax.random.split(key, stack) if stack else key
     return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
@@ -138,8 +139,8 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
       if path not in linears:
         raise InputError(f"the adapter acts on {path}, which is no linear layer of this model")
       expected = jax.eval_shape(
-        lambda linear: start(jax.random.key(0), path, linear), linears[path]
-      )  # noqa: B023
+        functools.partial(start, path=path), jax.random.key(0), linear=linears[path]
+      )
       for name, leaf in expected.items():
         shape = jnp.shape(factors[name]) if name in factors else None
         if shape != leaf.shape:

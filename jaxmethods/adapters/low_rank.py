@@ -156,7 +156,7 @@ def pissa(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter
 
 
 def milora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter:
-  """MiLoRA: train the `rank` smallest singular components of W, freeze the rest (arXiv 2406.09044)."""
+  """MiLoRA: train the `rank` smallest singular components, freeze the rest (arXiv 2406.09044)."""
   return _singular("smallest", rank, alpha, dropout)
 
 
@@ -250,7 +250,7 @@ def loramoe(
 
 
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float = 1.0) -> jax.Array:
-  """scale x A^T B^T in the dtype of `x`.
+  """The update x A^T B^T, scaled, in the dtype of `x`.
 
   Args:
     x: (..., in).

@@ -43,8 +43,8 @@ def ia3(feedforward: str = r"\b(down|fc_2)$") -> Adapter:
 def oft(block_size: int = 32) -> Adapter:
   """OFT: W blockdiag(R), R = (I + K)(I - K)^-1 orthogonal (Qiu et al., arXiv 2306.07280).
 
-  One skew-symmetric K per block of inputs, zero at the start; stored is what lies above its diagonal, row
-  by row.
+  One skew-symmetric K per block of inputs, zero at the start; stored is what lies above its diagonal,
+  row by row.
 
   Args:
     block_size: inputs per block; must divide the inputs of every target.

@@ -1,6 +1,7 @@
 """What every adapter promises, on a small net in its unrolled and its scanned form."""
 
 import functools
+import operator
 from typing import NamedTuple
 
 import chex
@@ -39,6 +40,10 @@ KINDS = {
 MERGEABLE = [name for name, adapter in KINDS.items() if adapter.merge is not None]
 
 
+# Compiling is all that these tests cost, and their arrays are tiny.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 class Block(nn.Module):
   dtype: jnp.dtype | None = None
 
@@ -71,10 +76,13 @@ class Net(nn.Module):
 def unrolled(tree):
   """Stacked layers as layers_0, layers_1, ..."""
   rest = {name: branch for name, branch in tree.items() if name != "layers"}
-  each = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], tree["layers"]) for i in range(LAYERS)}
+  each = {
+    f"layers_{i}": jax.tree.map(operator.itemgetter(i), tree["layers"]) for i in range(LAYERS)
+  }
   return rest | each
 
 
+@quick_jit
 def noisy(key, tree):
   """The tree with every float leaf moved: what an adapter is after training."""
   leaves, structure = jax.tree.flatten(tree)
@@ -94,7 +102,7 @@ def moved(key, adapter, tree):
 def problem():
   """An input, and parameters with biases and norms of their own."""
   x = jax.random.normal(jax.random.key(0), (4, 6, WIDTH))
-  params = jax.jit(Net().init)(jax.random.key(1), x)["params"]
+  params = quick_jit(Net().init)(jax.random.key(1), x)["params"]
   return x, noisy(jax.random.key(2), params)
 
 
@@ -111,7 +119,7 @@ def case(name):
   """An adapter, its tree at the start and later, and what the model does with each: one compilation."""
   adapter = KINDS[name]
   x, params = problem()
-  tree = jax.jit(adapter.init, static_argnums=2)(jax.random.key(3), params, TARGETS)
+  tree = quick_jit(adapter.init, static_argnums=2)(jax.random.key(3), params, TARGETS)
 
   def see(tree):
     shared = {name: branch for name, branch in tree.items() if name == core.SHARED}
@@ -130,7 +138,7 @@ def case(name):
       one_by_one, jax.grad(lambda trained: jnp.sum(output(trained) ** 2))(trained),
     )  # fmt: skip
 
-  see = jax.jit(see)
+  see = quick_jit(see)
   later = moved(jax.random.key(4), adapter, tree)
   return adapter, tree, see(tree), see(later)
 
