@@ -196,8 +196,8 @@ def _singular(
 def adalora(rank: int = 12, dropout: float = 0.0) -> Adapter:
   """AdaLoRA: y + x Q^T diag(lam) P^T, ranks pruned in training (Zhang et al., arXiv 2303.10512).
 
-  P (out, rank) and Q (rank, in) start normal with deviation 0.02 (code of PEFT), lam at zero; there is no
-  scale. `jaxmethods.adapters.adalora` has the penalty, the scores and the pruning.
+  P (out, rank) and Q (rank, in) start normal with deviation 0.02 (code of PEFT), lam at zero; there is
+  no scale. `jaxmethods.adapters.adalora` has the penalty, the scores and the pruning.
   """
   _scale("adalora", 1.0, rank)
 

@@ -224,7 +224,14 @@ def _reader(
 ) -> tuple[Adapter, Callable[[Tensors], Tensors], tuple[str, ...]]:
   """The adapter, what turns a layer's tensors into factors, and their suffixes."""
   kind = config.get("peft_type")
-  for option in ("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "block_share", "coft"):
+  for option in (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "block_share",
+    "coft",
+  ):
     if config.get(option):
       raise InputError(f"{option}: a PEFT adapter with this option cannot be read")
   if config.get("bias", "none") != "none":
@@ -277,5 +284,3 @@ def _reader(
 
     return scaling.ia3(), read_ia3, ("ia3_l",)
   raise InputError(f"peft_type {kind!r} cannot be read")
-
-

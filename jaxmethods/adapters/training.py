@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,12 +59,12 @@ def update_step(
     if accumulate == 1:
       (total, weight), gradients = of_part(trained, batch, key)
     else:
+      every = parts(batch, accumulate)
+      first = jax.tree.map(lambda x: x[0], every)
       zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(of_part, trained, jax.tree.map(lambda x: x[0], parts(batch, accumulate)), key),
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, trained, first, key)
       )
-      every = parts(batch, accumulate), jnp.arange(accumulate)
-      ((total, weight), gradients), _ = jax.lax.scan(add, zeros, every)
+      ((total, weight), gradients), _ = jax.lax.scan(add, zeros, (every, jnp.arange(accumulate)))
     gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
     updates, state = optimiser.update(gradients, state, trained)
     metrics = {
@@ -78,13 +77,14 @@ def update_step(
 
 
 def parts(batch: Batch, count: int) -> dict[str, jax.Array]:
-  """Arrays (B, ...) as (count, B / count, ...): every count-th row, so that no row changes its device."""
+  """Arrays (B, ...) as (count, B / count, ...).
+
+  A part is every count-th row: where rows are spread over devices, none has to move.
+  """
   for name, x in batch.items():
     if x.shape[0] % count:
       raise InputError(f"{name}: a batch of {x.shape[0]} cannot be worked off in {count} parts")
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), dict(batch)
-  )
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), dict(batch))
 
 
 def next_token_loss(adapter: Adapter, model: nn.Module) -> Loss:
@@ -96,9 +96,7 @@ def next_token_loss(adapter: Adapter, model: nn.Module) -> Loss:
 
   def loss(params, tree, batch, key):
     rngs = None if key is None else {"dropout": key}
-    output = apply(
-      adapter, model, params, tree, batch["ids"], mask=batch.get("mask"), rngs=rngs
-    )
+    output = apply(adapter, model, params, tree, batch["ids"], mask=batch.get("mask"), rngs=rngs)
     # The labels are moved, not the logits: a slice of those would be a copy of the largest array.
     labels = jnp.roll(batch["labels"], -1, axis=1).at[:, -1].set(IGNORED)
     return token_cross_entropy(output.logits, labels)

@@ -16,9 +16,7 @@ from jaxmethods.errors import InputError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_peft(
-  folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
+def write_peft(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
   """Writes what `adapters.peft_format.to_peft` made."""
   folder.mkdir(parents=True, exist_ok=True)
   save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})

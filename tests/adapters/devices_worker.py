@@ -24,4 +24,6 @@ for seed in range(3):
   tree, state, metrics = update(tree, state, params, batch, None)
   losses.append(float(metrics["loss"]))
 assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree))
-print(json.dumps({"losses": losses, "tree": [np.asarray(x).tolist() for x in jax.tree.leaves(tree)]}))
+print(
+  json.dumps({"losses": losses, "tree": [np.asarray(x).tolist() for x in jax.tree.leaves(tree)]})
+)

@@ -286,7 +286,7 @@ def test_dora_norms_are_the_magnitudes_and_a_dead_output_is_harmless():
 
 
 def test_tuned_leaves_come_from_any_parameter_and_masked_entries_stay():
-  x, params = problem()
+  _, params = problem()
   bitfit = selective.bitfit()
   tree = bitfit.init(jax.random.key(0), params, selective.VECTORS)
   assert set(flatten(tree)) == {

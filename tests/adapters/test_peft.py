@@ -1,7 +1,7 @@
 """Adapters written for PEFT and read from it; marked `peft`, needs torch, transformers and peft.
 
-  python -m venv peft-venv && peft-venv/bin/pip install -e '.[test]' torch peft
-  peft-venv/bin/python -m pytest -m peft tests/adapters
+python -m venv peft-venv && peft-venv/bin/pip install -e '.[test]' torch peft
+peft-venv/bin/python -m pytest -m peft tests/adapters
 """
 
 import warnings

@@ -41,7 +41,9 @@ def test_it_learns_and_leaves_the_parameters_alone(problem):
   again, start = tiny_lm.start(tiny_lm.model())
   chex.assert_trees_all_equal(params, again)
   assert (jnp.diff(losses) < 0).all()
-  assert all((a != b).any() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(start)))
+  assert all(
+    (a != b).any() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)
+  )
 
 
 @pytest.mark.parametrize("variant", ["accumulate", "remat", "unrolled"])
@@ -118,7 +120,7 @@ def test_dropout_follows_the_key(problem):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_frozen_kernels_get_no_gradient_buffers(scan):
-  """Few tokens and wide layers: the temporaries of the step are far smaller than one set of gradients."""
+  """Few tokens and wide layers: the step needs far less memory than one set of gradients."""
   config = CausalLMConfig(64, 128, 4, 4, 4, 32, 512)
   lm = CausalLM(config, scan_layers=scan)
   params, tree = jax.eval_shape(lambda: tiny_lm.start(lm))
