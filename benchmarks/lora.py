@@ -2,8 +2,8 @@
 
 Workload of `lora_peft.py` in the shared bench folder: vocabulary 4096, width 256, 10 layers, 8 heads,
 MLP 688, untied head; rank 8 on all seven projections; 4 x 128 tokens; AdamW; float32. Both sides run in
-turn in fresh processes, with default pages and with huge pages (an allocator setting that has to be there
-when a process starts). The peer needs its own environment (`pip install torch peft`).
+turn in fresh processes, with default pages and with huge pages (an allocator setting that has to be
+there when a process starts). The peer needs its own environment (`pip install torch peft`).
 
   python -m benchmarks.lora --bench ../shared/bench --peer_python /path/to/peft-venv/bin/python
 """
@@ -189,8 +189,8 @@ def write(runs: dict[str, dict[str, list[dict]]], repeats: int) -> None:
     [
       "# LoRA training step, one pinned core",
       f"Llama of {mine['params']:,} parameters, {mine['lora_params']:,} trained, 4 x 128 tokens, "
-      f"float32, layers {mine['form']}. Each side: {STEPS} steps in {repeats} fresh processes, taken in turn; "
-      f"figures of the quietest one. Machine load {min(loads)} to {max(loads)}.{disturbed}",
+      f"float32, layers {mine['form']}. Each side: {STEPS} steps in {repeats} fresh processes, taken in "
+      f"turn; figures of the quietest one. Machine load {min(loads)} to {max(loads)}.{disturbed}",
       "",
       *rows,
       "",

@@ -15,7 +15,6 @@ The same tree serves kernels (in, out) of unrolled layers and stacks (layers, in
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -107,22 +106,22 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
 
   def init(key: jax.Array, params: Params, targets: str) -> Tree:
     linears = _linears(params)
-    chosen = {
-      path: linears[path]
-      for path in map(owner, matching((below(path, "kernel") for path in linears), targets))
-    }
+    found = matching((below(path, "kernel") for path in linears), targets)
+    return unflatten(start(key, {path: linears[path] for path in map(owner, found)}))
+
+  def start(key: jax.Array, chosen: Mapping[str, Linear]) -> dict[str, jax.Array]:
     tree = {
       below(path, name): leaf
       for path, linear in chosen.items()
-      for name, leaf in start(key_of(key, path), linear, path).items()
+      for name, leaf in start_one(key_of(key, path), linear, path).items()
     }
     if rule.shared:
       widths = [linear.kernel.shape[-2:] for linear in chosen.values()]
       common = rule.shared(key_of(key, SHARED), *map(max, zip(*widths, strict=True)))
       tree |= {below(SHARED, name): leaf for name, leaf in common.items()}
-    return unflatten(tree)
+    return tree
 
-  def start(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
+  def start_one(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
     stack = linear.kernel.shape[:-2]
     keys = jax.random.split(key, stack) if stack else key
     return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
@@ -133,20 +132,18 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
     return {"params": params, COLLECTION: own}
 
   def check(params: Params, tree: Tree) -> None:
-    """The tree has the shapes that `init` would give it."""
-    linears = _linears(params)
-    for path, factors in layers_of(tree).items():
-      if path not in linears:
-        raise InputError(f"the adapter acts on {path}, which is no linear layer of this model")
-      expected = jax.eval_shape(
-        functools.partial(start, path=path), jax.random.key(0), linear=linears[path]
+    """The tree has the leaves and shapes that `init` would give it."""
+    linears, modules = _linears(params), layers_of(tree)
+    if strangers := sorted(set(modules) - set(linears)):
+      raise InputError(
+        f"the adapter acts on {strangers[0]}, which is no linear layer of this model"
       )
-      for name, leaf in expected.items():
-        shape = jnp.shape(factors[name]) if name in factors else None
-        if shape != leaf.shape:
-          raise InputError(
-            f"the adapter's {below(path, name)} has shape {shape}, this model needs {leaf.shape}"
-          )
+    chosen = {path: linears[path] for path in modules}
+    expected, found = jax.eval_shape(start, jax.random.key(0), chosen), flatten(tree)
+    for path in sorted({*expected, *found}):
+      needed, given = (jnp.shape(x[path]) if path in x else None for x in (expected, found))
+      if needed != given:
+        raise InputError(f"the adapter's {path} has shape {given}, this model needs {needed}")
 
   def interceptor(tree: Tree) -> Interceptor:
     shared = tree.get(SHARED, {})
@@ -166,7 +163,8 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
       (x,) = args
       own = module.variables["params"]
       linear = Linear(own["kernel"], own.get("bias"))
-      x = x.astype(module.dtype or jnp.result_type(x, linear.kernel))
+      dtype = jnp.result_type(x, linear.kernel) if module.dtype is None else module.dtype
+      x = x.astype(dtype)
       return rule.forward({**factors, **shared}, x, linear, next_fun, drop)
 
     return intercept

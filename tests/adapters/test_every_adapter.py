@@ -379,8 +379,15 @@ def test_tree_of_another_model():
     InputError, match=r"up/b has shape \(2, 3, 12\), this model needs \(2, 3, 13\)"
   ):
     adapter.merge(other, tree)
-  with pytest.raises(InputError, match=r"up/a has shape \(2, 3, 8\), this model needs \(2, 2, 8\)"):
+  with pytest.raises(
+    InputError, match=r"down/a has shape \(2, 3, 12\), this model needs \(2, 2, 12\)"
+  ):
     low_rank.lora(2).merge(params, tree)
+  with pytest.raises(InputError, match=r"down/magnitude has shape None, .* \(2, 8\)"):
+    low_rank.dora(3).variables(params, tree)
+  vera = low_rank.vera(3)
+  with pytest.raises(InputError, match="shared/a has shape None"):
+    vera.variables(params, {"layers": vera.init(jax.random.key(0), params, TARGETS)["layers"]})
   del tree["layers"]["up"]["a"]
   with pytest.raises(InputError, match="up/a has shape None"):
     adapter.merge(params, tree)
