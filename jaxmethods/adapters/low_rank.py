@@ -93,6 +93,7 @@ def vera(rank: int = 256, initial: float = 0.1, dropout: float = 0.0) -> Adapter
     initial: value that d starts with; l starts at zero.
     dropout: on the input of the branch, while training.
   """
+  _require_rank("vera", rank)
 
   def init(key, linear, path):
     _check_rank("vera", rank, linear, path)
@@ -100,8 +101,6 @@ def vera(rank: int = 256, initial: float = 0.1, dropout: float = 0.0) -> Adapter
       "scale_rank": jnp.full(rank, initial, jnp.float32),
       "scale_out": jnp.zeros(linear.kernel.shape[1], jnp.float32),
     }
-
-  _scale("vera", 1.0, rank)
 
   def shared(key, inputs, outputs):
     key_a, key_b = jax.random.split(key)
@@ -199,7 +198,7 @@ def adalora(rank: int = 12, dropout: float = 0.0) -> Adapter:
   P (out, rank) and Q (rank, in) start normal with deviation 0.02 (code of PEFT), lam at zero; there is
   no scale. `jaxmethods.adapters.adalora` has the penalty, the scores and the pruning.
   """
-  _scale("adalora", 1.0, rank)
+  _require_rank("adalora", rank)
 
   def init(key, linear, path):
     _check_rank("adalora", rank, linear, path)
@@ -278,11 +277,15 @@ def _zero_start(kind: str, rank: int) -> Init:
 
 
 def _scale(kind: str, alpha: float, rank: int) -> float:
-  if rank < 1:
-    raise InputError(f"{kind}: rank must be at least 1, got {rank}")
+  _require_rank(kind, rank)
   if not alpha > 0:
     raise InputError(f"{kind}: alpha must be positive, got {alpha}")
   return alpha / rank
+
+
+def _require_rank(kind: str, rank: int) -> None:
+  if rank < 1:
+    raise InputError(f"{kind}: rank must be at least 1, got {rank}")
 
 
 def _check_rank(kind: str, rank: int, linear: Linear, path: str) -> None:
