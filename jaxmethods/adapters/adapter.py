@@ -15,6 +15,7 @@ The same tree serves kernels (in, out) of unrolled layers and stacks (layers, in
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,9 @@ class Linear(NamedTuple):
   bias: jax.Array | None = None
 
 
+Merge = Callable[[Factors, Linear], Linear]
+
+
 class Rule(NamedTuple):
   """What an adapter does to one linear layer `dense: x -> x kernel + bias`.
 
@@ -84,7 +88,7 @@ class Rule(NamedTuple):
 
   init: Callable[[jax.Array, Linear, str], dict[str, jax.Array]]
   forward: Callable[[Factors, jax.Array, Linear, Callable, Callable], jax.Array]
-  merge: Callable[[Factors, Linear], Linear] | None
+  merge: Merge | None
   shared: Callable[[jax.Array, int, int], dict[str, jax.Array]] | None = None
   frozen: frozenset[str] = frozenset()
 
@@ -169,14 +173,14 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
 
     return intercept
 
-  def merge(params: Params, tree: Tree) -> dict[str, Any]:
+  def merge_by(plain: Merge, params: Params, tree: Tree) -> dict[str, Any]:
     check(params, tree)
     linears, shared = _linears(params), tree.get(SHARED, {})
     flat = flatten(params)
     for path, factors in layers_of(tree).items():
       old = linears[path]
       wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), old)
-      one = lambda factors, linear: rule.merge({**factors, **shared}, linear)
+      one = lambda factors, linear: plain({**factors, **shared}, linear)
       new = _over_stack(one, old)(factors, wide)
       if new.bias is not None and old.bias is None:
         raise InputError(f"{path} has no bias that this adapter could be merged into")
@@ -185,7 +189,8 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
           flat[below(path, name)] = after.astype(before.dtype)
     return unflatten(flat)
 
-  return Adapter(init, variables, interceptor, merge if rule.merge else None, rule.frozen, settings)
+  merge = functools.partial(merge_by, rule.merge) if rule.merge else None
+  return Adapter(init, variables, interceptor, merge, rule.frozen, settings)
 
 
 @contextlib.contextmanager

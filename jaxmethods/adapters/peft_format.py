@@ -96,7 +96,8 @@ def from_peft(
       of a stack.
   """
   adapter, read, suffixes = _reader(config)
-  tree, used = {}, set()
+  tree: dict[str, np.ndarray] = {}
+  used: set[str] = set()
   for path, leaf in flatten(params).items():
     module, _, last = path.rpartition("/")
     if last != "kernel":

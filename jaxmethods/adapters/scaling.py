@@ -35,7 +35,7 @@ def ia3(feedforward: str = r"\b(down|fc_2)$") -> Adapter:
   def merge(f: Factors, linear: Linear) -> Linear:
     if "scale_in" in f:
       return linear._replace(kernel=linear.kernel * f["scale_in"][:, None])
-    return Linear(*(None if p is None else p * f["scale_out"] for p in linear))
+    return jax.tree.map(lambda p: p * f["scale_out"], linear)
 
   return on_linears(Rule(init, forward, merge), kind="ia3", feedforward=feedforward)
 
