@@ -77,7 +77,7 @@ def import_params(
     ValueError: a tensor is missing, left over, of the wrong shape, or differs from its alias.
   """
   flat = flatten_dict(shapes, sep="/")
-  slots = {path: _slots(path, leaf.shape, table) for path, leaf in flat.items()}
+  slots = {path: tensor_names(path, leaf.shape, table) for path, leaf in flat.items()}
   # All names first: a wrong checkpoint is refused before gigabytes of it are read.
   known = set()
   for path, names in slots.items():
@@ -122,7 +122,7 @@ def export_params(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarr
   order = {rule.ours: k for k, rule in enumerate(table)}
   flat = flatten_dict(params, sep="/")
   for path in sorted(flat, key=lambda path: order.get(_of_one_layer(path)[0], -1)):
-    names = _slots(path, flat[path].shape, table)
+    names = tensor_names(path, flat[path].shape, table)
     value = np.asarray(jax.device_get(flat[path]))
     for (name, *_), tensor in zip(names, value if _is_stacked(path) else [value], strict=True):
       axes = _AXES.get(_rule(path, table).layout)
@@ -152,7 +152,7 @@ def _rule(path: str, table: Table) -> Rule:
   raise ValueError(f"{path}: no rule of the table is for this parameter")
 
 
-def _slots(path: str, shape: Sequence[int], table: Table) -> list[list[str]]:
+def tensor_names(path: str, shape: Sequence[int], table: Table) -> list[list[str]]:
   """The names that a parameter's tensors may have, one list for each layer in it."""
   rule, number = _rule(path, table), _of_one_layer(path)[1]
   layers = map(str, range(shape[0])) if _is_stacked(path) else [number or ""]

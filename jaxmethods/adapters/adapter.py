@@ -1,0 +1,265 @@
+"""What an adapter is: a few functions over a tree that lies beside the frozen parameters.
+
+An adapter never touches model code. Its tree mirrors the paths of the parameters it acts on; as the
+variable collection "adapter" it travels with the model through `nn.scan`, and an interceptor on
+`nn.Dense` applies it:
+
+    adapter = lora(rank=8, alpha=16)
+    tree = adapter.init(key, params, r"(query|value)/kernel")
+    logits = apply(adapter, model, params, tree, tokens)
+    plain = adapter.merge(params, tree)            # model.apply({"params": plain}, tokens)
+
+The same tree serves kernels (in, out) of unrolled layers and stacks (layers, in, out) of scanned ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmethods.adapters.targets import below, flatten, matching, owner, unflatten
+from jaxmethods.errors import InputError
+from jaxmethods.federated import paths
+from jaxmethods.stats.dropout import dropout
+
+Params = Mapping[str, Any]
+Tree = dict[str, Any]
+Factors = Mapping[str, jax.Array]
+Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
+
+COLLECTION = "adapter"
+# The entry of a tree for what all its layers have in common (VeRA's projections).
+SHARED = "shared"
+
+
+class Adapter(NamedTuple):
+  """One way to adapt a model.
+
+  Attributes:
+    init: (key, params, targets) -> tree. `targets` is a regular expression on parameter paths such as
+      "layers/attention/query/kernel" that must be found in some (`re.search`). Given the same key a
+      target starts the same whatever the other targets are.
+    variables: (params, tree) -> the variables that `model.apply` takes. Raises `InputError` for a tree
+      of another model.
+    interceptor: tree -> interceptor of linen methods under which the model has to be applied.
+    merge: (params, tree) -> params of the plain model that computes the same, in float32 or better
+      and cast back; None if there is none.
+    frozen: names of the leaves that are no parameters: they are not trained.
+    settings: what the adapter was made with, "kind" first; for files.
+  """
+
+  init: Callable[[jax.Array, Params, str], Tree]
+  variables: Callable[[Params, Tree], dict[str, Any]]
+  interceptor: Callable[[Tree], Interceptor]
+  merge: Callable[[Params, Tree], dict[str, Any]] | None
+  frozen: frozenset[str]
+  settings: Mapping[str, Any]
+
+
+class Linear(NamedTuple):
+  """The frozen parameters of one linear layer: kernel (in, out), bias (out,) or None."""
+
+  kernel: jax.Array
+  bias: jax.Array | None = None
+
+
+Merge = Callable[[Factors, Linear], Linear]
+
+
+class Rule(NamedTuple):
+  """What an adapter does to one linear layer `dense: x -> x kernel + bias`.
+
+  Attributes:
+    init: (key, linear, path of the layer) -> factors.
+    forward: (factors, x, linear, dense, drop) -> output of the adapted layer. `x` has the dtype of the
+      computation; `drop` is dropout on the adapter's own branch.
+    merge: (factors, linear) -> the plain linear layer that computes the same, or None.
+    shared: (key, largest in, largest out) -> factors that all layers have in common, or None.
+    frozen: names of the factors that are not trained.
+  """
+
+  init: Callable[[jax.Array, Linear, str], dict[str, jax.Array]]
+  forward: Callable[[Factors, jax.Array, Linear, Callable, Callable], jax.Array]
+  merge: Merge | None
+  shared: Callable[[jax.Array, int, int], dict[str, jax.Array]] | None = None
+  frozen: frozenset[str] = frozenset()
+
+
+def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
+  """The adapter that applies `rule` to every target that is a linear layer.
+
+  Args:
+    rule: of one layer.
+    drop_rate: dropout on the adapter's branch, active when the model is applied with an rng stream
+      "dropout".
+    **settings: recorded in the adapter, "kind" first.
+
+  Raises:
+    InputError: if `drop_rate` is outside [0, 1).
+  """
+  if not 0.0 <= drop_rate < 1.0:
+    raise InputError(f"{settings['kind']}: dropout must be in [0, 1), got {drop_rate}")
+
+  def init(key: jax.Array, params: Params, targets: str) -> Tree:
+    linears = _linears(params)
+    found = matching((below(path, "kernel") for path in linears), targets)
+    return unflatten(start(key, {path: linears[path] for path in map(owner, found)}))
+
+  def start(key: jax.Array, chosen: Mapping[str, Linear]) -> dict[str, jax.Array]:
+    tree = {
+      below(path, name): leaf
+      for path, linear in chosen.items()
+      for name, leaf in start_one(key_of(key, path), linear, path).items()
+    }
+    if rule.shared:
+      widths = [linear.kernel.shape[-2:] for linear in chosen.values()]
+      common = rule.shared(key_of(key, SHARED), *map(max, zip(*widths, strict=True)))
+      tree |= {below(SHARED, name): leaf for name, leaf in common.items()}
+    return tree
+
+  def start_one(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
+    stack = linear.kernel.shape[:-2]
+    keys = jax.random.split(key, stack) if stack else key
+    return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
+
+  def variables(params: Params, tree: Tree) -> dict[str, Any]:
+    check(params, tree)
+    own = {name: branch for name, branch in tree.items() if name != SHARED}
+    return {"params": params, COLLECTION: own}
+
+  def check(params: Params, tree: Tree) -> None:
+    """The tree has the leaves and shapes that `init` would give it."""
+    linears, modules = _linears(params), layers_of(tree)
+    if strangers := sorted(set(modules) - set(linears)):
+      raise InputError(
+        f"the adapter acts on {strangers[0]}, which is no linear layer of this model"
+      )
+    chosen = {path: linears[path] for path in modules}
+    expected, found = jax.eval_shape(start, jax.random.key(0), chosen), flatten(tree)
+    for path in sorted({*expected, *found}):
+      needed, given = (jnp.shape(x[path]) if path in x else None for x in (expected, found))
+      if needed != given:
+        raise InputError(f"the adapter's {path} has shape {given}, this model needs {needed}")
+
+  def interceptor(tree: Tree) -> Interceptor:
+    shared = tree.get(SHARED, {})
+
+    def intercept(next_fun, args, kwargs, context):
+      module = context.module
+      adapts = isinstance(module, nn.Dense) and context.method_name == "__call__"
+      factors = module.variables.get(COLLECTION) if adapts else None
+      if not factors:
+        return next_fun(*args, **kwargs)
+
+      def drop(x):
+        if drop_rate == 0.0 or not module.has_rng("dropout"):
+          return x
+        return dropout(x, drop_rate, module.make_rng("dropout"))
+
+      (x,) = args
+      own = module.variables["params"]
+      linear = Linear(own["kernel"], own.get("bias"))
+      dtype = jnp.result_type(x, linear.kernel) if module.dtype is None else module.dtype
+      x = x.astype(dtype)
+      return rule.forward({**factors, **shared}, x, linear, next_fun, drop)
+
+    return intercept
+
+  def merge_by(plain: Merge, params: Params, tree: Tree) -> dict[str, Any]:
+    check(params, tree)
+    linears, shared = _linears(params), tree.get(SHARED, {})
+    flat = flatten(params)
+    for path, factors in layers_of(tree).items():
+      old = linears[path]
+      wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), old)
+      one = lambda factors, linear: plain({**factors, **shared}, linear)
+      new = _over_stack(one, old)(factors, wide)
+      if new.bias is not None and old.bias is None:
+        raise InputError(f"{path} has no bias that this adapter could be merged into")
+      for name, before, after in zip(Linear._fields, old, new, strict=True):
+        if before is not None:
+          flat[below(path, name)] = after.astype(before.dtype)
+    return unflatten(flat)
+
+  merge = functools.partial(merge_by, rule.merge) if rule.merge else None
+  return Adapter(init, variables, interceptor, merge, rule.frozen, settings)
+
+
+@contextlib.contextmanager
+def applied(adapter: Adapter, tree: Tree) -> Iterator[None]:
+  """Within this context, models applied to `adapter.variables(params, tree)` are adapted."""
+  with nn.intercept_methods(adapter.interceptor(tree)):
+    yield
+
+
+def apply(
+  adapter: Adapter, model: nn.Module, params: Params, tree: Tree, *args: Any, **kwargs: Any
+) -> Any:
+  """`model.apply` of the adapted model; an rng stream "dropout" turns the adapter's dropout on."""
+  with applied(adapter, tree):
+    return model.apply(adapter.variables(params, tree), *args, **kwargs)
+
+
+def split(adapter: Adapter, tree: Tree) -> tuple[Tree, Tree]:
+  """(what is trained, what is not); `join` puts them together again."""
+  return paths.split(tree, lambda path: _is_trained(adapter, path))
+
+
+join = paths.merge
+
+
+def trainable(adapter: Adapter, tree: Tree) -> Tree:
+  """The tree's mask: True for every leaf that is trained."""
+  return unflatten({path: _is_trained(adapter, path) for path in flatten(tree)})
+
+
+def num_trainable(adapter: Adapter, tree: Tree) -> int:
+  """Number of trained parameters; of masked leaves only what the mask leaves free."""
+  flat = flatten(split(adapter, tree)[0])
+  masks = {owner(path): leaf for path, leaf in flatten(tree).items() if path.endswith("/mask")}
+  return sum(
+    int(masks[owner(path)].sum()) if owner(path) in masks else math.prod(leaf.shape)
+    for path, leaf in flat.items()
+  )
+
+
+def _is_trained(adapter: Adapter, path: str) -> bool:
+  return path.split("/")[-1] not in adapter.frozen
+
+
+def _linears(params: Params) -> dict[str, Linear]:
+  """All linear layers by path: kernels (in, out), or (layers, in, out) below a scan."""
+  flat = flatten(params)
+  return {
+    owner(path): Linear(leaf, flat.get(below(owner(path), "bias")))
+    for path, leaf in flat.items()
+    if path.split("/")[-1] == "kernel" and leaf.ndim in (2, 3)
+  }
+
+
+def layers_of(tree: Tree) -> dict[str, dict[str, jax.Array]]:
+  """Factors by the path of the layer they belong to."""
+  grouped: dict[str, dict[str, jax.Array]] = {}
+  for path, leaf in flatten(tree).items():
+    if owner(path) != SHARED:
+      grouped.setdefault(owner(path), {})[path.split("/")[-1]] = leaf
+  return grouped
+
+
+def _over_stack(function: Callable, linear: Linear) -> Callable:
+  """`function` of one layer, mapped over the axes of the stack that `linear` is."""
+  for _ in linear.kernel.shape[:-2]:
+    function = jax.vmap(function)
+  return function
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -1,0 +1,287 @@
+"""Adapters under the names and in the layouts of the PEFT library.
+
+What PEFT has no words for is written as what it is: MoSLoRA as LoRA with the mixer multiplied into A,
+PiSSA and MiLoRA as LoRA of twice the rank (what was trained minus what it started from), so that the
+files fit the published base model. Files themselves are `jaxmethods.data.adapter_files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmethods.adapters import low_rank, scaling
+from jaxmethods.adapters.adapter import SHARED, Adapter, Params, Tree, layers_of
+from jaxmethods.adapters.targets import below, flatten, unflatten
+from jaxmethods.errors import InputError
+from jaxmethods.models.weights import Table, tensor_names
+
+ROOT = "base_model.model."
+
+Tensors = dict[str, np.ndarray]
+
+
+class _Format(NamedTuple):
+  """How one kind is written: (settings, factors of a layer) -> tensors by suffix; and its config."""
+
+  layer: Callable[[Mapping[str, Any], Tensors], Tensors]
+  config: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def to_peft(
+  adapter: Adapter, tree: Tree, table: Table, *, base: str = ""
+) -> tuple[dict[str, Any], Tensors]:
+  """The contents of adapter_config.json and adapter_model.safetensors.
+
+  Args:
+    adapter: what the tree belongs to.
+    tree: adapter tree, layers stacked or numbered.
+    table: names of the model's parameters.
+    base: name or path of the base model, recorded in the config.
+
+  Returns:
+    (config, tensors).
+
+  Raises:
+    InputError: if PEFT has no form for this kind of adapter.
+  """
+  kind = adapter.settings["kind"]
+  if kind not in _FORMATS:
+    raise InputError(f"{kind}: PEFT has no such adapter; it can write {', '.join(_FORMATS)}")
+  form, tensors, modules, inward = _FORMATS[kind], {}, [], []
+  for path, factors in layers_of(jax.device_get(tree)).items():
+    stacked = "layers" in path.split("/")
+    for i, (name, *_) in enumerate(_modules(path, next(iter(factors.values())).shape, table)):
+      own = {key: np.asarray(f[i] if stacked else f, np.float32) for key, f in factors.items()}
+      modules.append(name)
+      inward += [name] if "scale_in" in own else []
+      for suffix, value in form.layer(adapter.settings, own).items():
+        tensors[f"{ROOT}{name}.{suffix}"] = np.ascontiguousarray(value)
+  if SHARED in tree:
+    tensors["base_model.vera_A"] = np.asarray(tree[SHARED]["a"])
+    tensors["base_model.vera_B"] = np.ascontiguousarray(np.asarray(tree[SHARED]["b"]).T)
+  config = {
+    "base_model_name_or_path": base or None,
+    "bias": "none",
+    "inference_mode": True,
+    "target_modules": sorted(modules),
+    "task_type": "CAUSAL_LM",
+    **form.config(adapter.settings),
+  }
+  if kind == "ia3":
+    del config["bias"]
+    config["feedforward_modules"] = sorted(inward)
+  return config, tensors
+
+
+def from_peft(
+  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], table: Table, params: Params
+) -> tuple[Adapter, Tree]:
+  """Reads what `to_peft` or PEFT itself wrote: LoRA, rsLoRA, DoRA, VeRA, AdaLoRA, OFT and IA3.
+
+  Args:
+    config: contents of adapter_config.json.
+    tensors: contents of adapter_model.safetensors.
+    table: names of the model's parameters.
+    params: of the model, or their shapes: layers stacked or numbered.
+
+  Returns:
+    (adapter, tree).
+
+  Raises:
+    InputError: an unsupported adapter, a tensor that fits nowhere or is missing for one of the layers
+      of a stack.
+  """
+  adapter, read, suffixes = _reader(config)
+  tree: dict[str, np.ndarray] = {}
+  used: set[str] = set()
+  for path, leaf in flatten(params).items():
+    module, _, last = path.rpartition("/")
+    if last != "kernel":
+      continue
+    layers = []
+    for names in _modules(module, leaf.shape, table):
+      found = {
+        suffix: f"{ROOT}{name}.{suffix}"
+        for name in names
+        for suffix in suffixes
+        if f"{ROOT}{name}.{suffix}" in tensors
+      }
+      used.update(found.values())
+      layers.append({suffix: np.asarray(tensors[name]) for suffix, name in found.items()})
+    if not any(layers):
+      continue
+    kinds = {frozenset(layer) for layer in layers}
+    if len(kinds) > 1:
+      raise InputError(f"the PEFT adapter has not the same tensors for all layers of {module}")
+    read_layers = [read(layer) for layer in layers]
+    for name in read_layers[0]:
+      stack = [layer[name] for layer in read_layers]
+      tree[below(module, name)] = np.stack(stack) if "layers" in path.split("/") else stack[0]
+  for ours, theirs in (("a", "base_model.vera_A"), ("b", "base_model.vera_B")):
+    if theirs in tensors:
+      value = np.asarray(tensors[theirs])
+      tree[below(SHARED, ours)] = value if ours == "a" else value.T
+      used.add(theirs)
+  if left := sorted(set(tensors) - used):
+    raise InputError(f"{left[0]}: this model has no place for this tensor of the PEFT adapter")
+  return adapter, unflatten(tree)
+
+
+def _modules(path: str, shape: tuple[int, ...], table: Table) -> list[list[str]]:
+  """The names that a linear layer may have there, one list for each layer in a stack."""
+  names = tensor_names(below(path, "kernel"), shape, table)
+  return [[name.removesuffix(".weight") for name in options] for options in names]
+
+
+def _lora(settings: Mapping[str, Any], f: Tensors) -> Tensors:
+  a, b = f["a"], f["b"]
+  if "mixer" in f:
+    a = f["mixer"] @ a
+  if "start_a" in f:
+    a, b = np.concatenate([a, f["start_a"]]), np.concatenate([b, -f["start_b"]])
+  tensors = {"lora_A.weight": a, "lora_B.weight": b.T}
+  if "magnitude" in f:
+    tensors["lora_magnitude_vector"] = f["magnitude"]
+  return tensors
+
+
+def _lora_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+  # s = alpha / rank must stay what it is when the rank doubles.
+  double = 2 if settings["kind"] in ("pissa", "milora") else 1
+  return {
+    "peft_type": "LORA",
+    "r": double * settings["rank"],
+    "lora_alpha": double * settings["alpha"],
+    "lora_dropout": settings["dropout"],
+    "use_rslora": settings["kind"] == "rslora",
+    "use_dora": settings["kind"] == "dora",
+  }
+
+
+def _vera_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    "peft_type": "VERA",
+    "r": settings["rank"],
+    "vera_dropout": settings["dropout"],
+    "save_projection": True,
+    "projection_prng_key": 0,
+  }
+
+
+def _adalora_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+  rank = settings["rank"]
+  return {
+    "peft_type": "ADALORA",
+    "init_r": rank,
+    "target_r": rank,
+    "lora_alpha": rank,
+    "lora_dropout": settings["dropout"],
+    "tinit": 0,
+    "tfinal": 0,
+    "total_step": 1,
+  }
+
+
+def _adalora_unit(rank: int, alpha: float) -> float:
+  """What PEFT multiplies P diag(lam) Q by; here there is no scale."""
+  return (alpha if alpha > 0 else rank) / (rank + 1e-5)
+
+
+def _oft_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+  exact = {"use_cayley_neumann": False, "coft": False, "block_share": False}
+  return {"peft_type": "OFT", "r": 0, "oft_block_size": settings["block_size"], **exact}
+
+
+def _ia3(settings: Mapping[str, Any], f: Tensors) -> Tensors:
+  return {"ia3_l": f["scale_in"][None] if "scale_in" in f else f["scale_out"][:, None]}
+
+
+_LORA = _Format(_lora, _lora_config)
+_FORMATS = {
+  **dict.fromkeys(("lora", "rslora", "dora", "moslora", "pissa", "milora"), _LORA),
+  "vera": _Format(
+    lambda settings, f: {"vera_lambda_d": f["scale_rank"], "vera_lambda_b": f["scale_out"]},
+    _vera_config,
+  ),
+  "adalora": _Format(
+    lambda settings, f: {
+      "lora_A": f["a"],
+      "lora_B": f["b"].T,
+      "lora_E": f["lam"][:, None] / _adalora_unit(settings["rank"], settings["rank"]),
+    },
+    _adalora_config,
+  ),
+  "oft": _Format(lambda settings, f: {"oft_R.weight": f["skew"]}, _oft_config),
+  "ia3": _Format(_ia3, lambda settings: {"peft_type": "IA3"}),
+}
+
+
+def _reader(
+  config: Mapping[str, Any],
+) -> tuple[Adapter, Callable[[Tensors], Tensors], tuple[str, ...]]:
+  """The adapter, what turns a layer's tensors into factors, and their suffixes."""
+  kind = config.get("peft_type")
+  for option in (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "block_share",
+    "coft",
+  ):
+    if config.get(option):
+      raise InputError(f"{option}: a PEFT adapter with this option cannot be read")
+  if config.get("bias", "none") != "none":
+    raise InputError(f"bias {config['bias']!r}: a PEFT adapter with this option cannot be read")
+  if kind == "LORA":
+    settings = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+    make = low_rank.rslora if config.get("use_rslora") else low_rank.lora
+    if config.get("use_dora"):
+      if config.get("use_rslora"):
+        raise InputError("use_dora with use_rslora: such a PEFT adapter cannot be read")
+      make = low_rank.dora
+
+    def read(t: Tensors) -> Tensors:
+      factors = {"a": t["lora_A.weight"], "b": t["lora_B.weight"].T}
+      if "lora_magnitude_vector" in t:
+        factors["magnitude"] = t["lora_magnitude_vector"]
+      return factors
+
+    return make(*settings), read, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+  if kind == "VERA":
+    if not config.get("save_projection", True):
+      raise InputError("save_projection: a VeRA adapter without its projections cannot be read")
+    adapter = low_rank.vera(config["r"], dropout=config.get("vera_dropout", 0.0))
+    names = {"scale_rank": "vera_lambda_d", "scale_out": "vera_lambda_b"}
+    return (
+      adapter,
+      lambda t: {ours: t[theirs] for ours, theirs in names.items()},
+      tuple(names.values()),
+    )
+  if kind == "ADALORA":
+    rank = config["init_r"]
+    unit = _adalora_unit(rank, config.get("lora_alpha", 8))
+    read_adalora = lambda t: {
+      "a": t["lora_A"],
+      "b": t["lora_B"].T,
+      "lam": unit * t["lora_E"][:, 0],
+    }
+    adapter = low_rank.adalora(rank, config.get("lora_dropout", 0.0))
+    return adapter, read_adalora, ("lora_A", "lora_B", "lora_E")
+  if kind == "OFT":
+    if config.get("use_cayley_neumann", True):
+      raise InputError("use_cayley_neumann: OFT by a truncated series cannot be read")
+    size = config["oft_block_size"]
+    return scaling.oft(size), lambda t: {"skew": t["oft_R.weight"]}, ("oft_R.weight",)
+  if kind == "IA3":
+
+    def read_ia3(t: Tensors) -> Tensors:
+      value = t["ia3_l"]
+      return {"scale_in": value[0]} if value.shape[0] == 1 else {"scale_out": value[:, 0]}
+
+    return scaling.ia3(), read_ia3, ("ia3_l",)
+  raise InputError(f"peft_type {kind!r} cannot be read")

@@ -1,0 +1,139 @@
+"""Adapters written for PEFT and read from it; marked `peft`, needs torch, transformers and peft.
+
+python -m venv peft-venv && peft-venv/bin/pip install -e '.[test]' torch peft
+peft-venv/bin/python -m pytest -m peft tests/adapters
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.adapters import adapter as core
+from jaxmethods.adapters import low_rank, scaling
+from jaxmethods.adapters.peft_format import from_peft, to_peft
+from jaxmethods.data.adapter_files import read_peft, write_peft
+from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, table
+from jaxmethods.models.weights import export_params, import_params
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.peft
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TARGETS = r"layers.*/(query|value|gate|down)/kernel"
+THEIRS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+KINDS = {
+  "lora": low_rank.lora(4, 6.0, 0.1),
+  "rslora": low_rank.rslora(4, 6.0),
+  "dora": low_rank.dora(4, 6.0),
+  "vera": low_rank.vera(6),
+  "pissa": low_rank.pissa(3, 6.0),
+  "milora": low_rank.milora(3, 6.0),
+  "moslora": low_rank.moslora(4, 6.0),
+  "adalora": low_rank.adalora(4),
+  "oft": scaling.oft(4),
+  "ia3": scaling.ia3(),
+}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A random model of theirs on disk, its ids and logits, and the same model as ours."""
+  torch.manual_seed(0)
+  shape = transformers.LlamaConfig(
+    vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+  )  # fmt: skip
+  theirs = transformers.LlamaForCausalLM(shape).eval()
+  folder = tmp_path_factory.mktemp("base")
+  theirs.save_pretrained(folder)
+  config = CausalLMConfig.from_hugging_face(shape.to_dict())
+  ours = CausalLM(config, scan_layers=True)
+  shapes = jax.eval_shape(ours.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+  tensors = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+  params = jax.tree.map(jnp.asarray, import_params(tensors, table(config), shapes))
+  ids = np.random.default_rng(0).integers(0, 48, (3, 9))
+  return folder, ids, ours, params, table(config)
+
+
+def fresh(folder):
+  return transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+def logits_of(model, ids):
+  with torch.no_grad():
+    return model(input_ids=torch.tensor(ids)).logits.numpy()
+
+
+def trained(adapter, params):
+  """A tree that is not at its start."""
+  tree = adapter.init(jax.random.key(1), params, TARGETS)
+  moving, rest = core.split(adapter, tree)
+  leaves, structure = jax.tree.flatten(moving)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  leaves = [
+    leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
+  ]
+  return core.join(jax.tree.unflatten(structure, leaves), rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_what_we_write(base, kind, tmp_path):
+  folder, ids, ours, params, names = base
+  adapter = KINDS[kind]
+  tree = trained(adapter, params)
+  write_peft(tmp_path, *to_peft(adapter, tree, names, base=str(folder)))
+  with warnings.catch_warnings():
+    warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+    theirs = peft.PeftModel.from_pretrained(fresh(folder), tmp_path).eval()
+  expected = jax.jit(lambda tree: core.apply(adapter, ours, params, tree, ids).logits)(tree)
+  plain = ours.apply({"params": params}, ids).logits
+  assert np.abs(expected - plain).max() > 1e-2
+  np.testing.assert_allclose(logits_of(theirs, ids), expected, **TOLERANCE)
+
+
+CONFIGS = {
+  "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIRS),
+  "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=THEIRS),
+  "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=THEIRS),
+  "vera": lambda: peft.VeraConfig(r=6, target_modules=THEIRS),
+  "adalora": lambda: peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=THEIRS),
+  "oft": lambda: peft.OFTConfig(
+    r=0, oft_block_size=4, use_cayley_neumann=False, target_modules=THEIRS
+  ),
+  "ia3": lambda: peft.IA3Config(
+    target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_we_load_what_peft_writes(base, kind, tmp_path):
+  folder, ids, ours, params, names = base
+  theirs = peft.get_peft_model(fresh(folder), CONFIGS[kind]()).eval()
+  generator = torch.Generator().manual_seed(3)
+  with torch.no_grad():
+    for name, p in theirs.named_parameters():
+      if p.requires_grad and "ranknum" not in name:
+        p.add_(0.1 * torch.randn(p.shape, generator=generator))
+  theirs.save_pretrained(tmp_path)
+  adapter, tree = from_peft(*read_peft(tmp_path), names, params)
+  output = jax.jit(lambda tree: core.apply(adapter, ours, params, tree, ids).logits)(tree)
+  np.testing.assert_allclose(output, logits_of(theirs, ids), **TOLERANCE)
+
+
+def test_merged_model_is_a_hugging_face_checkpoint(base, tmp_path):
+  folder, ids, ours, params, names = base
+  adapter = KINDS["dora"]
+  tree = trained(adapter, params)
+  theirs = fresh(folder)
+  merged = export_params(adapter.merge(params, tree), names)
+  missing = theirs.load_state_dict({k: torch.tensor(v) for k, v in merged.items()}, strict=True)
+  assert not missing.missing_keys and not missing.unexpected_keys
+  theirs.save_pretrained(tmp_path)
+  expected = core.apply(adapter, ours, params, tree, ids).logits
+  np.testing.assert_allclose(logits_of(fresh(tmp_path), ids), expected, **TOLERANCE)

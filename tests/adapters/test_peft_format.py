@@ -1,0 +1,147 @@
+"""Adapters in PEFT's format without PEFT: there and back, and what cannot be read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_lm
+
+from jaxmethods.adapters import adapter as core
+from jaxmethods.adapters import low_rank, scaling, selective
+from jaxmethods.adapters.peft_format import from_peft, to_peft
+from jaxmethods.adapters.targets import flatten, unflatten
+from jaxmethods.data.adapter_files import CONFIG, WEIGHTS, read_peft, write_peft
+from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import table
+
+TABLE = table(tiny_lm.CONFIG)
+TARGETS = r"(query|down)/kernel"
+SAME = {
+  "lora": low_rank.lora(4, 6.0, 0.1),
+  "rslora": low_rank.rslora(4, 6.0),
+  "dora": low_rank.dora(4, 6.0),
+  "vera": low_rank.vera(6),
+  "adalora": low_rank.adalora(4),
+  "oft": scaling.oft(4),
+  "ia3": scaling.ia3(),
+}
+
+
+def random_like(tree, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
+
+
+def shapes(scan):
+  lm = tiny_lm.model(scan_layers=scan)
+  return jax.eval_shape(lm.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+
+
+def tree_of(adapter, params):
+  return random_like(jax.eval_shape(lambda p: adapter.init(jax.random.key(0), p, TARGETS), params))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", SAME)
+def test_there_and_back(kind, scan, tmp_path):
+  adapter, params = SAME[kind], shapes(scan)
+  tree = tree_of(adapter, params)
+  write_peft(tmp_path, *to_peft(adapter, tree, TABLE))
+  again, back = from_peft(*read_peft(tmp_path), TABLE, params)
+  assert dict(again.settings) == dict(adapter.settings)
+  expected, found = flatten(tree), flatten(back)
+  assert expected.keys() == found.keys()
+  for path, leaf in expected.items():
+    np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "milora", "moslora"])
+def test_written_as_lora_of_the_same_update(kind):
+  adapter, params = getattr(low_rank, kind)(3, 6.0), shapes(True)
+  tree = tree_of(adapter, params)
+  lora, plain = from_peft(*to_peft(adapter, tree, TABLE), TABLE, params)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+  ours, theirs = flatten(adapter.merge(zeros, tree)), flatten(lora.merge(zeros, plain))
+  for path, leaf in ours.items():
+    np.testing.assert_allclose(theirs[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_names_and_layout():
+  adapter, params = SAME["lora"], shapes(True)
+  tree = tree_of(adapter, params)
+  config, tensors = to_peft(adapter, tree, TABLE, base="some/model")
+  name = "base_model.model.model.layers.1.self_attn.q_proj"
+  np.testing.assert_array_equal(
+    tensors[f"{name}.lora_A.weight"], tree["layers"]["attention"]["query"]["a"][1]
+  )
+  assert tensors[f"{name}.lora_B.weight"].shape == (16, 4)
+  assert config["base_model_name_or_path"] == "some/model"
+  assert "model.layers.0.mlp.down_proj" in config["target_modules"]
+
+
+def test_what_has_no_form():
+  params = shapes(True)
+  adapter = selective.tuned()
+  with pytest.raises(InputError, match="tuned: PEFT has no such adapter"):
+    to_peft(adapter, tree_of(adapter, params), TABLE)
+
+
+def test_what_cannot_be_read():
+  params = shapes(True)
+  config, tensors = to_peft(SAME["lora"], tree_of(SAME["lora"], params), TABLE)
+  read = lambda config, tensors: from_peft(config, tensors, TABLE, params)
+  with pytest.raises(InputError, match=r"layers\.7\.up\.lora_A: this model has no place"):
+    read(config, tensors | {"layers.7.up.lora_A": np.zeros(1)})
+  fewer = {name: t for name, t in tensors.items() if "layers.1.mlp" not in name}
+  with pytest.raises(InputError, match="not the same tensors for all layers of layers/mlp/down"):
+    read(config, fewer)
+  for option, message in (
+    ({"peft_type": "LOHA"}, "peft_type 'LOHA' cannot be read"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"bias": "all"}, "bias 'all'"),
+    ({"use_dora": True, "use_rslora": True}, "use_dora with use_rslora"),
+  ):
+    with pytest.raises(InputError, match=message):
+      read(config | option, tensors)
+  # Another rank than the config says is found when the tree meets the model.
+  adapter, tree = read(config | {"r": 2}, tensors)
+  with pytest.raises(InputError, match="query/a has shape"):
+    adapter.variables(params, tree)
+
+
+def test_bad_files(tmp_path):
+  with pytest.raises(InputError, match=f"{CONFIG}: cannot be read"):
+    read_peft(tmp_path)
+  write_peft(tmp_path, *to_peft(SAME["ia3"], tree_of(SAME["ia3"], shapes(True)), TABLE))
+  weights = (tmp_path / WEIGHTS).read_bytes()
+  (tmp_path / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+  with pytest.raises(InputError, match="is no complete safetensors file"):
+    read_peft(tmp_path)
+  (tmp_path / WEIGHTS).unlink()
+  with pytest.raises(InputError, match=f"{WEIGHTS}: cannot be read"):
+    read_peft(tmp_path)
+  (tmp_path / CONFIG).write_text("{")
+  with pytest.raises(InputError, match="line 1: is not JSON"):
+    read_peft(tmp_path)
+
+
+def linear_stack(layers, **widths):
+  """Shapes of a stack of linear layers: name -> (in, out)."""
+  return {
+    f"layers/{name}/kernel": jax.ShapeDtypeStruct((layers, *shape), jnp.bfloat16)
+    for name, shape in widths.items()
+  }
+
+
+def test_lora_on_llava_7b_has_the_published_number_of_parameters():
+  d, m = 4096, 11008
+  square = dict.fromkeys(("query", "key", "value", "out"), (d, d))
+  flat = linear_stack(32, **square, gate=(d, m), up=(d, m), down=(m, d))
+  params = {"language": unflatten(flat)}
+  for rank, expected in ((32, 79_953_920), (16, 39_976_960), (64, 159_907_840)):
+    adapter = low_rank.lora(rank)
+    init = functools.partial(adapter.init, jax.random.key(0), targets="^language/.*kernel")
+    tree = jax.eval_shape(init, params)
+    assert core.num_trainable(adapter, tree) == expected
