@@ -379,5 +379,5 @@ def reversal(epoch: Array | int, total: float = 10) -> Array:
 
 
 def ascend(rho: Array, gradient: Array, learning_rate: float, weight: float | Array) -> Array:
-  """rho <- rho + lr r(t) dL_kd / drho: the temperature against the student."""
+  """The temperature against the student: rho <- rho + lr r(t) dL_kd / drho."""
   return rho + learning_rate * weight * gradient

@@ -256,8 +256,7 @@ def test_estimator_samples_agree_between_the_thresholds():
 
 @pytest.mark.parametrize("theta", [-1.0, 0.0, 0.7])
 def test_estimator_points_where_the_expected_loss_rises(theta):
-  """One edge of loss 3 when there: the mean estimate has the sign of d E[loss] / d theta, and for
-  this loss its size is known, E[(E1 - E2) (U - 1/2)] times 3."""
+  """One edge that costs 3: the mean estimate is 3 E[(E1 - E2) (U - 1/2)], of the slope's sign."""
   draws = 40_000
   u = uniform(2, (draws, 1))
   gradient = acgkd.antithetic_gradient(
