@@ -1,7 +1,7 @@
 """ACGKD and its rivals: a graph network distilled without any graph.
 
-A teacher is given (published, or trained once on 70 % of a data set and kept in the cache). Pseudo-graphs
-are optimised against it, then a student learns from it on them; the real graphs serve for testing only.
+A teacher is given (published, or trained once on 70 % of a data set and kept in the cache).
+Pseudo-graphs are optimised against it, then a student learns from it on them; the real graphs serve for testing only.
 Size range, features and classes of the real graphs are taken as known, as GFKD does.
 
 A reconstruction: the parts of the paper that could not be read are completed by us and marked

@@ -66,6 +66,7 @@ class Pseudo(NamedTuple):
     moments: of Adam, for each of the two.
     best: what is kept.
     targets: the teacher's answers on the final graphs.
+    gap: () distance of the final graphs from the teacher's batch-norm statistics.
   """
 
   num_nodes: jax.Array
@@ -76,6 +77,7 @@ class Pseudo(NamedTuple):
   moments: tuple[Any, Any]
   best: Best
   targets: Targets
+  gap: jax.Array
 
 
 class Student(NamedTuple):
@@ -174,8 +176,8 @@ def make_generator(config: Config, sizes: Sizes, encoder: GraphEncoder):
     return method.harden(pseudo.best.log_odds), features
 
   def answered(teacher: Classifier, pseudo: Pseudo) -> Pseudo:
-    logits, pooled, _ = ask(teacher, pseudo, *final(pseudo))
-    return pseudo._replace(targets=Targets(logits, pooled))
+    logits, pooled, gap = ask(teacher, pseudo, *final(pseudo))
+    return pseudo._replace(targets=Targets(logits, pooled), gap=gap)
 
   def start(key: jax.Array, teacher: Classifier) -> Pseudo:
     """Random graphs: sizes and classes uniform, edge probabilities uniform, features normal."""
@@ -193,7 +195,9 @@ def make_generator(config: Config, sizes: Sizes, encoder: GraphEncoder):
     moments = adam.init(log_odds), adam.init(features)
     width = teacher.head.kernel.shape[0]
     targets = Targets(jnp.zeros((sizes.graphs, sizes.classes)), jnp.zeros((sizes.graphs, width)))
-    pseudo = Pseudo(num_nodes, labels, pairs, log_odds, features, moments, best, targets)
+    pseudo = Pseudo(
+      num_nodes, labels, pairs, log_odds, features, moments, best, targets, jnp.zeros(())
+    )
     return answered(teacher, pseudo)
 
   def objective(teacher: Classifier, pseudo: Pseudo, weights, phi):
@@ -480,6 +484,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       edges = jnp.where(state.pseudo.pairs.mask, final(state.pseudo)[0], 0).sum(-1)
       metrics |= {
         "pseudo_accuracy": agrees.mean(),
+        "pseudo_gap": state.pseudo.gap,
         "pseudo_edges": edges.mean(),
         "structure_parameters": state.pseudo.pairs.count.sum(),
       }

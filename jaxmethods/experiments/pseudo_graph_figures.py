@@ -17,9 +17,7 @@ SHOWN = 6
 
 
 class Graphs(NamedTuple):
-  """Final graphs: sizes and wanted classes (P,), candidates and their edges of 0 and 1 (P, M), node
-  features (P, N, F), the teacher's probabilities (P, C).
-  """
+  """Final graphs of P pseudo-graphs; `edges` (P, M) are 0 or 1 at each candidate."""
 
   num_nodes: np.ndarray
   labels: np.ndarray

@@ -363,7 +363,7 @@ def distillation_loss(
 
 
 def adversarial_temperature(rho: Array, low: float = 1.0, high: float = 8.0) -> Array:
-  """tau = tau_min + (tau_max - tau_min) sigmoid(rho) (inferred from CTKD): stays inside the bounds."""
+  """Tau = tau_min + (tau_max - tau_min) sigmoid(rho) (inferred from CTKD): stays inside the bounds."""
   return low + (high - low) * jax.nn.sigmoid(rho)
 
 

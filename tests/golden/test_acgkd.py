@@ -1,4 +1,4 @@
-"""ACGKD and GFKD against recorded vectors: GFKD's official functions, and an independent float64 ACGKD."""
+"""Recorded vectors of GFKD's official functions, and of an independent float64 ACGKD."""
 
 import functools
 import math
