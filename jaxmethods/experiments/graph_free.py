@@ -156,7 +156,16 @@ def make_generator(config: Config, sizes: Sizes, encoder: GraphEncoder):
   edge_form = config.form == "edges" or (config.form == "auto" and sizes.high > DENSE_NODES)
   adam = optax.scale_by_adam()
   xi = config.xi if config.xi_mode == "pairs" else 1.0
-  soft = jax.nn.softmax if sizes.one_hot else lambda phi: phi
+  rounded = config.algorithm == "acgkd" and config.relaxation == "straight_through"
+
+  def soft(phi: jax.Array) -> jax.Array:
+    return jax.nn.softmax(phi) if sizes.one_hot else phi
+
+  def seen(phi: jax.Array) -> jax.Array:
+    """Features as the teacher sees them during generation."""
+    if rounded and sizes.one_hot:
+      return method.straight_through(soft(phi), method.one_hot_features(phi))
+    return soft(phi)
 
   def as_batch(pseudo: Pseudo, weights: jax.Array, features: jax.Array) -> jraph.GraphsTuple:
     return method.assemble(
@@ -202,7 +211,7 @@ def make_generator(config: Config, sizes: Sizes, encoder: GraphEncoder):
     return answered(teacher, pseudo)
 
   def objective(teacher: Classifier, pseudo: Pseudo, weights, phi):
-    logits, _, gap = ask(teacher, pseudo, weights, soft(phi))
+    logits, _, gap = ask(teacher, pseudo, weights, seen(phi))
     entropy = jnp.zeros(())
     if sizes.one_hot:
       mask = jnp.arange(sizes.high) < pseudo.num_nodes[:, None]
@@ -229,6 +238,8 @@ def make_generator(config: Config, sizes: Sizes, encoder: GraphEncoder):
 
       def relaxed(theta, phi):
         s = method.concrete(theta, uniform, heat, config.noise)
+        if rounded:
+          s = method.straight_through(s, jnp.round(s))
         total, terms = objective(teacher, pseudo, s, phi)
         if config.xi_mode == "penalty":
           total += config.xi * s.mean(where=pseudo.pairs.mask)

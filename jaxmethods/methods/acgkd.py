@@ -169,6 +169,11 @@ def concrete(
   return jax.nn.sigmoid((log_odds + g) / temperature)
 
 
+def straight_through(soft: Array, hard: Array) -> Array:
+  """The value of `hard` with the gradient of `soft`: the teacher sees graphs as they will be kept."""
+  return soft + jax.lax.stop_gradient(hard - soft)
+
+
 def harden(log_odds: Array) -> Array:
   """Final edges 1[sigmoid(theta) >= 0.5], as 0 and 1 (GFKD code)."""
   return (log_odds >= 0).astype(log_odds.dtype)

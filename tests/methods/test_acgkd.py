@@ -93,6 +93,15 @@ def test_concrete_refuses_noise():
     acgkd.concrete(THETA, THETA, 0.5, "normal")
 
 
+def test_straight_through():
+  soft, hard = uniform(0, (4,)), jnp.arange(4.0)
+  value, gradient = jax.value_and_grad(
+    lambda s: (acgkd.straight_through(s**2, hard) * jnp.arange(1.0, 5)).sum()
+  )(soft)
+  assert value == pytest.approx((hard * jnp.arange(1.0, 5)).sum(), rel=1e-6)
+  np.testing.assert_allclose(gradient, 2 * soft * jnp.arange(1.0, 5), rtol=1e-6)
+
+
 # --- candidates -----------------------------------------------------------------------------------
 
 
