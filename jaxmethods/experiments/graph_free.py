@@ -358,7 +358,8 @@ def make_student(config: Config, encoder: GraphEncoder, num_classes: int):
   def logits(student: Student, teacher: Classifier, batch: jraph.GraphsTuple) -> jax.Array:
     """In evaluation mode."""
     variables = {"params": student.params["encoder"], "batch_stats": student.batch_stats}
-    return head_of(student.params, teacher)(encoder.apply(variables, batch))
+    pooled: Any = encoder.apply(variables, batch)
+    return head_of(student.params, teacher)(pooled)
 
   return start, learn, logits, tau_of
 
@@ -416,12 +417,12 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def batches(step: int) -> Iterator[Work]:
     while True:
-      yield Work(np.int32(step), teacher, real)
+      yield Work(jnp.int32(step), teacher, real)
       step += 1
 
   def pseudo_lessons(pseudo: Pseudo, epoch: jax.Array, key: jax.Array):
     edges, features = final(pseudo)
-    order, available = jnp.arange(sizes.graphs), sizes.graphs
+    order, available = jnp.arange(sizes.graphs), jnp.int32(sizes.graphs)
     if config.curriculum != "off":
       complexity = method.edge_complexity(edges, pseudo.pairs.mask)
       if config.curriculum == "teacher_loss":
@@ -446,6 +447,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return lesson, -(-available // config.batch_size), available
 
   def real_lessons(work: Work, key: jax.Array):
+    assert work.real is not None
     graphs, targets = work.real
     count = graphs.n_node.shape[0]
     order = jax.random.permutation(key, count)
@@ -484,6 +486,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     state, loss, seen = done
     metrics = {"loss": loss, "graphs": seen, "temperature": tau_of(state.student.rho)}
     if gen_steps:
+      assert state.pseudo is not None
       metrics |= {f"generation/{name}": x for name, x in state.pseudo.best.terms.items()}
     return state, metrics
 
@@ -502,7 +505,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
         "pseudo_accuracy": agrees.mean(),
         "pseudo_gap": state.pseudo.gap,
         "pseudo_edges": edges.mean(),
-        "structure_parameters": state.pseudo.pairs.count.sum(),
+        "structure_parameters": state.pseudo.pairs.num_pairs.sum(),
       }
     return metrics
 

@@ -67,8 +67,7 @@ def load(config: Config) -> Material:
     published = gfkd.load()
     data, train, test = published.data, published.train, published.test
   else:
-    options = {"max_degree": config.max_degree} if config.max_degree else {}
-    found = sources.load_graphs(config.data, **options)
+    found = sources.load_graphs(config.data, max_degree=config.max_degree or None)
     if len(found) != 1:
       raise InputError(f"data: {config.data}: expected one set of graphs, got {len(found)}")
     (data,) = found

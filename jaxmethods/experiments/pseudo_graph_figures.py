@@ -76,7 +76,7 @@ def _draw(axis: Axes, graphs: Graphs, i: int) -> set[int]:
   ends = np.stack([place[graphs.source[i][there]], place[graphs.target[i][there]]])
   axis.plot(ends[..., 0], ends[..., 1], color="#999999", lw=0.5, alpha=0.6, zorder=1)
   kinds = graphs.features[i, :n].argmax(-1)
-  axis.scatter(*place.T, s=34, c=[_colour(int(k)) for k in kinds], zorder=2, lw=0)
+  axis.scatter(place[:, 0], place[:, 1], s=34, c=[_colour(int(k)) for k in kinds], zorder=2, lw=0)
   wanted = int(graphs.labels[i])
   sure = graphs.probabilities[i, wanted]
   axis.set_title(f"{int(there.sum())} edges\nclass {wanted}: {sure:.2f}", fontsize=9)

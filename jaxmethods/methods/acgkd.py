@@ -33,20 +33,20 @@ class Pairs(NamedTuple):
 
   Attributes:
     source, target: (P, M) int32 nodes; padding pairs join the last node slot to itself.
-    count: (P,) int32 number of real pairs, which come first.
+    num_pairs: (P,) int32 number of real pairs, which come first.
     order: (P, E) int32, in the edge form only: positions of the directed edges, E = M if directed and
       2 M if not (the reversed pairs follow), sorted by receiver and sender. None: the dense form.
   """
 
   source: Array
   target: Array
-  count: Array
+  num_pairs: Array
   order: Array | None = None
 
   @property
   def mask(self) -> Array:
     """(P, M) bool, true for real pairs."""
-    return jnp.arange(self.source.shape[1]) < self.count[:, None]
+    return jnp.arange(self.source.shape[1]) < self.num_pairs[:, None]
 
 
 def pair_count(num_nodes, directed: bool = False):

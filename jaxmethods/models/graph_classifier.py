@@ -121,12 +121,14 @@ def batch_norm_gap(
   def watch(call, args, kwargs, context):
     if isinstance(context.module, MaskedBatchNorm) and context.method_name == "__call__":
       mean, variance, _ = masked_moments(args[0], batch.nodes["mask"])
-      seen = {name: context.module.get_variable("batch_stats", name) for name in ("mean", "var")}
+      seen: Any = {
+        name: context.module.get_variable("batch_stats", name) for name in ("mean", "var")
+      }
       gaps.append(_norm(seen["var"] - variance) + _norm(seen["mean"] - mean))
     return call(*args, **kwargs)
 
   with nn.intercept_methods(watch):
-    pooled = encoder.apply(variables, batch)
+    pooled: Any = encoder.apply(variables, batch)
   return pooled, sum(gaps[1:], gaps[0])
 
 

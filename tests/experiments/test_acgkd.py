@@ -218,7 +218,7 @@ def test_zero_nodes(monkeypatch):
   data = from_adjacencies(
     [np.ones((3, 3)) - np.eye(3), np.zeros((0, 0))], [np.eye(3), np.zeros((0, 3))], [0, 1], 2
   )
-  monkeypatch.setattr(graph_teachers.sources, "load_graphs", lambda name: [data])
+  monkeypatch.setattr(graph_teachers.sources, "load_graphs", lambda name, max_degree: [data])
   with pytest.raises(InputError, match="graph 1 has no nodes"):
     graph_teachers.load(CONFIG)
 

@@ -111,7 +111,7 @@ def test_candidates(xi, directed, seed):
   pairs, _, _ = problem(seed, xi=xi, directed=directed)
   all_pairs = SIZES * (SIZES - 1) // (1 if directed else 2)
   expected = np.maximum(1, np.floor(xi * np.asarray(all_pairs) + 0.5))
-  np.testing.assert_array_equal(pairs.count, expected)
+  np.testing.assert_array_equal(pairs.num_pairs, expected)
   for i, n in enumerate(SIZES):
     ends = np.stack([pairs.source[i], pairs.target[i]], 1)[np.asarray(pairs.mask[i])]
     assert len({tuple(pair) for pair in ends}) == len(ends) == expected[i]
@@ -150,7 +150,7 @@ def test_dense_and_edge_form_agree(name, directed):
 
     (_, out), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(weights, features)
     d_weights = np.zeros((P, N, N))
-    for i, count in enumerate(pairs.count):
+    for i, count in enumerate(pairs.num_pairs):
       ends = pairs.source[i, :count], pairs.target[i, :count]
       d_weights[i][*ends] = gradients[0][i, :count]
     assert not np.asarray(gradients[0])[~np.asarray(pairs.mask)].any()
