@@ -137,13 +137,14 @@ def main() -> None:
   parser.add_argument("--classes", type=int, default=2)
   parser.add_argument("--iterations", type=int, default=20, help="in one timed call")
   parser.add_argument("--repeats", type=int, default=4)
+  parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="of CASES")
   parser.add_argument("--memory_only", action="store_true")
   parser.add_argument("--name", default="acgkd_generation", help="of the files under results/")
   args = parser.parse_args()
 
   import jax
 
-  results = [measure(args, *case) for case in CASES]
+  results = [measure(args, *case) for case in (CASES[i] for i in args.cases)]
   lines = [
     f"# Generation, {args.graphs} graphs of {args.nodes[0]} to {args.nodes[1]} nodes",
     f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.acgkd_generation --graphs {args.graphs} "
