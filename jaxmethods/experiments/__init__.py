@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     title="ACGKD",
     paper="Jia et al., 2025, arXiv 2504.00540",
     summary="a graph network distilled without any graph (a reconstruction)",
-    embedded_run="2 min",
+    embedded_run="not timed",
   ),
   "fedssp": Method(
     title="FedSSP",
