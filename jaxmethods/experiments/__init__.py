@@ -27,6 +27,12 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
+  "acgkd": Method(
+    title="ACGKD",
+    paper="Jia et al., 2025, arXiv 2504.00540",
+    summary="a graph network distilled without any graph (a reconstruction)",
+    embedded_run="not timed",
+  ),
   "fedssp": Method(
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",

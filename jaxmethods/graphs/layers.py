@@ -2,6 +2,9 @@
 
 Arrays follow the batch layout of `jaxmethods.graphs`: N node slots, E edges from `senders` to
 `receivers`, sorted by receiver, G graphs. Masked edges and nodes have no influence on any result.
+
+The convolutions read dense graphs too: `senders` and `receivers` None, and `edge_weights` (G, n, n),
+the weighted adjacency [graph, source, target] of G graphs padded to n = N / G node slots each.
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ def _rows(x: Array, index: Array) -> Array:
   return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
+def _per_graph(x: Array, adjacency: Array) -> Array:
+  """(N, ...) -> (G, n, ...) for a dense adjacency (G, n, n)."""
+  return x.reshape(*adjacency.shape[:2], *x.shape[1:])
+
+
 def _drop(segments: Array, mask: Array | None, num_segments: int) -> Array:
   """Sends masked rows out of range, where every segment reduction leaves them out for free."""
   return segments if mask is None else jnp.where(mask, segments, num_segments)
@@ -70,8 +78,8 @@ def _drop(segments: Array, mask: Array | None, num_segments: int) -> Array:
 
 def neighbour_sum(
   x: Array,
-  senders: Array,
-  receivers: Array,
+  senders: Array | None,
+  receivers: Array | None,
   edge_weights: Array | None = None,
   edge_mask: Array | None = None,
   *,
@@ -82,9 +90,9 @@ def neighbour_sum(
 
   Args:
     x: (N, F).
-    senders: (E,) int.
-    receivers: (E,) int, sorted.
-    edge_weights: (E,), default 1.
+    senders: (E,) int; None for dense graphs.
+    receivers: (E,) int, sorted; None for dense graphs.
+    edge_weights: (E,), default 1; or the dense adjacency (G, n, n).
     edge_mask: (E,) bool, default all true; masked edges last.
     symmetric: promises that every edge is there in both directions with the same weight; the
       gradient is then the same product again instead of an unsorted scatter.
@@ -95,6 +103,9 @@ def neighbour_sum(
   Returns:
     (N, F).
   """
+  if senders is None or receivers is None:
+    assert edge_weights is not None
+    return jnp.einsum("gjk,gjf->gkf", edge_weights, _per_graph(x, edge_weights)).reshape(x.shape)
   x, senders, receivers = map(jnp.asarray, (x, senders, receivers))
   if how is None:
     wide = x.dtype == jnp.float32 and x.shape[-1] >= 32
@@ -351,8 +362,8 @@ class GIN(nn.Module):
   def __call__(
     self,
     x: Array,
-    senders: Array,
-    receivers: Array,
+    senders: Array | None,
+    receivers: Array | None,
     edge_weights: Array | None = None,
     edge_mask: Array | None = None,
     node_mask: Array | None = None,
@@ -386,8 +397,8 @@ class GCN(nn.Module):
   def __call__(
     self,
     x: Array,
-    senders: Array,
-    receivers: Array,
+    senders: Array | None,
+    receivers: Array | None,
     edge_weights: Array | None = None,
     edge_mask: Array | None = None,
   ) -> Array:
@@ -414,6 +425,7 @@ class GAT(nn.Module):
 
   e_jk = leaky_relu(a_src . z_j + a_dst . z_k), softmax over j; heads are concatenated. An edge
   weight multiplies exp(e_jk), so that weights of 0 and 1 equal the graph without and with the edge.
+  On dense graphs the attention (G, n sources, n targets, heads) is sown into "intermediates".
 
   Attributes:
     features: width of one head.
@@ -429,8 +441,8 @@ class GAT(nn.Module):
   def __call__(
     self,
     x: Array,
-    senders: Array,
-    receivers: Array,
+    senders: Array | None,
+    receivers: Array | None,
     edge_weights: Array | None = None,
     edge_mask: Array | None = None,
   ) -> Array:
@@ -444,6 +456,11 @@ class GAT(nn.Module):
 
     z = (x @ kernel).reshape(num_nodes, *shape)
     from_source, to_target = (z * source).sum(-1), (z * target).sum(-1)  # (N, heads)
+    if senders is None or receivers is None:
+      assert edge_weights is not None
+      attention = self._dense_attention(from_source, to_target, edge_weights)
+      y = jnp.einsum("gjkh,gjhf->gkhf", attention, _per_graph(z, edge_weights))
+      return y.reshape(num_nodes, -1) + bias
     logits = nn.leaky_relu(
       _rows(from_source, senders) + _rows(to_target, receivers), self.negative_slope
     )
@@ -463,3 +480,16 @@ class GAT(nn.Module):
     messages = _rows(z, senders) * weights[:, :, None]
     y = own[:, :, None] * z + segment_sum(messages, segments, num_nodes)
     return (y / total[:, :, None]).reshape(num_nodes, -1) + bias
+
+  def _dense_attention(self, from_source: Array, to_target: Array, adjacency: Array) -> Array:
+    """Softmax over the sources j of each target k: (N, heads) twice -> (G, n, n, heads)."""
+    source, target = _per_graph(from_source, adjacency), _per_graph(to_target, adjacency)
+    logits = nn.leaky_relu(source[:, :, None] + target[:, None], self.negative_slope)
+    weights = (adjacency + jnp.eye(adjacency.shape[-1], dtype=adjacency.dtype))[..., None]
+    # Largest logit of a real edge, finite because of the self loop; others are shut out before exp.
+    largest = jnp.where(weights > 0, logits, -jnp.inf).max(1, keepdims=True)
+    shifted = jnp.where(weights > 0, logits - jax.lax.stop_gradient(largest), -jnp.inf)
+    unnormalised = weights * jnp.exp(shifted)
+    attention = unnormalised / unnormalised.sum(1, keepdims=True)
+    self.sow("intermediates", "attention", attention)
+    return attention

@@ -1,0 +1,246 @@
+"""The experiment around ACGKD: teachers, rows, phases, bad input."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import acgkd, graph_free, graph_teachers
+from tests.graphs.random_graphs import from_adjacencies
+
+CONFIG = acgkd.Config(
+  data="tu:RINGS", teacher="trained", teacher_layers=3, teacher_width=8, teacher_epochs=2,
+  student_width=4, batch_size=8, pseudo_graphs=10, gen_iters=4, gen_chunk=2, steps=4,
+)  # fmt: skip
+ROWS = acgkd.rows(CONFIG)
+
+
+def run(config):
+  """(experiment, first state, state after every step, metrics of every step)."""
+  experiment = acgkd.build(config)
+  states = [experiment.init(jax.random.key(config.seed))]
+  step, history = jax.jit(experiment.step), []
+  for _, batch in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
+    state, metrics = step(states[-1], batch)
+    states.append(state)
+    history.append(jax.device_get(metrics))
+  return experiment, states, history
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_graphs_here):
+  """One run of ACGKD."""
+  return run(ROWS["acgkd"])
+
+
+pytestmark = pytest.mark.usefixtures("tiny_graphs_here")
+
+
+def test_phases_of_a_run(trained):
+  experiment, states, history = trained
+  assert experiment.num_steps == 2 + 4
+  first, made, last = states[0], states[2], states[-1]
+  chex.assert_trees_all_equal(made.student, first.student)  # generation leaves the student alone
+  chex.assert_trees_all_equal(last.pseudo, made.pseudo)  # and distillation the graphs
+  assert (made.pseudo.log_odds != first.pseudo.log_odds).any()
+  assert history[1]["loss"] <= history[0]["loss"]  # the best so far
+  assert [int(m["graphs"]) for m in history] == [0, 0, 3, 7, 10, 10]
+  assert history[2]["temperature"] == pytest.approx(2)  # r(0) = 0: it has not moved
+  assert history[-1]["temperature"] != history[2]["temperature"]
+  assert all(np.isfinite(value) for metrics in history for value in metrics.values())
+  assert "reconstruction" in experiment.about and "tu:RINGS (30 graphs); real" in experiment.about
+
+
+def test_the_teacher_is_never_changed(trained):
+  experiment, states, _ = trained
+  before, after = experiment.test.teacher, acgkd.build(ROWS["acgkd"]).test.teacher
+  chex.assert_trees_all_equal(before, after)  # the second comes from the cache
+  assert set(states[-1].student.params) == {"encoder"}  # no classifier of its own
+  assert "projection" in states[-1].student.params["encoder"]
+
+
+def test_candidates_get_no_gradient_beyond_their_count(trained):
+  _, (first, *_, last), _ = trained
+  padding = ~np.asarray(first.pseudo.pairs.mask)
+  assert padding.any()
+  np.testing.assert_array_equal(
+    np.asarray(first.pseudo.log_odds)[padding], np.asarray(last.pseudo.log_odds)[padding]
+  )
+
+
+def test_both_forms_make_the_same_graphs(trained):
+  _, states, _ = trained
+  _, others, _ = run(dataclasses.replace(ROWS["acgkd"], form="edges"))
+  ours, theirs = (s[-1].pseudo for s in (states, others))
+  assert ours.pairs.order is None and theirs.pairs.order is not None
+  np.testing.assert_allclose(ours.best.loss, theirs.best.loss, rtol=1e-3)
+  np.testing.assert_allclose(ours.best.log_odds, theirs.best.log_odds, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gfkd", "deepinversion", "random", "real", "teacher"])
+def test_rivals(name):
+  experiment, states, history = run(ROWS[name])
+  evaluated = jax.jit(experiment.evaluate)(states[-1], experiment.test)
+  assert all(np.isfinite(value) for value in evaluated.values())
+  assert all(np.isfinite(metrics["loss"]) for metrics in history)
+  pseudo = states[-1].pseudo
+  if name in ("real", "teacher"):
+    assert pseudo is None
+  else:
+    assert evaluated["structure_parameters"] == pseudo.pairs.mask.sum()
+    fixed = (states[0].pseudo.log_odds == pseudo.log_odds).all()
+    assert fixed == (name != "gfkd")
+    assert (states[0].pseudo.features == pseudo.features).all() == (name == "random")
+  if name != "teacher":
+    assert "head" in states[-1].student.params
+    assert history[-1]["temperature"] == 2
+  if name == "teacher":
+    assert evaluated["test_accuracy"] == evaluated["teacher_accuracy"]
+
+
+def test_rows():
+  assert next(iter(ROWS)) == "acgkd"
+  assert set(ROWS) == {
+    "acgkd", "no_curriculum", "fixed_temperature", "own_classifier", "all_pairs",
+    "straight_through", "gfkd", "deepinversion", "random", "real", "teacher",
+  }  # fmt: skip
+  protocol = ("data", "steps", "batch_size", "split_seed", "teacher", "student_width", "gen_iters")
+  for row in ROWS.values():
+    assert all(getattr(row, key) == getattr(CONFIG, key) for key in protocol)
+
+
+def test_figures(trained):
+  experiment, states, _ = trained
+  assert set(experiment.figures(states[-1])) == {"pseudo_graphs", "easy_to_hard"}
+
+
+def test_split_is_seeded_and_complete():
+  train, test = graph_teachers.split(188, 0.7, 29)
+  assert len(train) == 131 and sorted([*train, *test]) == list(range(188))
+  np.testing.assert_array_equal(train, graph_teachers.split(188, 0.7, 29)[0])
+
+
+def test_spatial_complexity_modes():
+  material = graph_teachers.load(CONFIG)
+  sizes = {
+    mode: graph_free.choose_sizes(dataclasses.replace(CONFIG, xi_mode=mode), material)
+    for mode in ("pairs", "nodes", "penalty")
+  }
+  assert sizes["nodes"].high < sizes["pairs"].high == sizes["penalty"].high
+  assert sizes["nodes"].low >= 2
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("key", "options"),
+  [
+    ("xi", {"xi": 0.0}),
+    ("xi", {"xi": 1.5}),
+    ("concrete_temperature", {"concrete_temperature": 0.0}),
+    ("min_nodes", {"min_nodes": 1, "max_nodes": 4}),
+    ("max_nodes", {"max_nodes": 4}),
+    ("pseudo_graphs", {"pseudo_graphs": -1}),
+    ("gen_iters", {"gen_iters": 5}),
+    ("tau", {"tau": 9.0}),
+    ("teacher", {"teacher": "mine"}),
+    ("student_layers", {"student_layers": 1}),
+    ("curriculum_start", {"curriculum_start": 0.0}),
+    ("dropout", {"dropout": 1.0}),
+  ],
+)
+def test_impossible_values_name_their_key(key, options):
+  with pytest.raises(ValueError, match=f"^{key}: "):
+    dataclasses.replace(CONFIG, **options)
+
+
+def save_teacher(path, features=3, classes=2, width=4, norms=True):
+  """A GCN-2 under the published names."""
+  rng = np.random.default_rng(0)
+  arrays = {
+    "gcnlayers.0.weight": rng.normal(size=(features, width)),
+    "gcnlayers.0.bias": np.zeros(width),
+    "linears_prediction.weight": rng.normal(size=(classes, width)),
+    "linears_prediction.bias": np.zeros(classes),
+  }
+  if norms:
+    arrays |= {f"norms.0.{leaf}": np.ones(width) for leaf in ("weight", "running_var")}
+    arrays |= {f"norms.0.{leaf}": np.zeros(width) for leaf in ("bias", "running_mean")}
+  np.savez(path, **{f"teacher/{k}": v.astype(np.float32) for k, v in arrays.items()})
+  return dataclasses.replace(CONFIG, teacher=f"npz:{path}")
+
+
+def test_a_teacher_without_batch_norm_is_used_and_said(tmp_path):
+  config = save_teacher(tmp_path / "t.npz", norms=False)
+  experiment, _, history = run(config)
+  assert "without batch normalisation: that term of the generation is dropped" in experiment.about
+  assert all(metrics["generation/batch_norm"] == 0 for metrics in history)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"classes": 3}, "teacher has 3 classes, tu:RINGS has 2"),
+    ({"features": 5}, "teacher reads 5 features, the nodes of tu:RINGS have 3"),
+  ],
+)
+def test_a_teacher_that_does_not_fit(tmp_path, options, message):
+  with pytest.raises(InputError, match=message):
+    graph_teachers.load(save_teacher(tmp_path / "t.npz", **options))
+
+
+def test_teacher_files_that_cannot_be_read(tmp_path):
+  config = dataclasses.replace(CONFIG, teacher=f"npz:{tmp_path / 't.npz'}")
+  with pytest.raises(InputError, match="no such file"):
+    graph_teachers.load(config)
+  (tmp_path / "t.npz").write_bytes(b"PK\x03\x04")
+  with pytest.raises(InputError, match="not a readable npz"):
+    graph_teachers.load(config)
+  np.savez(tmp_path / "t.npz", x=np.zeros(3))
+  with pytest.raises(InputError, match="no arrays teacher"):
+    graph_teachers.load(config)
+  np.savez(tmp_path / "t.npz", **{"teacher/other.weight": np.zeros(3)})
+  with pytest.raises(InputError, match=r"other\.weight: not a weight of a GFKD network"):
+    graph_teachers.load(config)
+  with pytest.raises(InputError, match="the published one belongs to"):
+    graph_teachers.load(dataclasses.replace(CONFIG, teacher="published"))
+
+
+def test_zero_nodes(monkeypatch):
+  data = from_adjacencies(
+    [np.ones((3, 3)) - np.eye(3), np.zeros((0, 0))], [np.eye(3), np.zeros((0, 3))], [0, 1], 2
+  )
+  monkeypatch.setattr(graph_teachers.sources, "load_graphs", lambda name, max_degree: [data])
+  with pytest.raises(InputError, match="graph 1 has no nodes"):
+    graph_teachers.load(CONFIG)
+
+
+def test_an_empty_part_of_the_split():
+  with pytest.raises(InputError, match="train_share"):
+    graph_teachers.split(3, 0.1, 29)
+
+
+def test_one_line_from_the_command_line(cli, tiny_graphs_environment):
+  result = cli(
+    "train.run", "--method", "acgkd", "--data", "tu:RINGS", "--xi", "1.5", **tiny_graphs_environment
+  )
+  assert result.returncode == 2
+  assert result.stderr == "error: xi: must be in (0, 1], got 1.5\n"
+
+
+def test_one_program_for_all_steps(trained):
+  experiment, states, _ = trained
+  step = jax.jit(chex.assert_max_traces(experiment.step, n=1))
+  batches = experiment.batches(0)
+  state = states[0]
+  for _ in range(3):
+    state, _ = step(state, next(batches))
+  assert jnp.isfinite(state.pseudo.best.loss)
