@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,11 +10,10 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 import optax
-from flax import serialization
 
 from jaxmethods.data import gfkd, records, sources
+from jaxmethods.data.array_cache import cached
 from jaxmethods.data.records import GraphData
-from jaxmethods.data.spectra_cache import cache_folder
 from jaxmethods.errors import InputError
 from jaxmethods.graphs.batching import batch_graphs, stack
 from jaxmethods.models.graph_classifier import (
@@ -34,7 +29,7 @@ from jaxmethods.stats.dropout import dropout
 if TYPE_CHECKING:
   from jaxmethods.experiments.acgkd import Config
 
-FORMAT = b"1"  # changes when teachers are trained in another way
+FORMAT = b"2"  # changes when teachers are trained in another way
 
 
 class Material(NamedTuple):
@@ -153,10 +148,7 @@ def _trained(config: Config, data: GraphData, train: np.ndarray) -> tuple[GraphE
   encoder = GraphEncoder(
     config.teacher_kind, config.teacher_layers, config.teacher_width, symmetric=True
   )
-  digest = hashlib.sha256(FORMAT)
   graphs = data.graphs
-  for part in (graphs.n_node, graphs.senders, graphs.receivers, graphs.nodes, data.labels, train):
-    digest.update(np.ascontiguousarray(part).tobytes())
   settings = (
     encoder,
     config.teacher_epochs,
@@ -164,23 +156,21 @@ def _trained(config: Config, data: GraphData, train: np.ndarray) -> tuple[GraphE
     config.learning_rate,
     config.dropout,
   )
-  digest.update(repr(settings).encode())
-  path = cache_folder() / "teachers" / f"{digest.hexdigest()}.msgpack"
-
   batches = real_batches(data, train, config.batch_size)
   key = jax.random.key(0)
   start = _start(encoder, jax.tree.map(lambda x: x[0], batches), data.num_classes, key)
-  # A damaged file is made anew.
-  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-    return encoder, serialization.from_bytes(start, path.read_bytes())
-  print(f"training the teacher: {config.teacher_epochs} epochs on {len(train)} graphs", flush=True)
-  teacher = fit(encoder, start, batches, config, key)
-  with contextlib.suppress(OSError):  # without a cache the next run trains again
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-      Path(aside, path.name).write_bytes(serialization.to_bytes(teacher))
-      os.replace(Path(aside, path.name), path)
-  return encoder, teacher
+
+  def leaves() -> dict[str, np.ndarray]:
+    print(
+      f"training the teacher: {config.teacher_epochs} epochs on {len(train)} graphs", flush=True
+    )
+    teacher = jax.device_get(fit(encoder, start, batches, config, key))
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(teacher))}
+
+  parts = (graphs.n_node, graphs.senders, graphs.receivers, graphs.nodes, data.labels, train)
+  stored = cached("teachers", [FORMAT, *parts, repr(settings).encode()], leaves)
+  kept = [jnp.asarray(stored[str(i)]) for i in range(len(stored))]
+  return encoder, jax.tree.unflatten(jax.tree.structure(start), kept)
 
 
 def _start(encoder: GraphEncoder, batch, num_classes: int, key: jax.Array) -> Classifier:
