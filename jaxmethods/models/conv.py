@@ -2,7 +2,9 @@
 
 On CPU a convolution inside a loop, or mapped over clients with their own weights, takes XLA's slow
 path; gathering the neighbourhoods and multiplying by the kernel as a matrix is 4 to 7 times faster
-there.
+there. Outside of a loop it depends: gradients of one block of `convnets` (32 images of 16 x 16 x 24, one
+core of a busy machine, CPU ms, median of 12), patches against lax.conv: ResNet 40 and 21, MobileNetV2
+142 and 384, ShuffleNet 11 and 42. A ResNet that is not mapped is better off with `patches=False`.
 """
 
 from __future__ import annotations
