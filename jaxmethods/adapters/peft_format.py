@@ -117,7 +117,10 @@ def from_peft(
     kinds = {frozenset(layer) for layer in layers}
     if len(kinds) > 1:
       raise InputError(f"the PEFT adapter has not the same tensors for all layers of {module}")
-    read_layers = [read(layer) for layer in layers]
+    try:
+      read_layers = [read(layer) for layer in layers]
+    except KeyError as error:
+      raise InputError(f"the PEFT adapter has no {error.args[0]} for {module}") from None
     for name in read_layers[0]:
       stack = [layer[name] for layer in read_layers]
       tree[below(module, name)] = np.stack(stack) if "layers" in path.split("/") else stack[0]

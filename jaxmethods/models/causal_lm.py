@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
 from jaxmethods.models.weights import Rule, Table
+from jaxmethods.stats.activations import swiglu
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -379,7 +380,7 @@ class MLP(nn.Module):
     c = self.config
     gate = _dense(c, self, c.mlp_width, "gate", c.mlp_bias)(x)
     up = _dense(c, self, c.mlp_width, "up", c.mlp_bias)(x)
-    return _dense(c, self, x.shape[-1], "down", c.mlp_bias)(nn.silu(gate) * up)
+    return _dense(c, self, x.shape[-1], "down", c.mlp_bias)(swiglu(gate, up))
 
 
 class Block(nn.Module):

@@ -31,3 +31,27 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) * up, the gated unit of Llama-type models; any one shape.
+
+  The backward pass keeps the two arguments. Autodiff also keeps the sigmoid and its product with
+  `gate`: two more arrays of the width of the MLP in every layer.
+  """
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+  return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals, cotangent):
+  gate, up = residuals
+  sigmoid = jax.nn.sigmoid(gate)
+  slope = sigmoid * (1 + gate * (1 - sigmoid))
+  return cotangent * up * slope, cotangent * gate * sigmoid
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -97,6 +97,9 @@ def test_what_cannot_be_read():
   fewer = {name: t for name, t in tensors.items() if "layers.1.mlp" not in name}
   with pytest.raises(InputError, match="not the same tensors for all layers of layers/mlp/down"):
     read(config, fewer)
+  fewer = {name: t for name, t in tensors.items() if "down_proj.lora_B" not in name}
+  with pytest.raises(InputError, match=r"no lora_B\.weight for layers/mlp/down"):
+    read(config, fewer)
   for option, message in (
     ({"peft_type": "LOHA"}, "peft_type 'LOHA' cannot be read"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
