@@ -11,6 +11,7 @@ XLA's own account of the compiled program: temporaries, and the state that stays
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -42,8 +43,7 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
   from jaxmethods.runtime import compiler
 
   rows = acgkd.rows(acgkd.Config(gen_iters=args.iterations, gen_chunk=args.iterations, form=form))
-  row = rows["gfkd" if algorithm == "gfkd" else "acgkd"]
-  object.__setattr__(row, "xi", xi)
+  row = dataclasses.replace(rows[algorithm], xi=xi)
   low, high = args.nodes
   sizes = graph_free.Sizes(args.graphs, low, high, args.features, args.classes, True)
   encoder = GraphEncoder("gcn", 5, 64, symmetric=not row.directed)
@@ -51,12 +51,8 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
   key = jax.random.key(0)
 
   def teacher_of(key):
-    # Two nodes are enough to make weights.
-    small = graph_free.Sizes(2, 2, 2, args.features, args.classes, True)
-    pseudo = jax.eval_shape(
-      lambda key: method_batch(row, small, key), key
-    )  # fmt: skip
-    variables = encoder.init(key, pseudo)
+    batch = two_nodes(key, args.features)
+    variables = encoder.init(key, batch)
     head = init_head(key, encoder.width, args.classes)
     return Classifier(variables["params"], variables["batch_stats"], head)
 
@@ -67,12 +63,11 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
   program = chunk.lower(teacher, shapes, jax.ShapeDtypeStruct((), jnp.int32), key).compile()
   compiled = time.perf_counter() - began
   memory = program.memory_analysis()
-  parameters = shapes.log_odds.size
   result = {
     "algorithm": algorithm,
     "form": form,
     "xi": xi,
-    "structure_parameters": parameters,
+    "structure_parameters": shapes.log_odds.size,
     "temporary_mb": memory.temp_size_in_bytes / 1e6,
     "state_mb": memory.argument_size_in_bytes / 1e6,
     "compile_seconds": compiled,
@@ -90,17 +85,16 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
   return result
 
 
-def method_batch(row, sizes, key):
-  """A batch of tiny pseudo-graphs, for shapes."""
+def two_nodes(key, features: int):
+  """The smallest batch, to make weights from."""
   import jax.numpy as jnp
 
   from jaxmethods.methods import acgkd as method
 
-  num_nodes = jnp.full(sizes.graphs, sizes.high)
-  pairs = method.draw_candidates(key, num_nodes, sizes.high, directed=row.directed)
-  features = jnp.zeros((sizes.graphs, sizes.high, sizes.features))
+  num_nodes = jnp.array([2])
+  pairs = method.draw_candidates(key, num_nodes, 2)
   return method.assemble(
-    pairs, jnp.zeros(pairs.source.shape), features, num_nodes, directed=row.directed
+    pairs, jnp.zeros(pairs.source.shape), jnp.zeros((1, 2, features)), num_nodes
   )
 
 
