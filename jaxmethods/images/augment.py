@@ -140,12 +140,19 @@ def sharpness(image: Array, factor: Array | float) -> Array:
   """Sharpness: 0 is smoothed (border kept), 1 the image."""
   x = image.astype(jnp.float32)
   weights = jnp.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], jnp.float32)
-  height, width = x.shape[:2]
-  inner = sum(
-    weights[i, j] * x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
-  )
-  smooth = x.at[1:-1, 1:-1].set(jnp.floor(inner / 13 + 0.5))
+  smooth = x.at[1:-1, 1:-1].set(jnp.floor(correlate(x, weights) / 13 + 0.5))
   return _enhance(x, smooth, factor)
+
+
+def correlate(image: Array, kernel: Array) -> Array:
+  """Weighted sums of (h, w, ...) under a kernel (a, b), where it fits: (h - a + 1, w - b + 1, ...)."""
+  rows, columns = kernel.shape
+  height, width = image.shape[0] - rows + 1, image.shape[1] - columns + 1
+  total = jnp.zeros((height, width, *image.shape[2:]), image.dtype)
+  for i in range(rows):
+    for j in range(columns):
+      total += kernel[i, j] * image[i : i + height, j : j + width]
+  return total
 
 
 def _grey(image: Array) -> Array:
