@@ -365,39 +365,40 @@ def draw(
   if kind == "frost" and textures is None:
     raise ValueError("frost needs textures")
   side = image.shape[0]
-  first, second, third = jax.random.split(key, 3)
-  uniform = functools.partial(jax.random.uniform, minval=-1.0)
+  uniform = functools.partial(jax.random.uniform, key)
+  # One call of the generator for each kind if it can be: compiling it is most of the compile time.
   match kind:
     case "gaussian_noise" | "speckle_noise":
-      return (jax.random.normal(first, image.shape),)
+      return (jax.random.normal(key, image.shape),)
     case "shot_noise":
-      return (jax.random.poisson(first, _at(_SHOT, severity) * _unit(image)),)
+      return (jax.random.poisson(key, _at(_SHOT, severity) * _unit(image)),)
     case "impulse_noise":
-      return jax.random.uniform(first, image.shape), jax.random.uniform(second, image.shape)
+      return tuple(uniform((2, *image.shape)))
     case "glass_blur":
-      return (jax.random.randint(first, (2, side - 2, side - 2, 2), -1, 1),)
+      return (-jnp.round(uniform((2, side - 2, side - 2, 2))).astype(jnp.int32),)
     case "motion_blur":
-      return (45 * uniform(first),)
+      return (uniform(minval=-45.0, maxval=45.0),)
     case "snow":
-      return jax.random.normal(first, (side, side)), -90 + 45 * uniform(second)
+      flakes, turn = jax.random.split(key)
+      angle = jax.random.uniform(turn, minval=-135.0, maxval=-45.0)
+      return jax.random.normal(flakes, (side, side)), angle
     case "frost":
       assert textures is not None
-      which = jax.random.randint(first, (), 0, len(textures.sizes))
-      rows, columns = textures.sizes[which]
-      start = (
-        which,
-        jax.random.randint(second, (), 0, rows - side),
-        jax.random.randint(third, (), 0, columns - side),
-        0,
-      )
-      return (jax.lax.dynamic_slice(textures.pixels, start, (1, side, side, 3))[0],)
+      which, row, column = uniform((3,))
+      index = jnp.floor(which * len(textures.sizes)).astype(jnp.int32)
+      free = textures.sizes[index] - side
+      row, column = jnp.floor(jnp.stack([row, column]) * free).astype(jnp.int32)
+      patch = jax.lax.dynamic_slice(
+        textures.pixels, (index, row, column, 0), (1, *image.shape)
+      )  # fmt: skip
+      return (patch[0],)
     case "fog":
       _, decay = _at(_FOG, severity)
       size = 1 << (side - 1).bit_length()
-      return (plasma(uniform(first, (size**2 - 1,)), decay)[:side, :side],)
+      return (plasma(uniform((size**2 - 1,), minval=-1.0), decay)[:side, :side],)
     case "elastic_transform":
-      shapes = ((3, 2), (side, side), (side, side))
-      return tuple(map(uniform, (first, second, third), shapes))
+      flat = uniform((6 + 2 * side**2,), minval=-1.0)
+      return flat[:6].reshape(3, 2), *flat[6:].reshape(2, side, side)
   return ()
 
 

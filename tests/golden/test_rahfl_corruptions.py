@@ -69,5 +69,7 @@ def test_plasma(golden_file):
   sizes = file["plasma/draw_shapes"].prod(1)
   roughness = 100 / decay ** np.repeat(np.arange(len(sizes)) // 3, sizes)
   with jax.enable_x64(True):
-    made = jax.jit(corrupt.plasma)(jnp.asarray(file["plasma/uniform_draws_flat"] / roughness), decay)
+    made = jax.jit(corrupt.plasma)(
+      jnp.asarray(file["plasma/uniform_draws_flat"] / roughness), decay
+    )
   np.testing.assert_allclose(made, file["plasma/expected"], rtol=1e-9, atol=1e-9)
