@@ -123,12 +123,12 @@ def _matrix(b=0.0, c=0.0, d=0.0, f=0.0) -> Array:
 
 def color(image: Array, factor: Array | float) -> Array:
   """Saturation: 0 is grey, 1 the image."""
-  return _enhance(image, _grey(image)[..., None], factor)
+  return _enhance(image, grey(image)[..., None], factor)
 
 
 def contrast(image: Array, factor: Array | float) -> Array:
   """Contrast: 0 is the mean grey level, 1 the image."""
-  return _enhance(image, jnp.round(_grey(image).mean()), factor)
+  return _enhance(image, jnp.round(grey(image).mean()), factor)
 
 
 def brightness(image: Array, factor: Array | float) -> Array:
@@ -155,7 +155,8 @@ def correlate(image: Array, kernel: Array) -> Array:
   return total
 
 
-def _grey(image: Array) -> Array:
+def grey(image: Array) -> Array:
+  """Grey levels (h, w) of (h, w, 3), in whole values."""
   weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
   return ((weighted.sum(-1) + 32768) >> 16).astype(jnp.float32)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -22,6 +22,7 @@ from jax import Array
 from scipy import ndimage
 
 from jaxmethods.images.augment import bilinear, correlate
+from jaxmethods.images.colour import from_hsv, to_hsv
 
 # Five entries each, for the severities 1 to 5.
 _GAUSSIAN = (0.04, 0.06, 0.08, 0.09, 0.10)
@@ -106,7 +107,7 @@ def defocus_blur(image: Array, severity: Array | int) -> Array:
 
 def gaussian_blur(image: Array, severity: Array | int) -> Array:
   """Gaussian blur with the edge continued. Not among the fifteen."""
-  return _levels(_both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
+  return _levels(both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
 
 
 def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
@@ -123,12 +124,12 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
   """
   side = image.shape[0]
   blur = _at(_blurs(side, _GLASS_SIGMA), severity)
-  x = _levels(_both_axes(blur, _unit(image)))
+  x = _levels(both_axes(blur, _unit(image)))
   place = jnp.arange(2, side)
   for i, (dx, dy) in enumerate(jnp.moveaxis(offsets.astype(jnp.int32), -1, 1)):
     moved = x.at[2:, 2:].set(x[place[:, None] + dy, place + dx])
     x = jnp.where(i < _at(_GLASS_ROUNDS, severity), moved, x)
-  return _levels(_both_axes(blur, _unit(x)))
+  return _levels(both_axes(blur, _unit(x)))
 
 
 def motion_blur(image: Array, severity: Array | int, angle: Array) -> Array:
@@ -143,7 +144,7 @@ def zoom_blur(image: Array, severity: Array | int) -> Array:
   count = _at(_ZOOM_COUNT, severity)
   # A step of 1.01 - 1, not 0.01: the size of the last zoom, 32.5, is rounded up (code).
   zooms = _zooms(image.shape[0], tuple(1 + (1.01 - 1) * i for i in range(most)))
-  zoomed = jax.vmap(_both_axes, (0, None))(jnp.asarray(zooms, jnp.float32), x)
+  zoomed = jax.vmap(both_axes, (0, None))(jnp.asarray(zooms, jnp.float32), x)
   used = (jnp.arange(most) < count)[:, None, None, None]
   return _levels((x + jnp.where(used, zoomed, 0).sum(0)) / (count + 1))
 
@@ -162,7 +163,7 @@ def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Ar
   """
   location, scale, threshold, radius, sigma, share = _at(_SNOW, severity)
   zoom = _at(_zooms(image.shape[0], _SNOW_ZOOM), severity)
-  layer = _both_axes(zoom, location + scale * normal)
+  layer = both_axes(zoom, location + scale * normal)
   layer = _unit(_levels(jnp.where(layer < threshold, 0, layer)))
   layer = _unit(_levels(_draw_out(layer, radius, sigma, angle, longest=14)))[..., None]
   x = _unit(image)
@@ -221,9 +222,9 @@ def plasma(uniform: Array, decay: Array | float) -> Array:
 
 def brightness(image: Array, severity: Array | int) -> Array:
   """Adds to the value of HSV."""
-  hue, saturation, value = _to_hsv(_unit(image))
+  hue, saturation, value = to_hsv(_unit(image))
   value = jnp.clip(value + _at(_BRIGHTNESS, severity), 0, 1)
-  return _levels(_from_hsv(hue, saturation, value))
+  return _levels(from_hsv(hue, saturation, value))
 
 
 def contrast(image: Array, severity: Array | int) -> Array:
@@ -235,21 +236,9 @@ def contrast(image: Array, severity: Array | int) -> Array:
 
 def saturate(image: Array, severity: Array | int) -> Array:
   """Scales and lifts the saturation of HSV. Not among the fifteen."""
-  hue, saturation, value = _to_hsv(_unit(image))
+  hue, saturation, value = to_hsv(_unit(image))
   factor, offset = _at(_SATURATE, severity)
-  return _levels(_from_hsv(hue, jnp.clip(saturation * factor + offset, 0, 1), value))
-
-
-def _to_hsv(x: Array) -> tuple[Array, Array, Array]:
-  """Hue, saturation, value of (..., 3); the hue as how far each channel lies below the highest, 0..1."""
-  value, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
-  below = (value - x) / jnp.where(value > low, value - low, 1)
-  hue = jnp.where(value > low, below, jnp.array([0.0, 1.0, 1.0]))  # grey counts as red
-  return hue, (value - low) / jnp.where(value > 0, value, 1), value
-
-
-def _from_hsv(hue: Array, saturation: Array, value: Array) -> Array:
-  return value * (1 - saturation * hue)
+  return _levels(from_hsv(hue, jnp.clip(saturation * factor + offset, 0, 1), value))
 
 
 # --- geometry -----------------------------------------------------------------------------------
@@ -279,7 +268,7 @@ def elastic_transform(
   warped = bilinear(_unit(image), _fold(source_y, 0, side - 1), _fold(source_x, 0, side - 1))
   sigmas = tuple(side * sigma for sigma in _ELASTIC_SIGMA)
   blur = _at(_blurs(side, sigmas, truncate=3.0, mode="reflect"), severity)
-  x, y = x + reach * _both_axes(blur, dx), y + reach * _both_axes(blur, dy)
+  x, y = x + reach * both_axes(blur, dx), y + reach * both_axes(blur, dy)
   return _levels(bilinear(warped, _fold(y, -0.5, side - 0.5), _fold(x, -0.5, side - 0.5)))
 
 
@@ -297,7 +286,7 @@ def pixelate(image: Array, severity: Array | int) -> Array:
 # --- random inputs ------------------------------------------------------------------------------
 
 # In the order of CIFAR-10-C, without its last, jpeg_compression; then those outside the fifteen.
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Array]] = {
   "gaussian_noise": gaussian_noise,
   "shot_noise": shot_noise,
   "impulse_noise": impulse_noise,
@@ -418,7 +407,7 @@ def _levels(x: Array) -> Array:
   return jnp.floor(255 * jnp.clip(x, 0, 1) + 1e-3).astype(jnp.uint8)
 
 
-def _both_axes(operator: Array, x: Array) -> Array:
+def both_axes(operator: Array, x: Array) -> Array:
   """Applies (side, side) to the rows and the columns of (side, side, ...)."""
   return jnp.einsum("ij,jk...,lk->il...", operator, x, operator, precision="highest")
 
