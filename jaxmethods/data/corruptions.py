@@ -54,8 +54,7 @@ def corrupt_images(
 ) -> Corrupted:
   """Corrupts floor(share * N) images drawn at random, each by a kind and at a severity of its own.
 
-  The draws of an image depend on the key and its index alone; a larger share corrupts the same images
-  in the same way, and more.
+  A larger share corrupts the same images in the same way, and more.
 
   Args:
     key: random key.
@@ -65,7 +64,8 @@ def corrupt_images(
     kinds: drawn from evenly. "frost" needs its textures, see `frost_textures`.
 
   Raises:
-    InputError: for images, a share, kinds or severities that cannot be used, or missing textures.
+    InputError: for images, a share, kinds or severities that cannot be used, or textures that are
+      missing or too small.
   """
   _check(images, share, severities, kinds)
   subset_key, kind_key, severity_key, image_key = jax.random.split(key, 4)
@@ -79,6 +79,13 @@ def corrupt_images(
   kind, severity = np.where(chosen, kind, -1), np.where(chosen, severity, 0)
   keys = jax.random.split(image_key, count)
 
+  textures = None
+  if "frost" in kinds and chosen.any():
+    textures = frost_textures()
+    side, smallest = images.shape[1], int(textures.sizes.min())
+    if side >= smallest:
+      raise InputError(f"images: frost needs a side below {smallest}, got {side}")
+
   out = images.copy()
   for i, name in enumerate(kinds):
     members = np.flatnonzero(kind == i)
@@ -86,7 +93,6 @@ def corrupt_images(
       for member in members:
         out[member] = jpeg_compression(images[member], int(severity[member]))
       continue
-    textures = frost_textures() if name == "frost" and len(members) else None
     for start in range(0, len(members), _CHUNK):
       # A short last chunk is filled with its own images again.
       chunk = np.resize(members[start : start + _CHUNK], _CHUNK)

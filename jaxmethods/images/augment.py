@@ -155,6 +155,11 @@ def correlate(image: Array, kernel: Array) -> Array:
   return total
 
 
+def along_axes(rows: Array, columns: Array, image: Array) -> Array:
+  """Applies (a, h) to the rows and (b, w) to the columns of (h, w, ...): (a, b, ...)."""
+  return jnp.einsum("ij,jk...,lk->il...", rows, image, columns, precision="highest")
+
+
 def grey(image: Array) -> Array:
   """Grey levels (h, w) of (h, w, 3), in whole values."""
   weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from scipy import ndimage
 
-from jaxmethods.images.augment import bilinear, correlate
+from jaxmethods.images.augment import along_axes, bilinear, correlate
 from jaxmethods.images.colour import from_hsv, to_hsv
 
 # Five entries each, for the severities 1 to 5.
@@ -107,7 +107,7 @@ def defocus_blur(image: Array, severity: Array | int) -> Array:
 
 def gaussian_blur(image: Array, severity: Array | int) -> Array:
   """Gaussian blur with the edge continued. Not among the fifteen."""
-  return _levels(both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
+  return _levels(_both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
 
 
 def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
@@ -124,12 +124,12 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
   """
   side = image.shape[0]
   blur = _at(_blurs(side, _GLASS_SIGMA), severity)
-  x = _levels(both_axes(blur, _unit(image)))
+  x = _levels(_both_axes(blur, _unit(image)))
   place = jnp.arange(2, side)
   for i, (dx, dy) in enumerate(jnp.moveaxis(offsets.astype(jnp.int32), -1, 1)):
     moved = x.at[2:, 2:].set(x[place[:, None] + dy, place + dx])
     x = jnp.where(i < _at(_GLASS_ROUNDS, severity), moved, x)
-  return _levels(both_axes(blur, _unit(x)))
+  return _levels(_both_axes(blur, _unit(x)))
 
 
 def motion_blur(image: Array, severity: Array | int, angle: Array) -> Array:
@@ -144,7 +144,7 @@ def zoom_blur(image: Array, severity: Array | int) -> Array:
   count = _at(_ZOOM_COUNT, severity)
   # A step of 1.01 - 1, not 0.01: the size of the last zoom, 32.5, is rounded up (code).
   zooms = _zooms(image.shape[0], tuple(1 + (1.01 - 1) * i for i in range(most)))
-  zoomed = jax.vmap(both_axes, (0, None))(jnp.asarray(zooms, jnp.float32), x)
+  zoomed = jax.vmap(_both_axes, (0, None))(jnp.asarray(zooms, jnp.float32), x)
   used = (jnp.arange(most) < count)[:, None, None, None]
   return _levels((x + jnp.where(used, zoomed, 0).sum(0)) / (count + 1))
 
@@ -163,7 +163,7 @@ def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Ar
   """
   location, scale, threshold, radius, sigma, share = _at(_SNOW, severity)
   zoom = _at(_zooms(image.shape[0], _SNOW_ZOOM), severity)
-  layer = both_axes(zoom, location + scale * normal)
+  layer = _both_axes(zoom, location + scale * normal)
   layer = _unit(_levels(jnp.where(layer < threshold, 0, layer)))
   layer = _unit(_levels(_draw_out(layer, radius, sigma, angle, longest=14)))[..., None]
   x = _unit(image)
@@ -268,7 +268,7 @@ def elastic_transform(
   warped = bilinear(_unit(image), _fold(source_y, 0, side - 1), _fold(source_x, 0, side - 1))
   sigmas = tuple(side * sigma for sigma in _ELASTIC_SIGMA)
   blur = _at(_blurs(side, sigmas, truncate=3.0, mode="reflect"), severity)
-  x, y = x + reach * both_axes(blur, dx), y + reach * both_axes(blur, dy)
+  x, y = x + reach * _both_axes(blur, dx), y + reach * _both_axes(blur, dy)
   return _levels(bilinear(warped, _fold(y, -0.5, side - 0.5), _fold(x, -0.5, side - 0.5)))
 
 
@@ -407,9 +407,9 @@ def _levels(x: Array) -> Array:
   return jnp.floor(255 * jnp.clip(x, 0, 1) + 1e-3).astype(jnp.uint8)
 
 
-def both_axes(operator: Array, x: Array) -> Array:
+def _both_axes(operator: Array, x: Array) -> Array:
   """Applies (side, side) to the rows and the columns of (side, side, ...)."""
-  return jnp.einsum("ij,jk...,lk->il...", operator, x, operator, precision="highest")
+  return along_axes(operator, operator, x)
 
 
 def _fold(position: Array, low: float, high: float) -> Array:

@@ -16,7 +16,6 @@ from jax import Array
 
 from jaxmethods.images import augment
 from jaxmethods.images.colour import shift_hue
-from jaxmethods.images.corrupt import both_axes
 
 Border = Literal["reflect", "constant"]
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
@@ -95,9 +94,7 @@ def resized_crop(key: Array, image: Array, side: int, smallest: float) -> Array:
   extent = jnp.minimum(sizes[:, first], size)
   start = jnp.floor(jax.random.uniform(place_key, (2,)) * (size - extent + 1))
   rows, columns = jax.vmap(_resize, (0, 0, None, None))(start, extent, size, side)
-  x = image.astype(jnp.float32)
-  made = jnp.einsum("ij,jkc,lk->ilc", rows, x, columns, precision="highest")
-  return jnp.floor(made + 0.5)
+  return jnp.floor(augment.along_axes(rows, columns, image.astype(jnp.float32)) + 0.5)
 
 
 def colour_jitter(key: Array, image: Array, strength: float, hue: float) -> Array:
@@ -141,4 +138,4 @@ def _blur(image: Array, sigma: Array) -> Array:
   weight = jax.nn.softmax(-(shift**2) / (2 * sigma**2))
   source = jnp.clip(jnp.arange(side)[:, None] + shift, 0, side - 1)
   operator = jnp.tensordot(weight, jax.nn.one_hot(source, side), (0, 1), precision="highest")
-  return jnp.floor(both_axes(operator, image) + 0.5)
+  return jnp.floor(augment.along_axes(operator, operator, image) + 0.5)

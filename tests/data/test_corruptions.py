@@ -1,11 +1,13 @@
 """Corrupting a set of images: how many, which, and what bad input gives."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmethods.data import corruptions
 from jaxmethods.errors import InputError
+from jaxmethods.images.corrupt import FrostTextures
 
 # One of each way: device with and without random inputs, and the host's codec.
 KINDS = ("gaussian_noise", "contrast", "jpeg_compression")
@@ -43,6 +45,18 @@ def test_draws(images):
   chosen = half.kind >= 0
   np.testing.assert_array_equal(half.images[chosen], made.images[chosen])
   assert set(make(images, 1, severities=(5,)).severity) == {5}
+
+
+def test_images_larger_than_the_textures(monkeypatch):
+  textures = FrostTextures(jnp.zeros((1, 20, 30, 3), jnp.uint8), jnp.array([[20, 30]]))
+  monkeypatch.setattr(corruptions, "frost_textures", lambda: textures)
+  for side, fits in ((19, True), (20, False)):
+    images = np.full((3, side, side, 3), 200, np.uint8)
+    if fits:
+      assert (make(images, 1, kinds=("frost",)).severity > 0).all()
+      continue
+    with pytest.raises(InputError, match="side below 20"):
+      make(images, 1, kinds=("frost",))
 
 
 def test_missing_textures(images, monkeypatch, tmp_path):
