@@ -123,12 +123,12 @@ def _matrix(b=0.0, c=0.0, d=0.0, f=0.0) -> Array:
 
 def color(image: Array, factor: Array | float) -> Array:
   """Saturation: 0 is grey, 1 the image."""
-  return _enhance(image, _grey(image)[..., None], factor)
+  return _enhance(image, grey(image)[..., None], factor)
 
 
 def contrast(image: Array, factor: Array | float) -> Array:
   """Contrast: 0 is the mean grey level, 1 the image."""
-  return _enhance(image, jnp.round(_grey(image).mean()), factor)
+  return _enhance(image, jnp.round(grey(image).mean()), factor)
 
 
 def brightness(image: Array, factor: Array | float) -> Array:
@@ -140,15 +140,28 @@ def sharpness(image: Array, factor: Array | float) -> Array:
   """Sharpness: 0 is smoothed (border kept), 1 the image."""
   x = image.astype(jnp.float32)
   weights = jnp.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], jnp.float32)
-  height, width = x.shape[:2]
-  inner = sum(
-    weights[i, j] * x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
-  )
-  smooth = x.at[1:-1, 1:-1].set(jnp.floor(inner / 13 + 0.5))
+  smooth = x.at[1:-1, 1:-1].set(jnp.floor(correlate(x, weights) / 13 + 0.5))
   return _enhance(x, smooth, factor)
 
 
-def _grey(image: Array) -> Array:
+def correlate(image: Array, kernel: Array) -> Array:
+  """Weighted sums of (h, w, ...) under a kernel (a, b), where it fits: (h - a + 1, w - b + 1, ...)."""
+  rows, columns = kernel.shape
+  height, width = image.shape[0] - rows + 1, image.shape[1] - columns + 1
+  total = jnp.zeros((height, width, *image.shape[2:]), image.dtype)
+  for i in range(rows):
+    for j in range(columns):
+      total += kernel[i, j] * image[i : i + height, j : j + width]
+  return total
+
+
+def along_axes(rows: Array, columns: Array, image: Array) -> Array:
+  """Applies (a, h) to the rows and (b, w) to the columns of (h, w, ...): (a, b, ...)."""
+  return jnp.einsum("ij,jk...,lk->il...", rows, image, columns, precision="highest")
+
+
+def grey(image: Array) -> Array:
+  """Grey levels (h, w) of (h, w, 3), in whole values."""
   weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
   return ((weighted.sum(-1) + 32768) >> 16).astype(jnp.float32)
 
