@@ -60,4 +60,6 @@ for r in range(3):
 local = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), (server, clients, metrics))
 multihost_utils.sync_global_devices("done")
 if process == 0:
-  print(json.dumps([x.astype(float).tolist() for x in jax.tree.leaves(local)]))
+  # In one write, on a line of its own.
+  text = json.dumps([x.astype(float).tolist() for x in jax.tree.leaves(local)])
+  print(f"\nresult: {text}\n", end="", flush=True)

@@ -15,6 +15,7 @@ import pytest
 from jaxmethods.federated import engine
 
 WORKER = Path(__file__).with_name("devices_worker.py")
+RESULT = "result: "
 
 
 def start(*arguments):
@@ -34,7 +35,10 @@ def result(*workers):
   out = [worker.communicate(timeout=300) for worker in workers]
   for worker, (_, errors) in zip(workers, out, strict=True):
     assert worker.returncode == 0, errors[-3000:]
-  return [np.array(x) for x in json.loads(out[0][0].splitlines()[-1])]
+  # The collectives library writes to standard output too, and not always before us.
+  lines = [line for line in out[0][0].splitlines() if line.startswith(RESULT)]
+  assert lines, out[0][0][-3000:]
+  return [np.array(x) for x in json.loads(lines[-1].removeprefix(RESULT))]
 
 
 @pytest.fixture(scope="module")
