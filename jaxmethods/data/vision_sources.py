@@ -12,15 +12,14 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from jaxmethods.data.model_sources import ModelFiles, open_model
+from jaxmethods.data.model_sources import ModelFiles, load_params, open_model
 from jaxmethods.errors import InputError
 from jaxmethods.models import mllm
 from jaxmethods.models.bert import BERT_IGNORED, BERT_TABLE, Bert, BertConfig
 from jaxmethods.models.causal_lm import BUFFERS
 from jaxmethods.models.clip import CLIP, CLIP_IGNORED, CLIP_TABLE, CLIPConfig
-from jaxmethods.models.sharding import param_shardings, placement
 from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
-from jaxmethods.models.weights import Table, import_params, on_host
+from jaxmethods.models.weights import Table
 
 
 class Loaded(NamedTuple):
@@ -68,14 +67,7 @@ def load_model(
       raise ValueError(f"model_type {kind!r} is no supported family ({known})")
     config = complete(files.config)
     model, table, inputs, ignored = _FAMILIES[kind](config, files.tensors or {}, how)
-    init = lambda key: model.init(key, *inputs)["params"]
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    if files.tensors is None:
-      shardings = None if mesh is None else param_shardings(shapes, mesh)
-      params = jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
-    else:
-      place = on_host if mesh is None else placement(shapes, mesh)
-      params = import_params(files.tensors, table, shapes, ignore=ignored, place=place)
+    params = load_params(files, model, inputs, table, ignored, mesh, key)
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None
   return Loaded(model, params, files)

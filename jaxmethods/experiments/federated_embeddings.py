@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 
 from jaxmethods.data import records as data_records
 from jaxmethods.data import sources, splits
-from jaxmethods.data.records import ArrayData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import encoder
-from jaxmethods.federated import algorithms, corrections, engine, guidance
+from jaxmethods.federated import algorithms, corrections, engine, guidance, partition
 from jaxmethods.federated.algorithm import FederatedAlgorithm
 from jaxmethods.federated.batching import shuffled
 from jaxmethods.methods import ggeur as method
@@ -30,8 +29,6 @@ from jaxmethods.runtime.experiment import Experiment
 
 if TYPE_CHECKING:
   from jaxmethods.experiments.ggeur import Config
-
-DIGIT_DOMAINS = ("embedded:mnist5k", "digits", "embedded:font-digits")
 
 
 class Pool(NamedTuple):
@@ -95,16 +92,19 @@ def load(config: Config) -> Data:
   Raises:
     InputError: data that are missing, domains that disagree, a class that no client could have.
   """
-  domains, sets, num_classes = _domains(config.data)
+  domains, sets = sources.load_domains(config.data)
+  ranks = {x.ndim for x, _ in domains.values()}
+  if not ranks <= {2} and not ranks <= {4}:
+    raise InputError(f"{config.data}: expected feature vectors or images in every domain")
+  num_classes = max(data.num_classes for data in sets)
   about = data_records.describe(sets)
-  images = next(iter(domains.values()))[0].ndim == 4
   test, train = {}, {}
   for name, (x, y) in domains.items():
     fit, held_out = splits.stratified_split(
       y, (1 - config.test_share, config.test_share), seed=config.split_seed
     )
     test[name], train[name] = (x[held_out], y[held_out]), (x[fit], y[fit])
-  if images:
+  if ranks == {4}:
     train, test = _embedded(train, test, num_classes, config)
     about += f"; embedded by a convnet trained on {config.encoder_share:.0%} of it, set aside"
   missing = set(range(num_classes)) - set(np.concatenate([y for _, y in train.values()]).tolist())
@@ -115,19 +115,6 @@ def load(config: Config) -> Data:
     scale = config.norm / np.sqrt((everything**2).sum(1).mean())
     train, test = ({k: (x * scale, y) for k, (x, y) in part.items()} for part in (train, test))
   return Data(list(domains), num_classes, _pool(train), _pool(test), about)
-
-
-def _domains(name: str) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[ArrayData], int]:
-  if name == "embedded:digit-domains":
-    sets = [sources.load_arrays(each) for each in DIGIT_DOMAINS]
-    domains = {data.source.name.removeprefix("embedded:"): data.splits["all"] for data in sets}
-  else:
-    sets = [sources.load_arrays(name)]
-    domains = dict(sets[0].splits)
-  ranks = {x.ndim for x, _ in domains.values()}
-  if not ranks <= {2} and not ranks <= {4}:
-    raise InputError(f"{name}: expected feature vectors or images in every domain")
-  return domains, sets, max(data.num_classes for data in sets)
 
 
 def _embedded(train, test, num_classes: int, config: Config):
@@ -179,7 +166,7 @@ def draw_domain_clients(key, pool: Pool, config: Config, num_classes: int):
     alphas = jnp.full(num_domains, config.alpha)
     shares = jax.random.dirichlet(share_key, alphas, (num_classes,)).T
     kept = jnp.minimum(
-      jnp.maximum((shares * counts).astype(jnp.int32), config.min_per_class), counts
+      jnp.maximum(partition.domain_label_counts(shares, counts), config.min_per_class), counts
     )
   rank = jax.vmap(_class_rank)(jax.random.split(order_key, num_domains), pool.y)
   limit = jnp.take_along_axis(kept, jnp.maximum(pool.y, 0), 1)
@@ -194,19 +181,18 @@ def draw_label_clients(key, pool: Pool, config: Config, num_classes: int):
   """
   x, y = pool.x.reshape(-1, pool.x.shape[-1]), pool.y.reshape(-1)
   share_key, order_key = jax.random.split(key)
-  alphas = jnp.full(config.clients, config.alpha or 1e6)
-  shares = jax.random.dirichlet(share_key, alphas, (num_classes,))
-  counts = jax.nn.one_hot(y, num_classes, dtype=jnp.int32).sum(0)
-  floor = config.clients * config.min_per_class
-  rest = jnp.maximum(counts - floor, 0)
-  ends = jnp.cumsum(jnp.rint(shares * rest[:, None]).astype(jnp.int32), 1).at[:, -1].set(rest)
-  rank = _class_rank(order_key, y)
-  first = rank < floor
-  beyond = (rank - floor)[:, None] >= jnp.minimum(ends, rest[:, None])[jnp.maximum(y, 0)]
-  owner = jnp.where(first, rank // max(config.min_per_class, 1), beyond.sum(1))
-  mask = (owner == jnp.arange(config.clients)[:, None]) & (y >= 0)
+  even = jnp.full((num_classes, config.clients), 1 / config.clients)
+  alphas = jnp.full(config.clients, config.alpha)
+  shares = jax.random.dirichlet(share_key, alphas, (num_classes,)) if config.alpha else even
+  order = jax.random.permutation(order_key, y.shape[0])
+  parts = partition.deal_by_proportions(
+    np.asarray(y), np.asarray(shares), np.asarray(order), min_per_class=config.min_per_class
+  )
+  mask = np.zeros((config.clients, y.shape[0]), bool)
+  for client, part in enumerate(parts):
+    mask[client, part] = True
   repeat = lambda a: jnp.broadcast_to(a, (config.clients, *a.shape))
-  return repeat(x), repeat(y), mask
+  return repeat(x), repeat(y), jnp.asarray(mask)
 
 
 def _class_rank(key, y):
@@ -244,41 +230,47 @@ def exchange(key, x, y, mask, config: Config, num_classes: int):
   return reported, shape
 
 
-def enlarged(key, x, y, mask, config: Config, num_classes: int):
-  """All clients' sets after the exchange and the generation: x (K, C R, d), y, mask."""
-  exchange_key, own_key = jax.random.split(key)
-  reported, shape = exchange(exchange_key, x, y, mask, config, num_classes)
-  num_clients = x.shape[0]
-  largest = int(jax.device_get(jax.nn.one_hot(y, num_classes).sum(1).max()))
+def make_generator(config: Config, data: Data):
+  """The exchange and the generation as one function, compiled once for all seeds.
+
+  Returns:
+    (key, x (K, n, d), y (K, n), mask (K, n)) -> the enlarged x (K, C R, d), y, mask.
+  """
+  num_classes = data.num_classes
+  holdings = np.asarray(data.train.y)
+  holdings = holdings.reshape(1, -1) if config.skew == "labels" else holdings
+  largest = max(np.bincount(y[y >= 0]).max() for y in holdings)  # class of a client, at most
   options: dict[str, Any] = {
     "target": config.target,
-    "rows": max(config.target, largest),
+    "rows": max(config.target, int(largest)),
     "scale": config.scale,
   }
-  keys = jax.random.split(own_key, num_clients)
 
-  def one(args):
-    key, index, x, y, mask = args
-    if config.skew == "labels":
-      return method.enlarge(key, x, y, mask, shape, **options)
-    others = (jnp.arange(num_clients) != index)[:, None] & (reported.counts > 0)
-    if config.enlarge == "own":
-      others = jnp.zeros_like(others)
-    return method.enlarge_across_domains(
-      key, x, y, mask, shape, reported.mean, others,
-      own_samples=config.own_samples, own_per_anchor=config.own_per_anchor,
-      prototype_samples=config.prototype_samples, **options,
-    )  # fmt: skip
+  def generate(key, x, y, mask):
+    exchange_key, own_key = jax.random.split(key)
+    reported, shape = exchange(exchange_key, x, y, mask, config, num_classes)
+    num_clients = x.shape[0]
 
-  generate = compiler.jit(lambda *args: jax.lax.map(one, args))
-  result = generate(keys, jnp.arange(num_clients), x, y, mask)
-  labels = jnp.broadcast_to(jnp.arange(num_classes)[:, None], result.mask.shape[1:])
-  flat = lambda a: a.reshape(num_clients, -1, *a.shape[3:])
-  return (
-    flat(result.x),
-    jnp.broadcast_to(labels.reshape(-1), flat(result.mask).shape),
-    flat(result.mask),
-  )
+    def one(args):
+      key, index, x, y, mask = args
+      if config.skew == "labels":
+        return method.enlarge(key, x, y, mask, shape, **options)
+      others = (jnp.arange(num_clients) != index)[:, None] & (reported.counts > 0)
+      if config.enlarge == "own":
+        others = jnp.zeros_like(others)
+      return method.enlarge_across_domains(
+        key, x, y, mask, shape, reported.mean, others,
+        own_samples=config.own_samples, own_per_anchor=config.own_per_anchor,
+        prototype_samples=config.prototype_samples, **options,
+      )  # fmt: skip
+
+    keys = jax.random.split(own_key, num_clients)
+    result = jax.lax.map(one, (keys, jnp.arange(num_clients), x, y, mask))
+    flat = lambda a: a.reshape(num_clients, -1, *a.shape[3:])
+    labels = jnp.broadcast_to(jnp.arange(num_classes)[:, None], result.mask.shape)
+    return flat(result.x), flat(labels), flat(result.mask)
+
+  return compiler.jit(generate)
 
 
 # --- algorithms ---------------------------------------------------------------------------------
@@ -344,6 +336,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   data = load(config)
   width = data.train.x.shape[-1]
   algorithm, make_client = make_algorithm(config)
+  generate = make_generator(config, data)
   draw = draw_label_clients if config.skew == "labels" else draw_domain_clients
 
   def init(key) -> State:
@@ -352,7 +345,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     _check_clients(mask, data, config)
     own = (jax.nn.one_hot(y, data.num_classes, dtype=jnp.int32) * mask[..., None]).sum(1)
     if config.enlarge != "none":
-      x, y, mask = enlarged(enlarge_key, x, y, mask, config, data.num_classes)
+      x, y, mask = generate(enlarge_key, x, y, mask)
     if config.algorithm == "centralised":
       x, y, mask = (a.reshape(1, -1, *a.shape[2:]) for a in (x, y, mask))
     num_clients = x.shape[0]

@@ -31,6 +31,7 @@ from jaxmethods.models.fedstar import FedStarBackbone
 from jaxmethods.models.gin import GINBackbone
 from jaxmethods.models.init import torch_linear
 from jaxmethods.models.spectral_gnn import SpectralGNN
+from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -485,7 +486,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return hits.sum(0), totals.sum(0)
 
   def figures(state: State):
-    metrics = jax.device_get(jax.jit(evaluate)(state, held_out))
+    metrics = jax.device_get(compiler.jit(evaluate)(state, held_out))
     accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
     majority = [group.majority for group in groups for _ in group.names]
     pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
@@ -513,7 +514,7 @@ def _decoded_spectrum(backbone: Backbone, clients, held_out) -> graph_figures.Sp
   client = jax.tree.map(lambda x: x[0], clients)
   batch = jax.tree.map(lambda x: x[0, 0], held_out)
   assert backbone.decoded
-  decoded = jax.jit(backbone.decoded)(client.params, client.model_state, batch)
+  decoded = compiler.jit(backbone.decoded)(client.params, client.model_state, batch)
   real = np.asarray(batch.graphs.nodes["mask"])
   # The first column of the encoding is the eigenvalue itself.
   return graph_figures.Spectrum(np.asarray(batch.encoding)[real, 0], np.asarray(decoded)[real])

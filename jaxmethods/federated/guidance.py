@@ -18,6 +18,7 @@ import optax
 
 from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
 from jaxmethods.federated.algorithms import Loss, fedavg
+from jaxmethods.stats.losses import mean_of_real
 
 Outputs = Callable[[Params, Any], jax.Array]  # (params, batch) -> (B, h)
 
@@ -44,7 +45,7 @@ def moon(
       stop(features(previous, batch)),
       temperature,
     )
-    return mu * _mean(losses, batch["mask"])
+    return mu * mean_of_real(losses, batch["mask"])
 
   return fedavg(loss, optimizer, penalty=penalty, **options)
 
@@ -85,7 +86,7 @@ def fedntd(
     del previous
     teacher = jax.lax.stop_gradient(logits(received, batch))
     losses = not_true_divergence(logits(params, batch), teacher, batch["y"], temperature)
-    return beta * _mean(losses, batch["mask"])
+    return beta * mean_of_real(losses, batch["mask"])
 
   return fedavg(loss, optimizer, penalty=penalty, **options)
 
@@ -101,7 +102,3 @@ def not_true_divergence(
   student, teacher = (jnp.where(true, 0.0, x) for x in (student, teacher))
   share = jnp.where(true, 0.0, jnp.exp(teacher))
   return temperature**2 * (share * (teacher - student)).sum(-1)
-
-
-def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,12 +1,16 @@
-"""Splitting one data set over clients. Every function returns one index array per client."""
+"""Splitting one data set over clients: one index array per client (or how many of each class)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 from jaxmethods.errors import InputError
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def iid(
@@ -71,9 +75,9 @@ def deal_by_proportions(
   class's proportions, rounded, the last client taking the remainder.
 
   Args:
-    labels: (n,) integers 0..C-1.
+    labels: (n,) integers.
     proportions: share of each client, (C, clients), rows sum to 1.
-    shuffled: (n,) the examples of class 0 in random order, then those of class 1, ...
+    shuffled: examples in random order; what has another label than 0..C-1 goes to nobody.
     min_per_class: examples of each class for each client.
 
   Raises:
@@ -82,16 +86,17 @@ def deal_by_proportions(
   num_clients = proportions.shape[1]
   parts: list[list[int]] = [[] for _ in range(num_clients)]
   floor = num_clients * min_per_class
-  for label, members in enumerate(_by_class(labels, shuffled, len(proportions))):
+  for label, shares in enumerate(proportions):
+    members = shuffled[labels[shuffled] == label]
     if len(members) < floor:
       raise InputError(
         f"class {label} has {len(members)} examples: {num_clients} clients with at least "
         f"{min_per_class} each need {floor}"
       )
-    for part, first in zip(parts, members[:floor].reshape(num_clients, -1), strict=True):
+    for part, first in zip(parts, members[:floor].reshape(num_clients, min_per_class), strict=True):
       part.extend(first.tolist())
     rest = members[floor:]
-    counts = np.rint(proportions[label] * len(rest)).astype(int)
+    counts = np.rint(shares * len(rest)).astype(int)
     # Rounding up can ask for more than there is; the published code then counts below zero.
     ends = np.minimum(np.cumsum(counts)[:-1], len(rest))
     for part, share in zip(parts, np.split(rest, ends), strict=True):
@@ -99,7 +104,7 @@ def deal_by_proportions(
   return [np.array(part, int) for part in parts]
 
 
-def domain_label_counts(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def domain_label_counts(proportions: Array, counts: Array) -> Array:
   """Label skew on top of domain skew (Office-Home-LDS): how much of each class a domain's client gets.
 
   Args:
@@ -110,11 +115,6 @@ def domain_label_counts(proportions: np.ndarray, counts: np.ndarray) -> np.ndarr
     int(proportions * counts), (domains, C).
   """
   return (proportions * counts).astype(int)
-
-
-def _by_class(labels: np.ndarray, shuffled: np.ndarray, num_classes: int) -> list[np.ndarray]:
-  """The shuffled examples of each class."""
-  return [shuffled[labels[shuffled] == label] for label in range(num_classes)]
 
 
 def shards(

@@ -22,6 +22,7 @@ import optax
 
 from jaxmethods.federated.algorithm import FederatedAlgorithm
 from jaxmethods.federated.paths import merge, split
+from jaxmethods.stats.losses import cross_entropy
 
 SPECTRAL_ENCODERS = ("eigenvalue_encoder", "filter_encoder")
 
@@ -49,12 +50,6 @@ def scaled_mean(representations: jax.Array, mask: jax.Array, momentum: float) ->
 def alignment(mean: jax.Array, consensus: jax.Array) -> jax.Array:
   """Distance to the consensus, mean over features of (m - G)^2 / 2; G receives no gradient."""
   return 0.5 * jnp.mean((mean - jax.lax.stop_gradient(consensus)) ** 2)
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean cross-entropy over the real graphs: logits (G, C), labels (G,), mask (G,)."""
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return jnp.where(mask, losses, 0.0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 class PreferenceOptimizer(NamedTuple):

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmethods.stats import losses
+
 Scale = Literal["sqrt", "lambda"]
 TopScaling = Literal["none", "code", "intended"]
 
@@ -121,11 +123,7 @@ def share(
     drawn = jax.random.normal(covariance_key, covariance.shape, covariance.dtype)
     mean = mean + noise * jax.random.normal(mean_key, mean.shape, mean.dtype)
     covariance = covariance + noise * (drawn + drawn.mT) / 2
-  return Moments(
-    jnp.where(reported, moments.counts, 0),
-    jnp.where(reported[:, None], mean, 0),
-    jnp.where(reported[:, None, None], covariance, 0),
-  )
+  return select(Moments(moments.counts, mean, covariance), reported)
 
 
 def aggregate(moments: Moments) -> Moments:
@@ -184,7 +182,7 @@ def guided_set(counts: Array, threshold: float = 1.0) -> Array:
 
 
 def select(moments: Moments, reported: Array) -> Moments:
-  """Stacked moments (K, C, ...) with those outside `reported` (K, C) set to nothing."""
+  """Moments (C, ...) or (K, C, ...) with those outside `reported`, (C,) or (K, C), set to nothing."""
   return Moments(
     jnp.where(reported, moments.counts, 0),
     jnp.where(reported[..., None], moments.mean, 0),
@@ -440,6 +438,4 @@ def cross_entropy(logits: Array, labels: Array, mask: Array, double_softmax: boo
     double_softmax: feed the softmax of the logits to the loss, which applies its own once more, as
       the published code does; the loss then cannot fall below about log(1 + (C - 1) / e).
   """
-  scores = jax.nn.softmax(logits) if double_softmax else logits
-  losses = -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)[:, 0]
-  return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1)
+  return losses.cross_entropy(jax.nn.softmax(logits) if double_softmax else logits, labels, mask)

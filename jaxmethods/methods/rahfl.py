@@ -18,12 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmethods.stats.losses import cross_entropy
+
 DDMForm = Literal["code", "plain"]
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-  """Mean cross-entropy: (B, C), (B,) int -> ()."""
-  return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
 
 def kl_divergence(teacher: Array, student: Array) -> Array:
@@ -132,12 +129,6 @@ def diversity_contrast(
     jnp.stack([original, weak]), labels, temperature, base_temperature
   )  # fmt: skip
   return contrast + beta * distribution_matching(weak, strong, original, ddm_temperature, form)
-
-
-def normalised(features: Array) -> Array:
-  """H / ||h||, zero where h is zero; any (..., d)."""
-  squared = (features**2).sum(-1, keepdims=True)
-  return jnp.where(squared > 0, features * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1)), 0)
 
 
 # --- learning from each other -------------------------------------------------------------------

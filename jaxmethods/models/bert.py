@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmethods.errors import InputError
-from jaxmethods.models.causal_lm import masked_mean
 from jaxmethods.models.hugging_face import (
   dense,
   encoder_config,
@@ -21,6 +20,7 @@ from jaxmethods.models.hugging_face import (
   rooted,
   setting,
 )
+from jaxmethods.models.probe import masked_mean
 from jaxmethods.models.transformer import (
   Encoded,
   Encoder,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
+from jaxmethods.models.probe import Probe
 from jaxmethods.models.weights import Rule, Table
 from jaxmethods.stats.activations import swiglu
 
@@ -252,34 +253,6 @@ class Cache(NamedTuple):
   values: Any
   valid: jax.Array
   length: jax.Array | int
-
-
-class Probe(NamedTuple):
-  """What to keep of the layers; computed inside the scan.
-
-  Attributes:
-    states: reduces a hidden state (B, T, D), e.g. `masked_mean(mask)`.
-    queries: (B, R), positions among the T whose attention is wanted.
-    attention: reduces the rows (B, heads, R, S) of those queries.
-  """
-
-  states: Callable[[jax.Array], Any] | None = None
-  queries: jax.Array | None = None
-  attention: Callable[[jax.Array], Any] = lambda rows: rows
-
-
-def masked_mean(mask: jax.Array) -> Callable[[jax.Array], jax.Array]:
-  """A reducer for `Probe.states`: means over tokens, of one mask or several.
-
-  Args:
-    mask: (B, T) or (B, M, T), nonnegative weights; a mask without tokens gives zeros.
-
-  Returns:
-    (B, T, D) -> (B, D) or (B, M, D), in float32.
-  """
-  weights = mask.astype(jnp.float32)
-  weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
-  return lambda x: jnp.einsum("b...t,btd->b...d", weights, x.astype(jnp.float32))
 
 
 class Output(NamedTuple):

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxmethods.errors import InputError, nearest
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
-from jaxmethods.models.causal_lm import Probe
+from jaxmethods.models.probe import Probe
 from jaxmethods.stats.activations import gelu
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

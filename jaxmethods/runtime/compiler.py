@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 # Dense products and reductions by Eigen and XLA's own emitters instead of the YNN library, which is
-# the default of jaxlib 0.10: FedSSP step on NCI1, one thread, 187 ms against 207 and 140 MB of
-# temporaries against 188 (best of four interleaved runs of 60 steps); compilation takes a fifth longer.
+# the default of jaxlib 0.10: FedSSP step on NCI1, one thread, 175 to 189 ms against 195 to 239
+# (best of 60 steps, four interleaved runs), 140 MB of temporaries against 188; compilation takes 30 %
+# longer.
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, Probe, masked_mean, table
+from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, table
+from jaxmethods.models.probe import Probe, masked_mean
 from jaxmethods.models.weights import export_params, import_params
 
 TOLERANCE = {"rtol": 0, "atol": 2e-5}

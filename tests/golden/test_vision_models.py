@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmethods.models.bert import BERT_TABLE, Bert, BertConfig
-from jaxmethods.models.causal_lm import Probe
+from jaxmethods.models.probe import Probe
 from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
 from jaxmethods.models.weights import export_params, import_params
 from tests.tensors import assert_same_bytes, below

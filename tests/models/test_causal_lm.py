@@ -11,11 +11,10 @@ from jaxmethods.models.attention import attention, attention_rows, masked_bias
 from jaxmethods.models.causal_lm import (
   CausalLM,
   CausalLMConfig,
-  Probe,
   Rope,
-  masked_mean,
   table,
 )
+from jaxmethods.models.probe import Probe, masked_mean
 from jaxmethods.models.weights import export_params, import_params
 
 CONFIG = CausalLMConfig(

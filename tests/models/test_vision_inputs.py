@@ -10,7 +10,6 @@ import pytest
 from jaxmethods.errors import InputError
 from jaxmethods.models import mllm
 from jaxmethods.models.bert import BERT_IGNORED, BERT_TABLE, Bert, BertConfig
-from jaxmethods.models.causal_lm import Probe
 from jaxmethods.models.clip import (
   CLIP,
   CLIP_IGNORED,
@@ -19,6 +18,7 @@ from jaxmethods.models.clip import (
   CLIPConfig,
   check_texts,
 )
+from jaxmethods.models.probe import Probe
 from jaxmethods.models.transformer import Encoder, EncoderConfig
 from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
 from jaxmethods.models.weights import export_params, import_params

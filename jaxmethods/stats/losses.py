@@ -1,0 +1,19 @@
+"""Losses of padded batches: what is not real does not count."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Mean of (B,) values over the true entries of the mask (B,), default all; 0 if there are none."""
+  if mask is None:
+    return values.mean()
+  return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Mean cross-entropy over the real examples: logits (B, C), labels (B,) int, mask (B,) bool."""
+  return mean_of_real(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
