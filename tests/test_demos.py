@@ -1,0 +1,46 @@
+"""Every method has a notebook, kept without outputs; each is executed as it stands (its short form)."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jaxmethods.experiments import METHODS
+
+DEMOS = Path(__file__).resolve().parents[1] / "demos"
+
+
+def read(path):
+  nbformat = pytest.importorskip("nbformat")
+  notebook = nbformat.read(path, as_version=4)
+  nbformat.validate(notebook)
+  return notebook
+
+
+def test_every_method_has_a_notebook():
+  assert {path.stem for path in DEMOS.glob("*.ipynb")} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_notebook_is_kept_without_outputs(method):
+  code = [cell for cell in read(DEMOS / f"{method}.ipynb").cells if cell.cell_type == "code"]
+  assert code
+  assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_notebook_runs(method, tmp_path, monkeypatch):
+  nbclient = pytest.importorskip("nbclient")
+  pytest.importorskip("ipykernel")
+  root = DEMOS.parent
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+  # In a folder of its own, so that its runs/ does not become the project's.
+  notebook = read(DEMOS / f"{method}.ipynb")
+  nbclient.NotebookClient(
+    notebook, timeout=1200, resources={"metadata": {"path": tmp_path}}
+  ).execute()
+  outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+  assert any("image/png" in output.get("data", {}) for output in outputs)
+  text = "".join(output.get("text", "") for output in outputs)
+  assert "steps done; see" in text, text[-2000:]
