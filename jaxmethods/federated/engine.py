@@ -125,7 +125,7 @@ def federated_round(
 
   counted = taking_part
   if drop_nonfinite:
-    finite = _finite_rows(uploads, counts.shape[0])
+    finite = finite_rows(uploads, counts.shape[0])
     counted = finite if taking_part is None else finite & taking_part
     metrics["rejected"] = ~finite & (counts > 0) & (True if taking_part is None else taking_part)
   if counted is not None:
@@ -194,6 +194,15 @@ def weighted_mean(uploads: Any, weights: jax.Array) -> Any:
     return jnp.tensordot(share.astype(dtype), u.astype(dtype), 1).astype(u.dtype)
 
   return jax.tree.map(mean, uploads)
+
+
+def finite_rows(tree: Any, size: int) -> jax.Array:
+  """Which clients' rows of stacked arrays hold no NaN and no infinity, (size,) bool."""
+  finite = jnp.ones(size, bool)
+  for x in jax.tree.leaves(tree):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      finite &= jnp.isfinite(x).reshape(size, -1).all(1)
+  return finite
 
 
 def client_params(
@@ -314,14 +323,6 @@ def _concatenate(trees: Sequence[Any]) -> Any:
 
 def _column(rows: jax.Array, like: jax.Array) -> jax.Array:
   return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
-
-
-def _finite_rows(tree: Any, size: int) -> jax.Array:
-  finite = jnp.ones(size, bool)
-  for x in jax.tree.leaves(tree):
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-      finite &= jnp.isfinite(x).reshape(size, -1).all(1)
-  return finite
 
 
 def _leading(tree: Any) -> int:

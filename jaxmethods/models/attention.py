@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.stats.dropout import dropout
+
 MASKED = -1e30  # finite: a query that sees nothing gets the mean of all values, not NaN
 
 
@@ -50,6 +52,15 @@ def _attention_backward(residuals, d_mixed):
 
 
 attention.defvjp(_attention, _attention_backward)
+
+
+def attention_with_dropout(
+  query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, rate: float, rng: jax.Array
+) -> jax.Array:
+  """`attention` of which a `rate` share of the weights is dropped, the rest scaled up."""
+  weights = jnp.exp(_shifted_scores(query, key, bias))
+  weights = dropout(weights / weights.sum(-1, keepdims=True), rate, rng)
+  return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
 
 
 def attention_rows(

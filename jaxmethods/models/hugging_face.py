@@ -40,6 +40,8 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
 
 def encoder_config(config: Mapping[str, Any], **how: Any) -> EncoderConfig:
   """Reads the shape of an encoder; `how` are fields of `EncoderConfig` that no file knows."""
+  # ViT and BERT say it in one way, CLIP in another.
+  on_weights = config.get("attention_probs_dropout_prob", config.get("attention_dropout", 0.0))
   return EncoderConfig(
     width=setting(config, "hidden_size"),
     num_layers=setting(config, "num_hidden_layers"),
@@ -47,7 +49,7 @@ def encoder_config(config: Mapping[str, Any], **how: Any) -> EncoderConfig:
     hidden=setting(config, "intermediate_size"),
     activation=setting(config, "hidden_act"),
     epsilon=setting(config, "layer_norm_eps"),
-    **how,
+    **{"dropout": config.get("hidden_dropout_prob", 0.0), "attention_dropout": on_weights, **how},
   )
 
 

@@ -19,9 +19,15 @@ from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 
 from jaxmethods.errors import InputError, nearest
-from jaxmethods.models.attention import attention, attention_rows, masked_bias
+from jaxmethods.models.attention import (
+  attention,
+  attention_rows,
+  attention_with_dropout,
+  masked_bias,
+)
 from jaxmethods.models.probe import Probe
 from jaxmethods.stats.activations import gelu
+from jaxmethods.stats.dropout import dropout
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": gelu,
@@ -59,6 +65,8 @@ class EncoderConfig:
     norm: "pre" (ViT, CLIP: before attention and MLP) or "post" (BERT: after each residual sum).
     drop_path: rate at which the last block drops its branches in training, per example; earlier
       blocks do it in proportion to their place.
+    dropout: rate on the embeddings and on what each branch adds, in training.
+    attention_dropout: rate on the weights of the attention, in training.
     scan_layers: whether the blocks are one `nn.scan` or a Python loop.
     remat: whether the backward pass computes each block again instead of keeping it.
     dtype: of the computation; softmax and norms are float32 in any case. None: as the parameters.
@@ -72,6 +80,8 @@ class EncoderConfig:
   epsilon: float = 1e-5
   norm: Literal["pre", "post"] = "pre"
   drop_path: float = 0.0
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
   scan_layers: bool = False
   remat: bool = False
   dtype: DTypeLike | None = None
@@ -83,8 +93,9 @@ class EncoderConfig:
     if self.width % self.heads:
       raise InputError(f"width: must be a multiple of {self.heads} heads, got {self.width}")
     check_activation(self.activation)
-    if not 0 <= self.drop_path < 1:
-      raise InputError(f"drop_path: must be in [0, 1), got {self.drop_path}")
+    for name in ("drop_path", "dropout", "attention_dropout"):
+      if not 0 <= getattr(self, name) < 1:
+        raise InputError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
 
 
 class Encoded(NamedTuple):
@@ -107,11 +118,13 @@ class Attention(nn.Module):
   Attributes:
     heads: H, which divides the width.
     zero_token: whether every query may also look at a token whose key and value are zero.
+    drop_rate: dropout on the weights; reads the rng stream "dropout".
     dtype: of the computation.
   """
 
   heads: int
   zero_token: bool = False
+  drop_rate: float = 0.0
   dtype: DTypeLike | None = None
 
   @nn.compact
@@ -139,7 +152,12 @@ class Attention(nn.Module):
       key, value = (jnp.pad(y, ((0, 0), (0, 0), (0, 1), (0, 0))) for y in (key, value))
       bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1)))
     query = (query * query.shape[-1] ** -0.5)[:, :, None]
-    mixed = attention(query, key, value, bias)[:, :, 0].swapaxes(1, 2).reshape(x.shape)
+    if self.drop_rate:
+      rng = self.make_rng("dropout")
+      mixed = attention_with_dropout(query, key, value, bias, self.drop_rate, rng)
+    else:
+      mixed = attention(query, key, value, bias)
+    mixed = mixed[:, :, 0].swapaxes(1, 2).reshape(x.shape)
     rows = functools.partial(attention_rows, query, key, bias)
     return nn.Dense(x.shape[-1], dtype=self.dtype, name="out")(mixed), rows
 
@@ -185,17 +203,18 @@ class Block(nn.Module):
     if self.edit is not None:
       x = self.edit(x, inputs)
     config = self.config
-    attend = Attention(config.heads, dtype=config.dtype, name="attention")
+    drop_rate = config.attention_dropout if self.train else 0.0
+    attend = Attention(config.heads, drop_rate=drop_rate, dtype=config.dtype, name="attention")
     mlp = MLP(config.hidden, config.activation, dtype=config.dtype, name="mlp")
     norm_1, norm_2 = layer_norm(config, "norm_1"), layer_norm(config, "norm_2")
     if config.norm == "pre":
       mixed, rows = attend(norm_1(x), bias)
-      x = x + self._drop_path(mixed, index)
-      x = x + self._drop_path(mlp(norm_2(x)), index)
+      x = x + self._drop(mixed, index)
+      x = x + self._drop(mlp(norm_2(x)), index)
     else:
       mixed, rows = attend(x, bias)
-      x = norm_1(x + self._drop_path(mixed, index))
-      x = norm_2(x + self._drop_path(mlp(x), index))
+      x = norm_1(x + self._drop(mixed, index))
+      x = norm_2(x + self._drop(mlp(x), index))
     if self.depth < config.num_layers:
       # A scan cannot stop early: the blocks that nobody wants hand their input on.
       x = jnp.where(index < self.depth, x, before)
@@ -205,8 +224,12 @@ class Block(nn.Module):
       None if queries is None else reduce(rows(queries)),
     )
 
-  def _drop_path(self, branch: jax.Array, index: jax.Array | int) -> jax.Array:
-    if not self.train or self.config.drop_path == 0.0:
+  def _drop(self, branch: jax.Array, index: jax.Array | int) -> jax.Array:
+    if not self.train:
+      return branch
+    if self.config.dropout:
+      branch = dropout(branch, self.config.dropout, self.make_rng("dropout"))
+    if not self.config.drop_path:
       return branch
     rate = self.config.drop_path * index / max(self.config.num_layers - 1, 1)
     shape = (branch.shape[0], *(1,) * (branch.ndim - 1))
@@ -240,7 +263,7 @@ class Encoder(nn.Module):
       edit: changes the hidden state before each block.
       inputs: pytree of arrays (L, ...), one slice for each call of `edit`.
       probe: what to keep of the layers.
-      train: whether to drop paths; reads the rng stream "dropout".
+      train: whether to drop; reads the rng stream "dropout".
 
     Returns:
       See `Encoded`, whose L is `depth`.
@@ -250,6 +273,8 @@ class Encoder(nn.Module):
     if not 0 <= depth <= total:
       raise ValueError(f"depth: must be in [0, {total}], got {depth}")
     probe = probe or Probe()
+    if train and self.config.dropout:
+      x = dropout(x, self.config.dropout, self.make_rng("dropout"))
     first = None if probe.states is None else probe.states(x)
     length = x.shape[1]
     visible = jnp.ones((1, 1, 1), bool) if visible is None else visible

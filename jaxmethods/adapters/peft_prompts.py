@@ -1,0 +1,94 @@
+"""Prompts and prefixes under the names and in the layouts of the PEFT library.
+
+A prompt stands in front of the text and a prefix in front of every layer's keys and values, as
+`prompts.insert_prompt` at position 0 and `prompts.prefix_cache` have it. Files themselves are
+`jaxmethods.data.adapter_files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmethods.adapters.adapter import Tree
+from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm_config import CausalLMConfig
+
+_TENSOR = "prompt_embeddings"
+
+
+def prompt_to_peft(
+  tree: Tree, config: CausalLMConfig, *, base: str = ""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The contents of adapter_config.json and adapter_model.safetensors.
+
+  Args:
+    tree: of `prompts.init_prompt` or `prompts.init_prefix`.
+    config: of the model.
+    base: name or path of the base model, recorded in the config.
+
+  Returns:
+    (config, tensors).
+  """
+  tree = jax.device_get(tree)
+  if "prompt" in tree:
+    kind, flat = "PROMPT_TUNING", tree["prompt"]
+    own: dict[str, Any] = {"token_dim": config.width, "num_attention_heads": config.num_heads}
+  else:
+    # (L, 2, K, length, d): a layer's keys, then its values.
+    both = np.stack([tree["keys"], tree["values"]], axis=1)
+    kind, flat = "PREFIX_TUNING", both.transpose(3, 0, 1, 2, 4).reshape(both.shape[3], -1)
+    own = {
+      "token_dim": config.num_kv_heads * config.head_dim,
+      "num_attention_heads": config.num_kv_heads,
+      "prefix_projection": False,
+    }
+  settings = {
+    "peft_type": kind,
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base or None,
+    "inference_mode": True,
+    "num_virtual_tokens": len(flat),
+    "num_layers": config.num_layers,
+    "num_transformer_submodules": 1,
+    **own,
+  }
+  return settings, {_TENSOR: np.ascontiguousarray(flat, np.float32)}
+
+
+def prompt_from_peft(
+  settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: CausalLMConfig
+) -> Tree:
+  """Reads what `prompt_to_peft` or PEFT itself wrote: prompt tuning, p-tuning and prefix tuning.
+
+  PEFT saves what its prompt encoders give, so those with layers of their own read like those without.
+
+  Args:
+    settings: contents of adapter_config.json.
+    tensors: contents of adapter_model.safetensors.
+    config: of the model.
+
+  Returns:
+    A tree as `prompts.init_prompt` or `prompts.init_prefix` makes it.
+
+  Raises:
+    InputError: another kind of adapter, or tensors that do not fit the model.
+  """
+  kind = settings.get("peft_type")
+  if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+    raise InputError(f"peft_type {kind!r}: is no prompt or prefix")
+  if odd := sorted(set(tensors) ^ {_TENSOR}):
+    raise InputError(f"{odd[0]}: a PEFT prompt has the tensor {_TENSOR} and no other")
+  flat, length = np.asarray(tensors[_TENSOR]), settings.get("num_virtual_tokens")
+  is_prefix = kind == "PREFIX_TUNING"
+  of_all_layers = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
+  needed = (length, int(np.prod(of_all_layers)) if is_prefix else config.width)
+  if flat.shape != needed:
+    raise InputError(f"{_TENSOR}: has shape {flat.shape}, this model needs {needed}")
+  if not is_prefix:
+    return {"prompt": flat}
+  both = flat.reshape(length, *of_all_layers).transpose(1, 2, 3, 0, 4)
+  return {"keys": both[:, 0], "values": both[:, 1]}
