@@ -58,7 +58,7 @@ class Config(RunConfig):
   fedntd_beta: float = 0.5
   fedntd_temperature: float = 1.0
 
-  # own: step 1 alone; repeat: own examples repeated until they are as many as with full (a control, ours)
+  # own: step 1 alone; repeat: own examples repeated, as many as full makes (a control, ours)
   enlarge: Literal["none", "own", "full", "repeat"] = "full"
   target: int = 60  # T; published: 2000 for digits, 50 for Office-Home (the paper's T per data set)
   own_per_anchor: int = 12  # m1
