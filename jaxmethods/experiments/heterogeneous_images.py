@@ -404,6 +404,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def figures(state: State):
     scores = jax.device_get(compiler.jit(evaluate)(state, data.test))
+    held = np.asarray(state.held.y)
     return {
       "accuracy": corrupted_clients.accuracy_bars(names, scores),
       "private_images": corrupted_clients.class_counts(
