@@ -45,6 +45,12 @@ METHODS: dict[str, Method] = {
     summary="federated learning on embeddings, enlarged along the global shape of every class",
     embedded_run="45 s",
   ),
+  "rahfl": Method(
+    title="RAHFL",
+    paper="Fang et al., TPAMI 2025, arXiv 2503.09206",
+    summary="clients of different networks and corrupted images that learn from better ones' answers",
+    embedded_run="3 min",
+  ),
 }
 
 

@@ -273,6 +273,24 @@ def make_generator(config: Config, data: Data):
   return compiler.jit(generate)
 
 
+def repeated(x, y, mask, config: Config, num_classes: int):
+  """Own examples over and over, as many as a client has after generation: as many steps, nothing new.
+
+  Returns:
+    x (K, C R, d), y, mask.
+  """
+  own = np.asarray((jax.nn.one_hot(y, num_classes, dtype=jnp.int32) * mask[..., None]).sum(1))
+  filled = np.full_like(own, config.target)
+  if config.skew == "labels":  # a class that a client lacks stays empty, a large one stays large
+    filled = np.where(own > 0, np.maximum(own, config.target), 0)
+  total = filled.sum(1)
+  place = np.arange(total.max())
+  order = np.argsort(~np.asarray(mask), axis=1, kind="stable")
+  source = np.take_along_axis(order, place % own.sum(1, keepdims=True), 1)
+  take = jax.vmap(lambda a, rows: a[rows])
+  return take(x, source), take(y, source), jnp.asarray(place < total[:, None])
+
+
 # --- algorithms ---------------------------------------------------------------------------------
 
 
@@ -344,7 +362,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     x, y, mask = draw(partition_key, data.train, config, data.num_classes)
     _check_clients(mask, data, config)
     own = (jax.nn.one_hot(y, data.num_classes, dtype=jnp.int32) * mask[..., None]).sum(1)
-    if config.enlarge != "none":
+    if config.enlarge == "repeat":
+      x, y, mask = repeated(x, y, mask, config, data.num_classes)
+    elif config.enlarge != "none":
       x, y, mask = generate(enlarge_key, x, y, mask)
     if config.algorithm == "centralised":
       x, y, mask = (a.reshape(1, -1, *a.shape[2:]) for a in (x, y, mask))
@@ -399,7 +419,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     own = np.asarray(jax.device_get(state.own))
     names = data.domains if config.skew == "domains" else [f"client {k}" for k in range(len(own))]
     pictures["own_examples"] = _counts(own, names)
-    if config.enlarge != "none" and config.algorithm != "centralised":
+    if config.enlarge in ("own", "full") and config.algorithm != "centralised":
       pictures["generated_embeddings"] = _generated(state, data, names)
     return pictures
 

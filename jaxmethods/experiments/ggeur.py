@@ -58,7 +58,8 @@ class Config(RunConfig):
   fedntd_beta: float = 0.5
   fedntd_temperature: float = 1.0
 
-  enlarge: Literal["none", "own", "full"] = "full"  # own: step 1 alone
+  # own: step 1 alone; repeat: own examples repeated, as many as full makes (a control, ours)
+  enlarge: Literal["none", "own", "full", "repeat"] = "full"
   target: int = 60  # T; published: 2000 for digits, 50 for Office-Home (the paper's T per data set)
   own_per_anchor: int = 12  # m1
   own_samples: int = 500  # n1
@@ -105,6 +106,7 @@ def rows(config: Config) -> dict[str, Config]:
     "ggeur_lambda": row(enlarge="full", scale="lambda"),
     "ggeur_isotropic": row(enlarge="full", geometry="isotropic"),
     "ggeur_copies": row(enlarge="full", geometry="none"),
+    "fedavg_repeated": row(enlarge="repeat"),
   }
   plain = {name: row(name) for name in ALGORITHMS}
   combined = {

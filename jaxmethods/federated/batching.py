@@ -30,8 +30,8 @@ def prebatched(data: Batches, key: jax.Array) -> Batches:
   return data
 
 
-def shuffled(batch_size: int) -> Batching:
-  """Batches of a fresh permutation in every epoch, the remainder batch kept.
+def shuffled(batch_size: int, *, drop_last: bool = False) -> Batching:
+  """Batches of a fresh permutation in every epoch, the remainder batch kept unless `drop_last`.
 
   The returned function takes {"mask": (n,) bool, name: (n, ...)}, with n a multiple of nothing in
   particular, and gives batches with the same names. Real examples come first, so padding only adds steps
@@ -48,6 +48,6 @@ def shuffled(batch_size: int) -> Batching:
     order = order.reshape(steps, batch_size)
     batch = {name: x[order] for name, x in data.items()}
     batch["mask"] &= order >= 0
-    return Batches(batch, batch["mask"].any(1))
+    return Batches(batch, batch["mask"].all(1) if drop_last else batch["mask"].any(1))
 
   return batches

@@ -61,7 +61,7 @@ def default_client_map(platform: str | None = None) -> ClientMap:
 
 
 def federated_round(
-  algorithm: FederatedAlgorithm,
+  algorithm: FederatedAlgorithm | Sequence[FederatedAlgorithm],
   server: ServerState,
   clients: Sequence[ClientState],
   data: Sequence[ClientData],
@@ -81,7 +81,8 @@ def federated_round(
   `algorithm.download` and the row of the uploads.
 
   Args:
-    algorithm: the method.
+    algorithm: the method; or one for each group, which differ in `local` alone: groups of different
+      architectures.
     server: server state.
     clients: per group, client states stacked on a leading axis (group size, ...).
     data: per group, client data stacked the same way.
@@ -113,10 +114,17 @@ def federated_round(
     taking_part = cohort.taking_part
     groups = [_take(g, rows) for g, rows in zip(groups, cohort.rows, strict=True)]
 
-  work = _client_map(_one_client(algorithm), client_map or default_client_map(), mesh)
+  if isinstance(algorithm, FederatedAlgorithm):
+    algorithm = [algorithm] * len(groups)
+  how = client_map or default_client_map()
+  works = [_client_map(_one_client(each), how, mesh) for each in algorithm]
+  algorithm = algorithm[0]
   # All keys at once: inside a sequential map a single `fold_in` costs as much as a small layer.
   fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-  outcome = [work(server, i, fold_in(key, ident), c, d) for c, d, _, i, ident in groups]
+  outcome = [
+    work(server, i, fold_in(key, ident), c, d)
+    for work, (c, d, _, i, ident) in zip(works, groups, strict=True)
+  ]
   states = [state for state, _, _ in outcome]
   uploads = _concatenate([upload for _, upload, _ in outcome])
   metrics = _concatenate([metric for _, _, metric in outcome])

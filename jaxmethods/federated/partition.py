@@ -104,6 +104,30 @@ def deal_by_proportions(
   return [np.array(part, int) for part in parts]
 
 
+def deal_below_even_share(
+  labels: np.ndarray, proportions: np.ndarray, shuffled: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Label skew in which no client that has its even share gets more: the partition of RAHFL (code).
+
+  Args:
+    labels: (n,) integers 0..C-1.
+    proportions: share of each client, (C, clients), rows sum to 1.
+    shuffled: the examples of each class in random order.
+
+  Returns:
+    One index array per client; they may be empty, the published code then draws again.
+  """
+  num_clients = proportions.shape[1]
+  parts: list[list[int]] = [[] for _ in range(num_clients)]
+  for shares, members in zip(proportions, shuffled, strict=True):
+    below = np.array([len(part) < len(labels) / num_clients for part in parts])
+    shares = shares * below
+    cuts = (np.cumsum(shares / shares.sum()) * len(members)).astype(int)[:-1]
+    for part, share in zip(parts, np.split(members, cuts), strict=True):
+      part.extend(share.tolist())
+  return [np.array(part, int) for part in parts]
+
+
 def domain_label_counts(proportions: Array, counts: Array) -> Array:
   """Label skew on top of domain skew (Office-Home-LDS): how much of each class a domain's client gets.
 

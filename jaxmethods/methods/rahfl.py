@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmethods.stats.losses import cross_entropy
+from jaxmethods.federated.exchange import Teachers
+from jaxmethods.images import augment, views
+from jaxmethods.stats.losses import cross_entropy, mean_of_real
 
 DDMForm = Literal["code", "plain"]
 
@@ -27,6 +29,28 @@ def kl_divergence(teacher: Array, student: Array) -> Array:
   """KL(softmax(teacher) || softmax(student)) of logits (..., B, C), averaged over the batch: (...)."""
   log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(-1)
+
+
+def private_views(key: Array, image: Array, *, strong: bool = True, weak: bool = True) -> Array:
+  """The views of a private image, drawn anew every time it is used, whole values 0..255.
+
+  Args:
+    key: random key.
+    image: (side, side, 3) uint8.
+    strong: whether there are two AugMix draws of the crop.
+    weak: whether there is SimCLR's view.
+
+  Returns:
+    (views, side, side, 3) float32: the crop, then the strong views, then the weak one.
+  """
+  crop_key, strong_key, weak_key = jax.random.split(key, 3)
+  crop = views.crop_and_flip(crop_key, image)
+  drawn = [crop[None]]
+  if strong:
+    drawn.append(jax.lax.map(lambda k: augment.augmix(k, crop), jax.random.split(strong_key)))
+  if weak:
+    drawn.append(views.weak_view(weak_key, image)[None])
+  return jnp.concatenate(drawn)
 
 
 # --- local learning -----------------------------------------------------------------------------
@@ -166,6 +190,18 @@ def transfer_weights(allowed: Array) -> Array:
   return allowed / jnp.maximum(allowed.sum(1, keepdims=True), 1)
 
 
+def mixed_teachers(log_p: Array, weights: Array) -> Teachers:
+  """The teacher sum_i w_ki p_i of every client; who may learn from nobody has none.
+
+  Its loss has the gradient of `collaboration` (rows of weights that sum to 1).
+
+  Args:
+    log_p: answers to a public batch, (K, B, C).
+    weights: (K, K), row k for client k.
+  """
+  return Teachers(jnp.einsum("ki,ibc->kbc", weights, jnp.exp(log_p)), weights.sum(1) > 0)
+
+
 # --- rivals on the same exchange ----------------------------------------------------------------
 
 
@@ -198,17 +234,39 @@ def confidence_weights(previous_loss: Array, current_loss: Array, eta: float = 0
   return jax.nn.softmax(1 / (clients - 1) + eta * falling / falling.sum())
 
 
-def augmentation_weights(logits: Array) -> Array:
+def augmentation_weights(logits: Array, present: Array | None = None) -> Array:
   """AugHFL's weight of every client by how stable it is under augmentation of the public batch.
 
   q_i = 1 / (KL(p_c || p_a1) + KL(p_c || p_a2)), w = q / (sum q + 1e-7).
 
   Args:
     logits: of the clean view and two augmented ones, (K, 3, B, C).
+    present: (K,) bool, who answered; the others weigh nothing. None: all.
 
   Returns:
     (K,), without gradient.
   """
   clean, first, second = (jax.lax.stop_gradient(logits[:, view]) for view in range(3))
-  q = 1 / (kl_divergence(clean, first) + kl_divergence(clean, second))
+  moved = kl_divergence(clean, first) + kl_divergence(clean, second)
+  q = 1 / jnp.maximum(moved, jnp.finfo(moved.dtype).eps)  # 0 where an answer does not move at all
+  q = q if present is None else jnp.where(present, q, 0)
   return q / (q.sum() + 1e-7)
+
+
+def prototype_distance(features: Array, prototypes: Array, known: Array, labels: Array) -> Array:
+  """FedProto's pull: mean ||h - prototype[y]||^2 over the examples whose class has a prototype.
+
+  Args:
+    features: projected to the clients' common width, (B, w).
+    prototypes: (C, w).
+    known: (C,) bool.
+    labels: (B,) int.
+  """
+  far = jnp.square(features - prototypes[labels]).sum(-1)
+  return mean_of_real(far, known[labels])
+
+
+def merge_prototypes(sums: Array, counts: Array) -> tuple[Array, Array]:
+  """Mean feature of every class over all clients' examples: (K, C, w), (K, C) -> (C, w), (C,) bool."""
+  total = counts.sum(0)
+  return sums.sum(0) / jnp.maximum(total, 1e-9)[:, None], total > 0

@@ -207,32 +207,40 @@ class Classifier(nn.Module):
 
 
 def resnet(
-  blocks: Sequence[int], narrow: int, patches: bool | None, dtype: DTypeLike | None
+  blocks: Sequence[int],
+  narrow: int,
+  stages: int | None,
+  patches: bool | None,
+  dtype: DTypeLike | None,
 ) -> Trunk:
   """Four stages of `blocks` basic blocks each, 64 to 512 channels."""
   made = [
     functools.partial(ResNetBlock, _divide(64 << stage, narrow), 2 if stage and not i else 1)
-    for stage, count in enumerate(blocks)
-    for i in range(count)
+    for stage, count in enumerate(blocks[:stages])
+    for i in range(1 if stages else count)
   ]
   return Trunk((_divide(64, narrow), 3), made, patches=patches, dtype=dtype)
 
 
-def mobilenet(narrow: int, patches: bool | None, dtype: DTypeLike | None) -> Trunk:
+def mobilenet(
+  narrow: int, stages: int | None, patches: bool | None, dtype: DTypeLike | None
+) -> Trunk:
   """MobileNetV2 for 32x32 images: ReLU, and stride 2 three times."""
-  stages = (  # expansion, channels, blocks, stride of the first
+  table = (  # expansion, channels, blocks, stride of the first
     (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1),
   )  # fmt: skip
   made = [
     functools.partial(MobileNetBlock, _divide(channels, narrow), 1 if i else stride, expansion)
-    for expansion, channels, count, stride in stages
-    for i in range(count)
+    for expansion, channels, count, stride in table[:stages]
+    for i in range(1 if stages else count)
   ]
   return Trunk((_divide(32, narrow), 3), made, _divide(1280, narrow), patches, dtype)
 
 
-def shufflenet(narrow: int, patches: bool | None, dtype: DTypeLike | None) -> Trunk:
+def shufflenet(
+  narrow: int, stages: int | None, patches: bool | None, dtype: DTypeLike | None
+) -> Trunk:
   """ShuffleNet with two groups: stages of 4, 8 and 4 blocks, 200 to 800 channels."""
   made = [
     functools.partial(
@@ -241,8 +249,8 @@ def shufflenet(narrow: int, patches: bool | None, dtype: DTypeLike | None) -> Tr
       stride=1 if i else 2,
       groups=2 if stage or i else 1,  # the stem is too thin to be grouped
     )
-    for stage, (channels, count) in enumerate(((200, 4), (400, 8), (800, 4)))
-    for i in range(count)
+    for stage, (channels, count) in enumerate(((200, 4), (400, 8), (800, 4))[:stages])
+    for i in range(1 if stages else count)
   ]
   return Trunk((_divide(24, narrow), 1), made, patches=patches, dtype=dtype)
 
@@ -260,6 +268,7 @@ def classifier(
   num_classes: int,
   *,
   narrow: int = 1,
+  stages: int | None = None,
   patches: bool | None = None,
   dtype: DTypeLike | None = None,
 ) -> Classifier:
@@ -269,18 +278,20 @@ def classifier(
     architecture: a name in `ARCHITECTURES`.
     num_classes: number of logits.
     narrow: what all channels are divided by, rounded down to multiples of 8, at least 8.
+    stages: one block of each of so many stages, from the first; None: the whole network.
     patches: as in `Conv`.
     dtype: of the convolutions.
 
   Raises:
-    InputError: unknown architecture, or `narrow` below 1.
+    InputError: unknown architecture, or `narrow` or `stages` below 1.
   """
   if architecture not in ARCHITECTURES:
     near = nearest(architecture, ARCHITECTURES)
     raise InputError(f"architecture: {architecture!r} is not known, the nearest is {near!r}")
-  if narrow < 1:
-    raise InputError(f"narrow: must be at least 1, got {narrow}")
-  trunk = ARCHITECTURES[architecture](narrow=narrow, patches=patches, dtype=dtype)
+  for name, value in (("narrow", narrow), ("stages", stages)):
+    if value is not None and value < 1:
+      raise InputError(f"{name}: must be at least 1, got {value}")
+  trunk = ARCHITECTURES[architecture](narrow=narrow, stages=stages, patches=patches, dtype=dtype)
   return Classifier(trunk, num_classes)
 
 

@@ -87,6 +87,21 @@ def test_every_client_is_filled_to_the_target(source, skew):
     assert (counts >= settings.target).all()
 
 
+@pytest.mark.parametrize("skew", ["domains", "labels"])
+def test_repeated_examples_are_as_many_as_generated_ones_and_the_clients_own(source, skew):
+  def start(enlarge):
+    settings = config(source, skew=skew, clients=4, enlarge=enlarge)
+    return federated_embeddings.build(settings).init(jax.random.key(0))
+
+  plain, full, again = map(start, ("none", "full", "repeat"))
+  np.testing.assert_array_equal(again.weights, full.weights)
+  for client in range(len(again.weights)):
+    held, own = (s.data["x"][client][s.data["mask"][client]] for s in (again, plain))
+    rows, counts = np.unique(held, axis=0, return_counts=True)
+    np.testing.assert_array_equal(rows, np.unique(own, axis=0))
+    assert counts.max() - counts.min() <= 1
+
+
 def test_all_clients_report_moments_and_nothing_else(source):
   settings = config(source)
   data = federated_embeddings.load(settings)

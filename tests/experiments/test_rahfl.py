@@ -1,0 +1,261 @@
+"""The RAHFL experiment on small images with two one-block networks: rounds, rules, uploads, bad input."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import corrupted_clients, heterogeneous_images, rahfl
+from jaxmethods.methods import rahfl as method
+from jaxmethods.models import convnets
+from jaxmethods.runtime import config as config_lib
+
+C, SIDE, CLIENTS = 3, 8, 3
+
+
+def images(random, y, side=SIDE):
+  """Each class has its own bright channel."""
+  x = random.integers(0, 90, (len(y), side, side, 3))
+  x[np.arange(len(y)), ..., y] += 120
+  return x.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  random, path = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+  y, few = np.tile(np.arange(C), 70), np.tile(np.arange(C), 20)
+  fit, test = images(random, y), images(random, few)
+  np.savez(path / "private.npz", train_x=fit, train_y=y, test_x=test, test_y=few)
+  np.savez(path / "public.npz", x=images(random, few), y=few)
+  np.savez(path / "large.npz", x=images(random, few, 12), y=few)
+  gone = {"train_x": fit[y > 0], "train_y": y[y > 0], "test_x": test, "test_y": few}
+  np.savez(path / "gone.npz", **gone)
+  return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+  """One block each: these tests are about what happens around the networks."""
+
+  def trunk(stem, block, **options):
+    return convnets.Trunk((8, stem), [block], patches=options["patches"], dtype=options["dtype"])
+
+  kinds = {
+    "resnet": functools.partial(trunk, 3, functools.partial(convnets.ResNetBlock, 8, 2)),
+    "mobile": functools.partial(trunk, 1, functools.partial(convnets.MobileNetBlock, 8, 2, 2)),
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(convnets, "ARCHITECTURES", convnets.ARCHITECTURES | kinds)
+    yield
+
+
+def config(folder, **changes):
+  small = {
+    "data": f"npz:{folder}/private.npz", "public": f"npz:{folder}/public.npz", "pretrain": 8,
+    "steps": 4, "kinds": ["contrast", "jpeg_compression"], "batch_size": 16, "private_examples": 70,
+    "architectures": ["resnet", "mobile", "resnet10"][:2], "learning_rate": 0.01,
+  }  # fmt: skip
+  return rahfl.Config(**(small | changes))
+
+
+def trained(settings):
+  experiment = heterogeneous_images.build(settings)
+  state = experiment.init(jax.random.key(settings.seed))
+  step, batches = jax.jit(experiment.step), experiment.batches(0)
+  for _ in range(experiment.num_steps):
+    state, metrics = step(state, next(batches))
+  return experiment, step, state, metrics
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+  return trained(config(folder))
+
+
+def test_it_learns(run):
+  experiment, _, state, metrics = run
+  result = experiment.evaluate(state, experiment.test)
+  assert next(iter(result)) == "corrupted_accuracy"
+  assert result["clean_accuracy"] > 0.8 and result["corrupted_accuracy"] > 0.6
+  np.testing.assert_allclose(
+    result["clean_accuracy"],
+    np.mean([result[f"clean_accuracy/{name}.0"] for name in ("resnet", "mobile")]),
+    rtol=1e-6,
+  )
+  assert metrics["rejected"] == 0 and metrics["distillation"] >= 0
+  # Two clients; one accuracy each, and the answers to every public batch.
+  assert metrics["bytes_up"] == 2 * (4 + 60 // 16 * 16 * C * 4)
+  assert set(experiment.figures(state)) == {"accuracy", "private_images", "corruptions"}
+
+
+def test_a_client_that_returns_nan_is_rejected_by_name_and_the_round_goes_on(run):
+  experiment, step, state, _ = run
+  first, second = state.peers
+  broken = second._replace(params=jax.tree.map(lambda a: a * jnp.nan, second.params))
+  after, metrics = step(state._replace(peers=(first, broken)), next(experiment.batches(8)))
+  assert metrics["rejected"] == 1 and metrics["rejected/mobile.0"] and not metrics["rejected/resnet.0"]
+  assert np.isfinite(metrics["loss"])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.peers[0].params))
+  result = experiment.evaluate(after, experiment.test)
+  assert result["clean_accuracy/mobile.0"] == 0 and result["clean_accuracy/resnet.0"] > 0.8
+
+
+def test_the_same_key_gives_the_same_round(run):
+  experiment, step, state, _ = run
+  batch = next(experiment.batches(8))
+  twice = [jax.tree.leaves(step(state, batch)[0].peers) for _ in range(2)]
+  for one, other in zip(*twice, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+# What leaves a client after its own training, beside its answers: (shape of every leaf, by method).
+UPLOADS = {
+  "rahfl": [], "rahfl_symmetric": [], "rahfl_local": [], "aughfl": [], "local": [],
+  "local_augmix": [], "fedmd": [], "feddf": [], "fedproto": [(C,), (C, 64)], "rhfl": [()],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+  return rahfl.rows(config(folder))
+
+
+def test_every_row_is_listed(rows):
+  assert list(rows) == list(UPLOADS)
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_what_leaves_a_client(rows, name):
+  """The leaves of every upload and the bytes of a round; the program of every row is traced."""
+  settings = rows[name]
+  experiment = heterogeneous_images.build(settings)
+  state = experiment.init(jax.random.key(0))
+  batch = next(experiment.batches(settings.pretrain))
+  net = convnets.classifier("resnet", C)
+  algorithm = heterogeneous_images.private_training(
+    heterogeneous_images.network_of(net), settings, optax_adam()
+  )
+  views = {"ce": 1, "sce": 1, "jsd": 3, "dcl": 4}[settings.local]
+  data = {
+    "views": jnp.zeros((16, views, SIDE, SIDE, 3)),
+    "y": jnp.zeros(16, jnp.int32),
+    "mask": jnp.ones(16, bool),
+  }
+  client = jax.tree.map(lambda a: a[0], state.peers[0])
+  message = jax.eval_shape(algorithm.download, state.standing, 0)
+  _, upload, _ = jax.eval_shape(algorithm.local, message, client, data, jax.random.key(0))
+  assert [leaf.shape for leaf in jax.tree.leaves(upload)] == UPLOADS[name]
+
+  after, metrics = jax.eval_shape(experiment.step, state, batch)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+  assert ("distillation" in metrics) == (settings.exchange not in ("none", "fedproto"))
+
+
+def optax_adam():
+  import optax
+
+  return optax.adam(1e-3)
+
+
+@pytest.mark.parametrize("exchange", ["asym", "hfl", "rhfl", "aughfl", "fedmd", "feddf"])
+def test_teachers(folder, exchange):
+  """Distributions made of the present clients alone, and none where there is nobody to learn from."""
+  settings = config(folder, exchange=exchange)
+  teach = heterogeneous_images.make_teach(settings)
+  views = 3 if exchange == "aughfl" else 1
+  logits = jax.random.normal(jax.random.key(0), (CLIENTS, views, 4, C))
+  answers = jax.nn.log_softmax(logits)
+  standing = heterogeneous_images.first_standing(settings, CLIENTS, C)
+  if exchange == "asym":
+    standing = {"accuracy": jnp.array([0.5, 0.7, 0.6])}
+  present = jnp.array([True, False, True])
+  answers = jnp.where(present[:, None, None, None], answers, 0)  # as the engine does
+  teachers = teach(standing, answers, present)
+  assert np.isfinite(teachers.probabilities).all()
+  p = np.exp(answers[:, 0])
+  first = np.asarray(teachers.probabilities[0])
+  match exchange:
+    case "asym":
+      np.testing.assert_array_equal(teachers.present, [True, True, False])
+      np.testing.assert_allclose(first, p[2], rtol=1e-5)
+    case "hfl":
+      np.testing.assert_allclose(first, p[2], rtol=1e-5)
+    case "rhfl":  # the first round: 1 / (K - 1) each
+      np.testing.assert_allclose(first, p[2] / 2, rtol=1e-5)
+    case "aughfl":
+      weights = method.augmentation_weights(answers[jnp.array([0, 2])])
+      np.testing.assert_allclose(first, weights[1] * p[2], rtol=1e-4)
+    case "fedmd":
+      np.testing.assert_allclose(first, (p[0] + p[2]) / 2, rtol=1e-5)
+    case "feddf":
+      mean = jax.nn.softmax((answers[0, 0] + answers[2, 0]) / 2)
+      np.testing.assert_allclose(first, mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_clients_are_disjoint_and_keep_a_validation_part(folder, alpha):
+  settings = config(folder, alpha=alpha, batch_size=4)
+  data = corrupted_clients.load(settings)
+  held = corrupted_clients.draw_clients(np.random.default_rng(0), data, settings)
+  rows = [np.asarray(a[b >= 0]) for a, b in zip(held[::2], held[1::2], strict=True)]
+  together = np.concatenate(rows)
+  assert len(np.unique(together)) == len(together)
+  assert len(together) == (len(data.labels) if alpha else 2 * 70)
+  np.testing.assert_array_equal(held.y[held.y >= 0], data.labels[rows[0]])
+  if not alpha:
+    assert held.validation.shape == (2, 7)
+
+
+def test_overlapping_clients(folder):
+  settings = config(folder, overlap=True, private_examples=200)
+  data = corrupted_clients.load(settings)
+  held = corrupted_clients.draw_clients(np.random.default_rng(0), data, settings)
+  assert held.rows.shape == (2, 180)
+  assert len(np.intersect1d(*np.asarray(held.rows))) > 100
+
+
+BAD = {
+  "public images of another size": ({"public": "large"}, "large.npz: images of 12 pixels"),
+  "a class that nobody has": ({"data": "gone"}, "no client can have class 0"),
+  "no validation image": ({"private_examples": 17, "validation_share": 0.05}, "client resnet.0"),
+  "fewer images than a batch": ({"batch_size": 64}, "public.npz: 60 images"),
+  "a client smaller than a batch": ({"private_examples": 17}, "fewer than one batch_size"),
+  "an unknown kind": ({"kinds": ["fogg"]}, "fog"),
+  "an unknown architecture": ({"architectures": ["resnet10", "resnt12"]}, "resnet12"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(folder, case):
+  changes, message = BAD[case]
+  names = {key: f"npz:{folder}/{changes[key]}.npz" for key in ("data", "public") if key in changes}
+  with pytest.raises(InputError, match=message):
+    heterogeneous_images.build(config(folder, **(changes | names))).init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"corruption": 1.5}, "corruption"),
+    ({"temperature": 0.0}, "temperature"),
+    ({"validation_share": 0.0}, "validation_share"),
+    ({"architectures": ["resnet10"]}, "nobody to learn from"),
+    ({"architectures": ["resnet10", "resnet10"]}, "repeats"),
+    ({"batch_size": 0}, "batch_size"),
+  ],
+)
+def test_impossible_settings(folder, changes, message):
+  with pytest.raises(ValueError, match=message):
+    config(folder, **changes)
+
+
+@pytest.mark.parametrize("name", ["rahfl", "rahfl_paper"])
+def test_configs(name):
+  file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+  loaded = config_lib.load(rahfl.Config, file, method="rahfl")
+  assert rahfl.rows(loaded)["rahfl"] == loaded
