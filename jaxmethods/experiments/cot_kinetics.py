@@ -40,7 +40,7 @@ SCORES = ("cot_kinetics", *ABLATIONS, *ONE_PASS, *SAMPLED, *DROPPED, "verbalised
 class Config(RunConfig):
   """CoT-Kinetics is a reconstruction: its equation could not be read. (ours) marks our choices."""
 
-  steps: int = 1500  # of training; with `model` all problems are worked off once
+  steps: int = 1000  # of training; with `model` all problems are worked off once
   log_every: int = 10
   eval_every: int = 100000  # at the end only: an evaluation writes and reads many texts
   checkpoint_every: int = 250
@@ -67,12 +67,12 @@ class Config(RunConfig):
   dropout_rate: float = 0.1
   bootstrap: int = 1000  # draws of the intervals
 
-  operations: int = 5  # most that a generated problem has (ours)
-  width: int = 96  # of the small model (ours), as the next three
+  operations: int = 3  # most that a generated problem has (ours)
+  width: int = 32  # of the small model (ours), as the next three
   layers: int = 6
-  heads: int = 4
-  learning_rate: float = 3e-3  # of AdamW, with warm-up and cosine decay
-  batch_size: int = 64  # texts that are trained on, or that a given model reads, together
+  heads: int = 2
+  learning_rate: float = 5e-3  # of AdamW, with warm-up and cosine decay
+  batch_size: int = 48  # texts that are trained on, or that a given model reads, together
   reuse: bool = False  # model and answers of this seed from the cache: what eval.compare does
 
   max_new_tokens: int = 96  # of a given model, as the rest (CoE code: 2048)
