@@ -1,4 +1,8 @@
-"""Evaluates the last checkpoint of a run: `python -m eval.run --method NAME --workdir DIR`."""
+"""Evaluates the last checkpoint of a run: `python -m eval.run --method NAME --workdir DIR`.
+
+Where a method has nothing to train (its `untrained(config)` says so), there need be no run: the cases
+are worked off here, and the same command continues where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
   from jaxmethods.runtime import workdir as workdir_lib
 
   method = experiments.load(args.method)
-  workdir = args.workdir or command.default_workdir(args, command.config_file(args))
-  file = args.config or workdir / workdir_lib.CONFIG
+  file = command.config_file(args)
+  load = lambda file, short: config_lib.load(
+    method.Config, file, short=short, overrides=overrides, method=args.method
+  )
+  untrained = False
+  if hasattr(method, "untrained"):
+    config = load(file, args.short)
+    untrained = method.untrained(config)
+  workdir = args.workdir or command.default_workdir(args, file, "eval-" if untrained else "")
   checkpoints = workdir / workdir_lib.CHECKPOINTS
-  if not checkpoints.is_dir():
-    raise InputError(f"--workdir {workdir}: there is no run with a checkpoint")
-  config = config_lib.load(method.Config, file, overrides=overrides, method=args.method)
+  if untrained:
+    workdir_lib.check(workdir, config, method=args.method)
+  else:
+    if not checkpoints.is_dir():
+      raise InputError(f"--workdir {workdir}: there is no run with a checkpoint")
+    config = load(args.config or workdir / workdir_lib.CONFIG, False)
   if args.print_config:
     print(config_lib.to_yaml(config, method=args.method), end="")
     return 0
@@ -40,8 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   from jaxmethods.runtime import loop, report
 
-  step, state, metrics = loop.evaluate(experiment, config, checkpoints, mesh)
-  figures = experiment.figures(state)  # by every process: it may compute on the whole mesh
+  if untrained:
+    create = lambda: workdir_lib.create(workdir, config, method=args.method)
+    try:
+      state, metrics = loop.train(
+        experiment, config, workdir, create_workdir=create, title=args.method, mesh=mesh,
+        debug=args.debug,
+      )  # fmt: skip
+    except loop.Stopped as stopped:
+      print(stopped, flush=True)
+      return stopped.status
+    step = experiment.num_steps
+  else:
+    step, state, metrics = loop.evaluate(experiment, config, checkpoints, mesh)
+  # By every process: they may compute on the whole mesh.
+  figures, files = experiment.figures(state), experiment.files(state)
   if jax.process_index() == 0:
     page = report.write(
       workdir,
@@ -50,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       step=step,
       metrics=metrics,
       figures=figures,
+      files=files,
     )
     workdir_lib.write_json(
       workdir / "results.json", {"method": args.method, "step": step, "metrics": metrics}

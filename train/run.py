@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except loop.Stopped as stopped:
     print(stopped, flush=True)
     return stopped.status
-  figures = experiment.figures(state)  # by every process: it may compute on the whole mesh
+  # By every process: they may compute on the whole mesh.
+  figures, files = experiment.figures(state), experiment.files(state)
   if jax.process_index() == 0:
     from jaxmethods.runtime import report  # matplotlib takes 0.6 s
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       step=experiment.num_steps,
       metrics=metrics,
       figures=figures,
+      files=files,
     )
     print(f"{experiment.num_steps} steps done; see {page}")
   return 0

@@ -6,6 +6,7 @@ module is imported by name when it is asked for; it provides
   Config                         frozen dataclass, a `RunConfig`
   build(config, mesh=None)       -> Experiment
   rows(config)                   -> {row name: config}: the method and its baselines for eval.compare
+  untrained(config)              -> whether there is nothing to train; optional, see eval.run
 
 A method of one's own is any importable module with these three names: `--method package.module`.
 """
@@ -32,6 +33,12 @@ METHODS: dict[str, Method] = {
     paper="Jia et al., 2025, arXiv 2504.00540",
     summary="a graph network distilled without any graph (a reconstruction)",
     embedded_run="1 min",
+  ),
+  "cot_kinetics": Method(
+    title="CoT-Kinetics",
+    paper="Bi et al., 2025, arXiv 2505.13408",
+    summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
+    embedded_run="? min",
   ),
   "fedssp": Method(
     title="FedSSP",

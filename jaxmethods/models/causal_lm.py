@@ -104,6 +104,7 @@ class Output(NamedTuple):
     states: `Probe.states` of the embedding and of every block's output, stacked: (L + 1, ...).
     final: `Probe.states` of `hidden`: transformers gives this in place of the last of `states`.
     attention: `Probe.attention` of every layer, stacked: (L, ...).
+    folded: `Probe.fold` over the embedding and every block's output.
   """
 
   logits: jax.Array | None
@@ -112,6 +113,7 @@ class Output(NamedTuple):
   states: Any = None
   final: Any = None
   attention: Any = None
+  folded: Any = None
 
 
 class _Context(NamedTuple):
@@ -206,8 +208,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, carry, layer, context: _Context):
-    """Maps ((B, T, D), cache) and (index in the cache, whether it slides) to the same and a summary."""
-    c, (x, cache), (index, slides) = self.config, carry, layer
+    """Maps ((B, T, D), cache, fold) and (index in the cache, whether it slides) to these and a summary."""
+    c, (x, cache, folded), (index, slides) = self.config, carry, layer
     bias = context.bias
     if context.window_bias is not None:
       bias = jnp.where(slides, context.window_bias, bias)
@@ -217,12 +219,12 @@ class Block(nn.Module):
     )
     x = x + mixed
     x = x + MLP(*common, name="mlp")(_norm(c, self, "norm_2")(x))
-    states, queries, reduce = self.probe
+    probe = self.probe
     summary = (
-      None if states is None else states(x),
-      None if queries is None else reduce(rows(queries)),
+      None if probe.states is None else probe.states(x),
+      None if probe.queries is None else probe.attention(rows(probe.queries)),
     )
-    return (x, cache), summary
+    return (x, cache, None if probe.fold is None else probe.fold(folded, x)), summary
 
 
 class CausalLM(nn.Module):
@@ -299,6 +301,7 @@ class CausalLM(nn.Module):
       _check_room(cache, length)
     context, valid = self._context(mask, positions, cache, fresh)
     states = [] if probe.states is None else [probe.states(x)]
+    folded = None if probe.fold is None else probe.fold(None, x)
 
     block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
     attributes = (c, self.dtype, self.param_dtype, fresh, probe)
@@ -314,14 +317,14 @@ class CausalLM(nn.Module):
       )
       layers = scanned(*attributes, name="layers")
       each = (jnp.arange(c.num_layers), jnp.array(slides))
-      (x, slots), (later, rows) = layers((x, slots), each, context)
+      (x, slots, folded), (later, rows) = layers((x, slots, folded), each, context)
       states = [jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), s, later) for s in states]
     else:
       summaries, used = [], []
       for i in range(c.num_layers):
         slot = None if slots is None else (slots[0][i], slots[1][i])
         layer = block(*attributes, name=f"layers_{i}")
-        (x, slot), summary = layer((x, slot), (0, slides[i]), context)
+        (x, slot, folded), summary = layer((x, slot, folded), (0, slides[i]), context)
         used.append(slot)
         summaries.append(summary)
       later, rows = zip(*summaries, strict=True)
@@ -340,6 +343,7 @@ class CausalLM(nn.Module):
       states[0] if states else None,
       None if probe.states is None else probe.states(x),
       rows,
+      folded,
     )
 
   def logits(self, hidden: jax.Array) -> jax.Array:

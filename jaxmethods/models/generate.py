@@ -19,10 +19,12 @@ class Generated(NamedTuple):
   Attributes:
     tokens: (B, N), padded after the end.
     lengths: (B,), how many are real, the end token included.
+    log_probs: (B, N), of the tokens under the model itself: whatever the sampling, temperature 1.
   """
 
   tokens: jax.Array
   lengths: jax.Array
+  log_probs: jax.Array
 
 
 def generate(
@@ -108,24 +110,35 @@ def generate(
     newest = jax.lax.dynamic_index_in_dim(hidden, length + step - 1, axis=1, keepdims=False)
     return apply(variables, newest, method="logits"), None
 
+  def write(tokens, log_probs, done, logits, step):
+    new = choose(logits, step)
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, new[:, None], 1)[:, 0]
+    log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+    log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, log_prob[:, None], step, axis=1)
+    return *_write(tokens, done, new, step, ends), log_probs
+
   def body(carry):
-    step, tokens, done, cache = carry
+    step, tokens, done, log_probs, cache = carry
     logits, cache = next_logits(step, tokens, cache)
-    return (step + 1, *_write(tokens, done, choose(logits, step), step, ends), cache)
+    return (step + 1, *write(tokens, log_probs, done, logits, step), cache)
 
   def unfinished(carry):
-    step, _, done, _ = carry
+    step, _, done, *_ = carry
     return (step < max_new_tokens) & ~done.all()
 
   slots = size if use_cache else None
   out = apply(variables, ids, mask=mask, cache_size=slots, logits="last", **prompt)
   tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
-  tokens, done = _write(tokens, jnp.zeros(batch, bool), choose(out.logits[:, 0], 0), 0, ends)
-  carry = (jnp.int32(1), tokens, done, out.cache)
-  _, tokens, done, _ = jax.lax.while_loop(unfinished, body, carry)
+  log_probs = jnp.zeros((batch, max_new_tokens))
+  begun = write(tokens, log_probs, jnp.zeros(batch, bool), out.logits[:, 0], 0)
+  _, tokens, _, log_probs, _ = jax.lax.while_loop(
+    unfinished, body, (jnp.int32(1), *begun, out.cache)
+  )
   ended = jnp.isin(tokens, ends)
   lengths = jnp.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens)
-  return Generated(tokens, lengths)
+  real = jnp.arange(max_new_tokens) < lengths[:, None]
+  return Generated(tokens, lengths, jnp.where(real, log_probs, 0))
 
 
 def _write(tokens, done, new, step, ends):

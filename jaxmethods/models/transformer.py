@@ -218,10 +218,10 @@ class Block(nn.Module):
     if self.depth < config.num_layers:
       # A scan cannot stop early: the blocks that nobody wants hand their input on.
       x = jnp.where(index < self.depth, x, before)
-    states, queries, reduce = self.probe
+    probe = self.probe
     return x, (
-      None if states is None else states(x),
-      None if queries is None else reduce(rows(queries)),
+      None if probe.states is None else probe.states(x),
+      None if probe.queries is None else probe.attention(rows(probe.queries)),
     )
 
   def _drop(self, branch: jax.Array, index: jax.Array | int) -> jax.Array:

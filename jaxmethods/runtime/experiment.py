@@ -61,6 +61,7 @@ class Experiment(NamedTuple):
     num_steps: number of steps of the whole run.
     about: one line for the top of every report: the data, how many examples, where from, and
       whether real or generated.
+    files: state -> {file name: text}; what a run leaves in its workdir beside the pictures.
   """
 
   init: Callable[[jax.Array], State]
@@ -71,3 +72,4 @@ class Experiment(NamedTuple):
   figures: Callable[[State], dict[str, Figure]]
   num_steps: int
   about: str
+  files: Callable[[State], dict[str, str]] = lambda state: {}

@@ -51,8 +51,9 @@ def write(
   step: int,
   metrics: Mapping[str, Any],
   figures: Mapping[str, Figure],
+  files: Mapping[str, str],
 ) -> Path:
-  """Writes report.html and its PNGs into `directory`; returns the page.
+  """Writes report.html, its PNGs and the files into `directory`; returns the page.
 
   Args:
     directory: a workdir; the curves come from its metrics.jsonl.
@@ -61,6 +62,7 @@ def write(
     step: step of the state that was evaluated.
     metrics: result of the evaluation.
     figures: the experiment's own pictures.
+    files: its own files, name -> text.
   """
   lines = metric_log.read(directory) if (directory / metric_log.METRICS).exists() else []
   pictures = dict(figures)
@@ -70,6 +72,9 @@ def write(
   body = [f"<p>After step {step}:</p>", table]
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
+  for name, text in files.items():
+    workdir.write_text(directory / name, text)
+    body.append(f'<p><a href="{html.escape(name)}">{html.escape(name)}</a></p>')
   return _page(directory, title, about, body)
 
 

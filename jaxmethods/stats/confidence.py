@@ -1,0 +1,108 @@
+"""What logits, repeated answers and the model's own words say about how sure a language model is."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenStatistics(NamedTuple):
+  """Of every token's distribution p = softmax(logits / tau), (...) each, natural logarithms.
+
+  Attributes:
+    max_log_prob: log max p.
+    log_prob: log p of the token that was written.
+    entropy: of p.
+    energy: tau logsumexp(logits / tau), minus the free energy (Liu et al., NeurIPS 2020).
+  """
+
+  max_log_prob: jax.Array
+  log_prob: jax.Array
+  entropy: jax.Array
+  energy: jax.Array
+
+
+class DropoutStatistics(NamedTuple):
+  """Of K passes with dropout, (B,) each.
+
+  Attributes:
+    max_mean_prob: largest probability of the mean distribution.
+    predictive_entropy: entropy of the mean distribution, nats.
+    mutual_information: that minus the mean entropy: what the passes disagree about.
+  """
+
+  max_mean_prob: jax.Array
+  predictive_entropy: jax.Array
+  mutual_information: jax.Array
+
+
+def token_statistics(
+  logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0
+) -> TokenStatistics:
+  """Statistics of next-token distributions.
+
+  Args:
+    logits: (..., V).
+    tokens: (...) int, what was written.
+    temperature: tau.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+  peak = logits.max(-1)
+  shifted = logits - peak[..., None]
+  weight = jnp.exp(shifted)
+  total = weight.sum(-1)
+  log_total = jnp.log(total)
+  written = jnp.take_along_axis(shifted, tokens[..., None], -1)[..., 0]
+  entropy = log_total - (weight * shifted).sum(-1) / total
+  return TokenStatistics(-log_total, written - log_total, entropy, temperature * (peak + log_total))
+
+
+def mean_over(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean over the last axis where the mask is true; 0 where it never is."""
+  return jnp.where(mask, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def length_normalised_entropy(log_prob: jax.Array, mask: jax.Array) -> jax.Array:
+  """Minus the mean log probability per token of K samples: (B, K, T) and mask (B, K, T) to (B,)."""
+  return -mean_over(log_prob, mask).mean(-1)
+
+
+def self_consistency(
+  answer: jax.Array, given: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """The answer that most samples give.
+
+  Args:
+    answer: (B, K) int ids of the answers.
+    given: (B, K), False for a sample that came to no answer: it agrees with none.
+
+  Returns:
+    (B,) the majority's id, the smallest of equals; (B,) its share of all K samples, 0 if none answered.
+  """
+  given = jnp.ones(answer.shape, bool) if given is None else given
+  same = (answer[:, :, None] == answer[:, None, :]) & given[:, None, :] & given[:, :, None]
+  votes = same.sum(-1)
+  most = votes.max(-1)
+  largest = jnp.iinfo(answer.dtype).max
+  winner = jnp.where(given & (votes == most[:, None]), answer, largest).min(-1)
+  return winner, most / answer.shape[1]
+
+
+def dropout_statistics(probs: jax.Array) -> DropoutStatistics:
+  """Statistics of the distributions (K, B, V) that K passes with dropout gave."""
+  mean = probs.mean(0)
+  predictive = _entropy(mean)
+  return DropoutStatistics(mean.max(-1), predictive, predictive - _entropy(probs).mean(0))
+
+
+def verbalised(text: str) -> float | None:
+  """Confidence that a model wrote down: the first number from 0 to 100, / 100; None if there is none."""
+  numbers = (float(found) for found in re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", text))
+  return next((number / 100 for number in numbers if 0 <= number <= 100), None)
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+  return jax.scipy.special.entr(probs).sum(-1)
