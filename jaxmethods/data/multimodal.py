@@ -2,7 +2,7 @@
 
 | name | what |
 | --- | --- |
-| `easy-vqa` | 48,248 questions of four families about 5,000 images of one coloured shape (real data set) |
+| `easy-vqa` | 48,248 questions of four families about 5,000 images of one coloured shape |
 | `digits` | scikit-learn's 1,797 digits, drawn large: "which digit is shown?" |
 | `counting` | shapes that we draw: "how many shapes are shown?" (generated) |
 | `captions` | easy-VQA's images: "describe the image", answered by three words |
