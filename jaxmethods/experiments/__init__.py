@@ -33,6 +33,12 @@ METHODS: dict[str, Method] = {
     summary="a graph network distilled without any graph (a reconstruction)",
     embedded_run="1 min",
   ),
+  "bye": Method(
+    title="BYE",
+    paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
+    summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
+    embedded_run="2 min",
+  ),
   "fedssp": Method(
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",

@@ -1,8 +1,8 @@
 """Backdoor triggers: one image (height, width, 3) of whole values 0..255 in, the triggered uint8 out.
 
-Patches as BYE describes them (Rong et al. 2025, appendix B; sizes and places marked inferred are not given
-there), and four global ones from common practice: Blend (Chen et al. 2017), SIG (Barni et al. 2019), WaNet
-(Nguyen & Tran 2021) and FTrojan (Wang et al. 2022).
+Patches as BYE describes them (Rong et al. 2025, appendix B; sizes and places marked inferred are
+not given there), and four global ones from common practice: Blend (Chen et al. 2017), SIG (Barni et
+al. 2019), WaNet (Nguyen & Tran 2021) and FTrojan (Wang et al. 2022).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def patch(
 
   Args:
     image: (height, width, 3).
-    top, left: of the square; may be traced.
+    top: first row of the square; may be traced.
+    left: first column, likewise.
     side: of the square.
     cell: side of the checkerboard's cells; None: all black.
   """

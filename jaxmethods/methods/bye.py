@@ -1,9 +1,10 @@
 """BYE: poisoned examples found by the collapse of a model's attention, and removed.
 
 X. Rong et al., "Backdoor Cleaning without External Guidance in MLLM Fine-tuning", NeurIPS 2025, arXiv
-2505.16916. Symbols: N examples, L layers, H heads, T image tokens. A poisoned image makes the first answer
-token look at little but the trigger, so in some layers the entropy of its attention over image tokens falls
-into two groups. Those layers are kept, their entropies averaged, and the lower of two groups is removed.
+2505.16916. Symbols: N examples, L layers, H heads, T image tokens. A poisoned image makes the first
+answer token look at little but the trigger, so in some layers the entropy of its attention over
+image tokens falls into two groups. Those layers are kept, their entropies averaged, and the lower
+of two groups is removed.
 
 (paper), (code) and (inferred) say where a choice comes from.
 """
@@ -66,8 +67,8 @@ def fill_missing(entropies: jax.Array) -> tuple[jax.Array, jax.Array]:
     entropies: (N, L).
 
   Returns:
-    (filled (N, L), number of values that were missing). A layer without any value becomes 0, so that it is
-    never kept.
+    (filled (N, L), number of values that were missing). A layer without any value becomes 0, so
+    that it is never kept.
   """
   missing = jnp.isnan(entropies)
   layer = jnp.where(missing.all(0), 0, jnp.nanmean(jnp.where(missing.all(0), 0, entropies), 0))
@@ -105,8 +106,8 @@ def profile(
     entropies: (N, L), finite.
     tau: least separation; the published sweep of 0 to 3 has its best at 2.
     index: see `separation_index`.
-    min_weight: least share of either group; 0 as published. A converged fit of a layer with one group can
-      lock on to a handful of outliers, which 0.005 excludes (ours).
+    min_weight: least share of either group; 0 as published. A converged fit of a layer with one
+      group can lock on to a handful of outliers, which 0.005 excludes (ours).
   """
   # One layer after the other: each ends when it has converged, and stays in the cache meanwhile.
   mixture = jax.lax.map(mixtures.fit, entropies.T)
@@ -120,8 +121,8 @@ def profile(
 def separation_index(mixture: Mixture, index: Index = "paper") -> jax.Array:
   """Bimodal separation index of mixtures with fields (..., 2).
 
-  "paper": |m1 - m2| / sqrt(s1^2 + s2^2), eq. 6, its root inferred; "code": |m1 - m2| / (s1 + s2), which is
-  smaller, by sqrt(2) where s1 = s2.
+  "paper": |m1 - m2| / sqrt(s1^2 + s2^2), eq. 6, its root inferred; "code": |m1 - m2| / (s1 + s2),
+  which is smaller, by sqrt(2) where s1 = s2.
 
   Raises:
     ValueError: another index.
@@ -179,8 +180,8 @@ def clean(
     entropies: (N, L), finite.
     layers: (L,) bool, `Profile.kept`; all of them is the ablation without the separation index.
     split: "gmm": the more probable group of a mixture; "kmeans" (ablation): the best split in two.
-    guard: whether a score above the mean of the upper group is always kept: under a wide lower group it may
-      belong there by its posterior (ours).
+    guard: whether a score above the mean of the upper group is always kept: under a wide lower
+      group it may belong there by its posterior (ours).
 
   Raises:
     ValueError: another split, or fewer than four examples.

@@ -40,8 +40,8 @@ def fit(
 ) -> Mixture:
   """Expectation maximisation from the best split in two.
 
-  Where there are two groups it converges in tens of iterations. Where there is one it may never, and ends
-  as the published code's does after 100.
+  Where there are two groups it converges in tens of iterations. Where there is one it may never,
+  and ends as the published code's does after 100.
 
   Args:
     x: (N,), finite.
