@@ -1,9 +1,9 @@
 """BYE's two costs, on one thread: profiling 6218 x 32 entropies, and the pass that extracts them.
 
 Profiling is timed beside scikit-learn's mixtures, which the published code fits (two components, k-means
-start, at most 100 iterations), on the same numbers: 32 layers, from well separated to one group. The pass is
-timed with and without its probe, alternating, on the desk model and on a causal language model with as many
-image tokens as LLaVA-1.5.
+start, at most 100 iterations), on the same numbers: 32 layers, from well separated to one group.
+The pass is timed with and without its probe, alternating, on the desk model and on a causal
+language model with as many image tokens as LLaVA-1.5.
 
   python -m benchmarks.bye
 """

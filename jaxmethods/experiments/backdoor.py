@@ -140,11 +140,15 @@ def load(config: Config, benchmark: multimodal.Benchmark) -> Data:
   count = len(clean.images)
   marked = triggered(config, clean.images)
   # Both at once, so that texts are padded alike; the images of the copy come behind the others.
-  both = clean._replace(
+  twice = lambda x: np.tile(x, 2)
+  both = QuestionData(
     images=np.concatenate([clean.images, marked]),
     image=np.concatenate([clean.image, clean.image + count]),
+    question=twice(clean.question),
     answer=np.concatenate([clean.answer, np.full(len(clean.answer), config.poison_answer)]),
-    **{name: np.tile(getattr(clean, name), 2) for name in ("question", "split", "family")},
+    split=twice(clean.split),
+    family=twice(clean.family),
+    source=clean.source,
   )
   task = multimodal.task_of(
     benchmark.model, benchmark.params, benchmark.vocabulary, both, (config.target,)
@@ -246,7 +250,6 @@ def examine(run: Run, pair: Pair, poisoned: jax.Array, tokens: int) -> Evidence:
     poisoned: which of it is triggered.
     tokens: of an image, T.
   """
-
   count = len(poisoned)
   chunk = min(_CHUNK, count)
 
