@@ -8,6 +8,7 @@ x^T t with a narrow t runs at an eighth of the speed), and `b` is B^T, (rank, ou
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -268,7 +269,8 @@ def _zero_start(kind: str, rank: int) -> Init:
   """A like PyTorch's linear layers, B zero."""
 
   def init(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
-    _check_rank(kind, rank, linear, path)
+    if rank > min(linear.kernel.shape):  # wasteful, not wrong
+      warnings.warn(_too_large(kind, rank, linear, path), stacklevel=2)
     inputs, outputs = linear.kernel.shape
     a = torch_linear(inputs)["kernel_init"](key, (rank, inputs), jnp.float32)
     return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
@@ -290,7 +292,11 @@ def _require_rank(kind: str, rank: int) -> None:
 
 def _check_rank(kind: str, rank: int, linear: Linear, path: str) -> None:
   if rank > min(linear.kernel.shape):
-    raise InputError(f"{kind}: rank {rank} exceeds the kernel of {path}, {linear.kernel.shape}")
+    raise InputError(_too_large(kind, rank, linear, path))
+
+
+def _too_large(kind: str, rank: int, linear: Linear, path: str) -> str:
+  return f"{kind}: rank {rank} exceeds the kernel of {path}, {linear.kernel.shape}"
 
 
 def _norms(kernel: jax.Array) -> jax.Array:

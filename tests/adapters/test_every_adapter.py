@@ -359,9 +359,12 @@ def test_targets():
 
 def test_rank_and_blocks_must_fit():
   _, params = problem()
-  for adapter in (low_rank.lora(9), low_rank.pissa(9), low_rank.vera(9), low_rank.adalora(9)):
-    with pytest.raises(InputError, match=r"rank 9 exceeds the kernel of layers/down, \(12, 8\)"):
+  said = r"rank 9 exceeds the kernel of layers/down, \(12, 8\)"
+  for adapter in (low_rank.pissa(9), low_rank.vera(9), low_rank.adalora(9)):
+    with pytest.raises(InputError, match=said):
       adapter.init(jax.random.key(0), params, "down")
+  with pytest.warns(UserWarning, match=said):  # LoRA needs no singular components: wasteful only
+    low_rank.lora(9).init(jax.random.key(0), params, "down")
   with pytest.raises(InputError, match="block_size 5 does not divide the 12 inputs of layers/down"):
     scaling.oft(5).init(jax.random.key(0), params, "down")
 
