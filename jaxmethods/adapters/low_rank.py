@@ -233,18 +233,46 @@ def loramoe(
 
   def init(key, linear, path):
     each = jax.vmap(lambda key: start(key, linear, path))(jax.random.split(key, experts))
-    uniform = torch_linear(linear.kernel.shape[0])["kernel_init"]
-    router = uniform(jax.random.fold_in(key, 1), (experts, linear.kernel.shape[0]), jnp.float32)
-    return each | {"router": router}
+    return each | {"router": _router(key, experts, linear.kernel.shape[0])}
 
   def forward(f: Factors, x, linear, dense, drop):
-    router, a, b = (f[name].astype(x.dtype) for name in ("router", "a", "b"))
-    gate = jax.nn.softmax(_at_least_float32(jnp.einsum("...i,ei->...e", x, router)))
-    inner = jnp.einsum("...i,eri->...er", drop(x), a) * (scale * gate[..., None]).astype(x.dtype)
+    a, b = (f[name].astype(x.dtype) for name in ("a", "b"))
+    gate = _gate(f, x) * scale
+    inner = jnp.einsum("...i,eri->...er", drop(x), a) * gate[..., None]
     return dense(x) + jnp.einsum("...er,ero->...o", inner, b)
 
   settings = {
     "kind": "loramoe", "rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts
+  }  # fmt: skip
+  return on_linears(Rule(init, forward, None), dropout, **settings)
+
+
+def hydralora(
+  rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, experts: int = 4
+) -> Adapter:
+  """HydraLoRA: y + s sum_e softmax(x R^T)_e (x A^T) B_e^T: LoRAMoE with one A for all experts.
+
+  Tian et al., arXiv 2404.19245. Nothing can be merged.
+  """
+  scale = _scale("hydralora", alpha, rank)
+  start = _zero_start("hydralora", rank)
+
+  def init(key, linear, path):
+    inputs, outputs = linear.kernel.shape
+    return {
+      "a": start(key, linear, path)["a"],
+      "b": jnp.zeros((experts, rank, outputs), jnp.float32),
+      "router": _router(key, experts, inputs),
+    }
+
+  def forward(f: Factors, x, linear, dense, drop):
+    gate = _gate(f, x) * scale
+    inner = jnp.einsum("...i,ri->...r", drop(x), f["a"].astype(x.dtype))
+    inner = inner[..., None, :] * gate[..., None]
+    return dense(x) + jnp.einsum("...er,ero->...o", inner, f["b"].astype(x.dtype))
+
+  settings = {
+    "kind": "hydralora", "rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts
   }  # fmt: skip
   return on_linears(Rule(init, forward, None), dropout, **settings)
 
@@ -263,6 +291,17 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float = 1.0) -> ja
   """
   inner = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype))
   return (inner * scale) @ b.astype(x.dtype)
+
+
+def _router(key: jax.Array, experts: int, inputs: int) -> jax.Array:
+  uniform = torch_linear(inputs)["kernel_init"]
+  return uniform(jax.random.fold_in(key, 1), (experts, inputs), jnp.float32)
+
+
+def _gate(f: Factors, x: jax.Array) -> jax.Array:
+  """Shares of the experts (..., E), in the dtype of `x`."""
+  scores = jnp.einsum("...i,ei->...e", x, f["router"].astype(x.dtype))
+  return jax.nn.softmax(_at_least_float32(scores)).astype(x.dtype)
 
 
 def _zero_start(kind: str, rank: int) -> Init:

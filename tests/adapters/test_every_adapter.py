@@ -34,6 +34,7 @@ KINDS = {
   "tuned": selective.tuned(),
   "masked": selective.tuned(0.3, selective.by_magnitude),
   "loramoe": low_rank.loramoe(3, 6.0, 0.0, 2),
+  "hydralora": low_rank.hydralora(3, 6.0, 0.0, 2),
   "serial": bottleneck.serial(4),
   "parallel": bottleneck.parallel(4, 0.5),
 }
@@ -191,6 +192,7 @@ COUNTS = {
   "tuned": 2 * BOTH,
   "masked": 2 * int(0.3 * BOTH),
   "loramoe": 2 * (2 * 3 * SUM) + 2 * SUM,
+  "hydralora": 3 * SUM + 2 * 3 * SUM + 2 * SUM,
   "serial": (2 * INNER + 2 * WIDTH) * 4 + (4 + INNER) + (4 + WIDTH),
   "parallel": 2 * 4 * SUM + (4 + INNER) + (4 + WIDTH),
 }
