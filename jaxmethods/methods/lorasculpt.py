@@ -16,17 +16,28 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmethods.adapters import low_rank
 from jaxmethods.adapters.adapter import Factors, layers_of
+from jaxmethods.adapters.targets import below, flatten, owner
+from jaxmethods.errors import InputError
+from jaxmethods.federated import paths
+from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.methods.mllm_tuning.tuner import Tuner
 from jaxmethods.stats.ranking import top_share
 
 Tree = Any
+Connector = Literal["full", "lora_cmr", "frozen"]
+
+# What the penalty looks at (code); q, k and v of the language model, never of the image tower.
+REGULARISED = r"^language/.*\b(query|key|value)/kernel$"
 
 # (code) Keeps the logarithm of a weight that is exactly zero finite.
 _TINY = 1e-15
@@ -46,7 +57,7 @@ def magnitude_mask(factor: Array, keep_ratio: float) -> Array:
     Boolean mask, exactly floor(rho * size) true.
 
   Raises:
-    ValueError: rho outside (0, 1], or so small that nothing stays.
+    InputError: rho outside (0, 1], or so small that nothing stays.
   """
   _check_ratio(keep_ratio, factor.size)
   return top_share(jnp.abs(factor), keep_ratio)
@@ -224,11 +235,160 @@ def orthogonality_penalty(a: Array, reference: Array) -> Array:
   return jnp.sum(jnp.einsum("...ri,...si->...rs", a, reference) ** 2)
 
 
+# --- as ways of tuning --------------------------------------------------------------------------
+
+
+def tuner(
+  rank: int = 32,
+  alpha: float = 64.0,
+  dropout: float = 0.05,
+  *,
+  keep_ratio: float = 0.1,
+  prune_at: int = 100,
+  weight: float = 1e-3,
+  omega: float = 1.0,
+  regularised: str = REGULARISED,
+  connector: Connector = "full",
+  connector_weight: float = 1e-3,
+  official_final: bool = False,
+  targets: str = tuners.LINEARS,
+) -> Tuner:
+  """LoRASculpt; the masks are in `extra`.
+
+  Args:
+    rank, alpha, dropout: of the update.
+    keep_ratio: rho; 1 prunes nothing.
+    prune_at: t_p, optimiser updates before the pruning.
+    weight: lambda; 0 leaves the penalty out.
+    omega: sharpness of `importance`.
+    regularised: regular expression on the kernel paths in the penalty (code: q, k, v).
+    connector: what happens to the projector: "full": it is trained itself (code); "lora_cmr": it gets
+      an update of the same rank with a penalty of its own and without pruning (paper; K counted apart
+      and the rank are inferred); "frozen".
+    connector_weight: beta (inferred).
+    official_final: True leaves what the last optimiser step wrote into pruned entries (code).
+    targets: regular expression on the kernel paths that get an update.
+
+  Raises:
+    InputError: an impossible `keep_ratio` or `prune_at`.
+  """
+  if not 0.0 < keep_ratio <= 1.0:
+    raise InputError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+  if prune_at < 1:
+    raise InputError(f"prune_at must be at least 1, got {prune_at}")
+  adapter = low_rank.lora(rank, alpha, dropout)
+  if connector == "lora_cmr":
+    targets = rf"(?:{targets})|{tuners.PROJECTOR}.*kernel$"
+  base = tuners.adapted(adapter, targets, tuners.PROJECTOR if connector == "full" else None)
+  pruned = functools.partial(paths.split, shared=lambda path: not re.search(tuners.PROJECTOR, path))
+  at = functools.partial(sculpt, prune_at=prune_at, keep_ratio=keep_ratio)
+
+  def init(key, params, probe):
+    state = base.init(key, params, probe)
+    factors, _ = pruned(state.trainable["adapter"])
+    jax.eval_shape(lambda tree: magnitude_masks(tree, keep_ratio), factors)  # is anything kept?
+    return state._replace(extra={"masks": dense_masks(factors)})
+
+  def prune(updates, trainable, extra):
+    factors, rest = pruned(trainable["adapter"])
+    factors, masks = at(updates, factors, extra["masks"])
+    return trainable | {"adapter": paths.merge(factors, rest)}, {"masks": masks}
+
+  # Masking after an update is masking before the next forward pass, and after the last one as well.
+  def pre_step(step, trainable, frozen, extra):
+    del frozen
+    return prune(step, trainable, extra)
+
+  def post_step(step, gradients, before, trainable, frozen, extra):
+    del gradients, before, frozen
+    return prune(step + 1, trainable, extra)
+
+  def penalty(trainable, frozen, extra):
+    del extra
+    kernels = _kernels(frozen["params"])
+    factors = layers_of(trainable["adapter"])
+    of_projector = lambda path: re.search(tuners.PROJECTOR, below(path, "kernel"))
+    language = {
+      path: f
+      for path, f in factors.items()
+      if re.search(regularised, below(path, "kernel")) and not of_projector(path)
+    }
+    if not language:
+      raise InputError(f"regularised {regularised!r} matches no kernel that is updated")
+    total = weight * conflict_penalty(kernels, language, omega)
+    if connector == "lora_cmr":
+      inside = {path: f for path, f in factors.items() if of_projector(path)}
+      total += connector_weight * conflict_penalty(kernels, inside, omega)
+    return total
+
+  hooks: dict[str, Any] = {"pre_step": pre_step} if official_final else {"post_step": post_step}
+  if weight:
+    hooks["penalty"] = penalty
+  return base._replace(init=init, **hooks)
+
+
+def post_pruned(
+  rank: int = 32,
+  alpha: float = 64.0,
+  dropout: float = 0.05,
+  *,
+  keep_ratio: float = 0.1,
+  targets: str = tuners.LINEARS,
+) -> Tuner:
+  """LoRA whose factors are pruned once, after training."""
+  base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets)
+
+  def finalize(trainable, frozen, extra):
+    factors = trainable["adapter"]
+    factors = masked(factors, magnitude_masks(factors, keep_ratio))
+    assert base.finalize is not None
+    return base.finalize(trainable | {"adapter": factors}, frozen, extra)
+
+  return base._replace(finalize=finalize)
+
+
+def orthogonal(
+  rank: int = 32,
+  alpha: float = 64.0,
+  dropout: float = 0.05,
+  *,
+  weight: float = 1e-3,
+  targets: str = tuners.LINEARS,
+) -> Tuner:
+  """Orth-Reg: LoRA that is kept away from the leading inputs of the pretrained weights (inferred)."""
+  base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets)
+
+  def init(key, params, probe):
+    state = base.init(key, params, probe)
+    kernels = _kernels(state.frozen["params"])
+    reference = {
+      path: _mapped(functools.partial(leading_inputs, rank=rank), f["a"].ndim - 2)(kernels[path])
+      for path, f in layers_of(state.trainable["adapter"]).items()
+    }
+    return state._replace(extra={"reference": reference})
+
+  def penalty(trainable, frozen, extra):
+    del frozen
+    factors = layers_of(trainable["adapter"])
+    return weight * sum(
+      (orthogonality_penalty(f["a"], extra["reference"][path]) for path, f in factors.items()),
+      start=jnp.zeros(()),
+    )
+
+  return base._replace(init=init, penalty=penalty)
+
+
+def _kernels(params: Tree) -> dict[str, Array]:
+  """Kernels by the path of their layer."""
+  flat = flatten(params)
+  return {owner(path): x for path, x in flat.items() if path.split("/")[-1] == "kernel"}
+
+
 def _check_ratio(keep_ratio: float, size: int) -> None:
   if not 0.0 < keep_ratio <= 1.0:
-    raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+    raise InputError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
   if math.floor(keep_ratio * size) == 0:
-    raise ValueError(f"keep_ratio {keep_ratio} keeps none of {size} entries")
+    raise InputError(f"keep_ratio {keep_ratio} keeps none of {size} entries")
 
 
 def _mapped(function: Callable, axes: int) -> Callable:

@@ -16,13 +16,16 @@ logical tensor, as always under jit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmethods.adapters.targets import flatten, is_stacked, unflatten
+from jaxmethods.errors import InputError
+from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.methods.mllm_tuning.tuner import Tuner, TunerState
 from jaxmethods.stats.ranking import top_share
 
 Params = Mapping[str, Any]
@@ -201,6 +204,73 @@ def update(
   mixed = jax.tree.map(mix, state.anchor, floats, mask)
   new = unflatten(flatten(tuned) | flatten(mixed))
   return new, state._replace(accumulated=accumulated, mask=kept), mask
+
+
+# --- as ways of tuning --------------------------------------------------------------------------
+
+
+def tuner(
+  targets: str,
+  *,
+  rule: MaskRule = soft,
+  accumulate: Literal["pre_clip", "post_clip"] = "post_clip",
+  update_every: int = 1,
+  recompute_importance: bool = False,
+) -> Tuner:
+  """SPIDER on the parameters in whose path `targets` is found; `extra` is the `State`.
+
+  Args:
+    targets: regular expression (paper setting: projector and last two decoder layers).
+    rule: of the mask.
+    accumulate: which gradient S adds up, before or after clipping (inferred: after).
+    update_every, recompute_importance: of `update` and `start`.
+  """
+  if update_every < 1:
+    raise InputError(f"update_every must be at least 1, got {update_every}")
+  base = tuners.selected(targets)
+
+  def init(key, params, probe) -> TunerState:
+    trainable, frozen, _ = base.init(key, params, probe)
+    state = start(
+      trainable, recompute_importance=recompute_importance, update_every=update_every
+    )
+    return TunerState(trainable, frozen, state)
+
+  def post_step(step, gradients, before, trainable, frozen, extra):
+    del before, frozen
+    added = gradients.raw if accumulate == "pre_clip" else gradients.clipped
+    new, extra, _ = update(
+      extra, trainable, added, updates=step, rule=rule, update_every=update_every
+    )
+    return new, extra
+
+  return base._replace(init=init, post_step=post_step)
+
+
+def half(targets: str, round_steps: int) -> Tuner:
+  """Half fine-tuning: in each round a random half of the tensors does not move.
+
+  Args:
+    targets: regular expression on parameter paths.
+    round_steps: optimiser steps of a round.
+  """
+  if round_steps < 1:
+    raise InputError(f"round_steps must be at least 1, got {round_steps}")
+
+  base = tuners.selected(targets)
+
+  def init(key, params, probe) -> TunerState:
+    return base.init(key, params, probe)._replace(extra={"key": jax.random.key_data(key)})
+
+  def post_step(step, gradients, before, trainable, frozen, extra):
+    del gradients, frozen
+    old, new = flatten(before), flatten(trainable)
+    key = jax.random.fold_in(jax.random.wrap_key_data(extra["key"]), step // round_steps)
+    moves = jax.random.permutation(key, len(new)) >= len(new) // 2
+    kept = {path: jnp.where(moves[i], new[path], old[path]) for i, path in enumerate(new)}
+    return unflatten(kept), extra
+
+  return base._replace(init=init, post_step=post_step)
 
 
 def _per_tensor(function: Callable, *trees: Params) -> Any:
