@@ -43,15 +43,14 @@ class Desk:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningConfig(RunConfig):
-  """What all rows share: the model, the target, the budget and its schedule."""
+class BudgetConfig(RunConfig):
+  """What all rows share: the model, the budget and its schedule."""
 
   steps: int = 350  # of the verified recipe: 9.6 epochs of the digits
   log_every: int = 10
   eval_every: int = 350
   checkpoint_every: int = 50
   desk: Desk = dataclasses.field(default_factory=Desk)
-  target: Target = "digits"
   split: Literal["test", "validation"] = "test"  # what is evaluated; rates are chosen on validation
   batch_size: int = 32
   learning_rate: float = 1e-3  # of what is trained in the language model, or of the adapter
@@ -72,3 +71,10 @@ class TuningConfig(RunConfig):
       raise ValueError(f"projector_rate: must not be negative, got {self.projector_rate}")
     if not 0 <= self.warmup < 1:
       raise ValueError(f"warmup: must be in [0, 1), got {self.warmup}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningConfig(BudgetConfig):
+  """The same for one target."""
+
+  target: Target = "digits"

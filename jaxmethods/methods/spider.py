@@ -217,7 +217,7 @@ def tuner(
   update_every: int = 1,
   recompute_importance: bool = False,
 ) -> Tuner:
-  """SPIDER on the parameters in whose path `targets` is found; `extra` is the `State`.
+  """SPIDER on the parameters in whose path `targets` is found; `extra` is the `State`, as a dict.
 
   Args:
     targets: regular expression (paper setting: projector and last two decoder layers).
@@ -234,15 +234,15 @@ def tuner(
     state = start(
       trainable, recompute_importance=recompute_importance, update_every=update_every
     )
-    return TunerState(trainable, frozen, state)
+    return TunerState(trainable, frozen, state._asdict())
 
   def post_step(step, gradients, before, trainable, frozen, extra):
     del before, frozen
     added = gradients.raw if accumulate == "pre_clip" else gradients.clipped
-    new, extra, _ = update(
-      extra, trainable, added, updates=step, rule=rule, update_every=update_every
+    new, state, _ = update(
+      State(**extra), trainable, added, updates=step, rule=rule, update_every=update_every
     )
-    return new, extra
+    return new, state._asdict()
 
   return base._replace(init=init, post_step=post_step)
 

@@ -17,14 +17,19 @@ rows of one pair of factors; `owner` (rank,) says whose a row is: the index of a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmethods.adapters.adapter import Factors
+from jaxmethods.adapters import low_rank
+from jaxmethods.adapters.adapter import Factors, key_of, layers_of
+from jaxmethods.adapters.targets import below, flatten, unflatten
+from jaxmethods.errors import InputError
+from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.methods.mllm_tuning.tuner import Tuner, TunerState
 from jaxmethods.models.init import torch_linear
 
 COOPERATIVE = -1
@@ -37,11 +42,11 @@ class Moment(NamedTuple):
 
   Attributes:
     total: sum of x x^T, (in, in), float32 or better.
-    count: inputs seen, ().
+    inputs: how many were seen, ().
   """
 
   total: Array
-  count: Array
+  inputs: Array
 
 
 class Decomposition(NamedTuple):
@@ -92,12 +97,12 @@ def add_inputs(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
   x = x.astype(moment.total.dtype)
   mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
   x = jnp.where(mask[..., None], x, 0).reshape(-1, x.shape[-1])
-  return Moment(moment.total + x.T @ x, moment.count + mask.sum())
+  return Moment(moment.total + x.T @ x, moment.inputs + mask.sum())
 
 
 def second_moment(moment: Moment) -> Array:
   """C = X X^T / M, (in, in); zeros if nothing was seen."""
-  return moment.total / jnp.maximum(moment.count, 1)
+  return moment.total / jnp.maximum(moment.inputs, 1)
 
 
 def damped(moment: Array, share: float = 0.01, tolerance: float = 0.05) -> Array:
@@ -196,7 +201,7 @@ def allocate(
   return ranks, shared
 
 
-def owners(ranks: Sequence[int], shared: int) -> np.ndarray:
+def owners(ranks: Sequence[int] | np.ndarray, shared: int) -> np.ndarray:
   """Whose each row of the factors is, (rank,)."""
   tasks = np.repeat(np.arange(len(ranks)), ranks)
   return np.concatenate([tasks, np.full(shared, COOPERATIVE)]).astype(np.int32)
@@ -233,7 +238,7 @@ def start_layer(
   key: Array,
   kernel: Array,
   parts: Sequence[Decomposition],
-  ranks: Sequence[int],
+  ranks: Sequence[int] | np.ndarray,
   shared: int,
   *,
   scale: float,
@@ -296,7 +301,10 @@ def cross_talk(a: Array, b: Array, owner: Array, on: OrthogonalOn = "both") -> A
     gram = jnp.einsum("...ri,...si->...rs", rows, rows)
     return 0.5 * jnp.sum(jnp.where(apart, gram**2, 0), axis=(-2, -1))
 
-  return sum((between(x) for x, name in ((a, "A"), (b, "B")) if on in ("both", name)), 0.0)
+  return sum(
+    (between(x) for x, name in ((a, "A"), (b, "B")) if on in ("both", name)),
+    start=jnp.zeros(owner.shape[:-1], a.dtype),
+  )
 
 
 def subspace_penalty(
@@ -314,3 +322,104 @@ def subspace_penalty(
   """
   each = [jnp.ravel(cross_talk(f["a"], f["b"], owner[path], on)) for path, f in factors.items()]
   return jnp.concatenate(each).mean()
+
+
+# --- as ways of tuning --------------------------------------------------------------------------
+
+
+def tuner(
+  rank: int = 32,
+  alpha: float = 64.0,
+  dropout: float = 0.05,
+  *,
+  tasks: int,
+  temperature: float = 0.1,
+  gain: float | None = None,
+  weight: float = 1e-3,
+  spectrum: Spectrum = "sv",
+  orth_on: OrthogonalOn = "both",
+  damping: float = 0.01,
+  start: Literal["preview", "random"] = "preview",
+  compensate: bool = True,
+  cooperative: bool = True,
+  targets: str = tuners.LINEARS,
+  also: str | None = tuners.PROJECTOR,
+) -> Tuner:
+  """ThanoRA-style tuning on a mixture of tasks: a LoRA of rank `rank` beside residual weights.
+
+  `init` must not be under jit, since ranks are chosen by what the preview shows. Its probe is the preview:
+  {path of a layer: second moments of its inputs, (tasks, in, in)}. `extra` holds "owner", of the rows of
+  every layer (layers, rank), and "entropy" (layers, tasks).
+
+  Args:
+    rank, alpha, dropout: of the update.
+    tasks: T.
+    temperature: tau; infinite: uniform ranks.
+    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W).
+    weight: lambda; 0 leaves the regulariser out.
+    spectrum: of the entropy.
+    orth_on: of the regulariser.
+    damping: of the moments.
+    start: "random": blocks start as LoRA does, without a preview.
+    compensate: of `start_layer`.
+    cooperative: whether there is a cooperative block.
+    targets: regular expression on the kernel paths that get an update.
+    also: what is trained itself.
+  """
+  base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets, also)
+  gain = 1 / tasks if gain is None else gain
+
+  def init(key, params, probe) -> TunerState:
+    state = base.init(key, params, {})
+    flat, layers = flatten(params), layers_of(state.trainable["adapter"])
+    factors: dict[str, Array] = {}
+    owner, entropy = [], []
+    for path, f in layers.items():
+      kernel = flat[below(path, "kernel")]
+      if kernel.ndim != 2:
+        raise InputError(f"{path}: ThanoRA needs layers that are not scanned")
+      parts = []
+      if start == "preview":
+        if path not in probe:
+          raise InputError(f"{path}: the preview does not have this layer")
+        parts = [decompose(kernel, damped(moment, damping)) for moment in probe[path]]
+      heights = [float(spectral_entropy(p.values, spectrum)) for p in parts] or [0.0] * tasks
+      ranks, shared = allocate(heights, rank, temperature, cooperative=cooperative)
+      if parts:
+        a, b, _, flat[below(path, "kernel")] = start_layer(
+          key_of(key, path), kernel, parts, ranks, shared, scale=alpha / rank, gain=gain,
+          compensate=compensate,
+        )  # fmt: skip
+        f = {"a": a, "b": b}
+      factors |= {below(path, name): x for name, x in f.items()}
+      owner.append(owners(ranks, shared))
+      entropy.append(heights)
+    trainable = state.trainable | {"adapter": unflatten(factors)}
+    fixed = {path: flat[path] for path in flatten(state.frozen["params"])}
+    extra = {"owner": jnp.asarray(np.stack(owner)), "entropy": jnp.asarray(entropy)}
+    return TunerState(trainable, state.frozen | {"params": unflatten(fixed)}, extra)
+
+  def penalty(trainable, frozen, extra):
+    del frozen
+    factors = layers_of(trainable["adapter"])
+    owner = dict(zip(factors, extra["owner"], strict=True))
+    return weight * subspace_penalty(factors, owner, orth_on)
+
+  hooks: dict[str, Any] = {"penalty": penalty} if weight and tasks > 1 else {}
+  return base._replace(init=init, **hooks)
+
+
+def corda(
+  rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, **options: Any
+) -> Tuner:
+  """CorDA, knowledge-adaptive: one block from one covariance of all the data (arXiv 2406.05223).
+
+  The gain is 1 / s, so that the scaled product is the truncated decomposition itself.
+
+  Args:
+    rank, alpha, dropout: of the update.
+    **options: targets, also, damping of `tuner`.
+  """
+  return tuner(
+    rank, alpha, dropout, tasks=1, gain=rank / alpha, weight=0.0, cooperative=False, **options
+  )
