@@ -86,13 +86,18 @@ def draw(split: Split, key: jax.Array, step: jax.Array | int, size: int) -> dict
   Returns:
     features (size, N, F), ids (size, K, T), labels (size, K, T), family (size, K).
   """
+  check_size(split, size)
   count = len(split.ids)
-  if size > count:
-    raise InputError(f"batch_size: {size} is more than the {count} training images")
   each = count // size
   order = jax.random.permutation(jax.random.fold_in(key, step // each), count)
   rows = jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
   return {name: jnp.asarray(x)[rows] for name, x in split._asdict().items()}
+
+
+def check_size(split: Split, size: int) -> None:
+  """Raises `InputError` if a batch is larger than the training part."""
+  if size > len(split.ids):
+    raise InputError(f"batch_size: {size} is more than the {len(split.ids)} training images")
 
 
 def choose_questions(
