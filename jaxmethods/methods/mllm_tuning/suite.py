@@ -280,7 +280,9 @@ def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
   return base._replace(rates=rates)
 
 
-def adalora(rank: int, dropout: float, weight: float, steps: int) -> Tuner:
+def adalora(
+  rank: int, dropout: float, weight: float, steps: int, targets: str = LINEARS
+) -> Tuner:
   """AdaLoRA: starts with half as many triplets again, and prunes them down to `rank` a layer.
 
   Pruning begins after a tenth of the steps and is done after seven tenths (inferred).
@@ -290,9 +292,10 @@ def adalora(rank: int, dropout: float, weight: float, steps: int) -> Tuner:
     dropout: of the branch.
     weight: gamma, of the orthogonality.
     steps: of the run.
+    targets: regular expression on kernel paths.
   """
   initial = rank + rank // 2
-  base = adapted(low_rank.adalora(initial, dropout))
+  base = adapted(low_rank.adalora(initial, dropout), targets)
 
   def init(key, params, probe):
     state = base.init(key, params, probe)
