@@ -87,7 +87,7 @@ def test_vocabulary():
   assert words.prompt(text) == [words.begin, *words.encode(text), words.answer]
   assert len(words.words) == 3 + 4 + 10 + 1
   with pytest.raises(InputError, match="'triangle' is not in the vocabulary"):
-    words.encode("a triangle")
+    words.encode("which triangle")
 
 
 def test_unknown_name():
