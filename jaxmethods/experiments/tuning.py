@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import multimodal
 from jaxmethods.experiments.multimodal import Benchmark
 from jaxmethods.experiments.questions import Split, accuracies, draw
-from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.experiments.tuning_config import BudgetConfig, TuningConfig
 from jaxmethods.methods.mllm_tuning import metrics
 from jaxmethods.methods.mllm_tuning.tuner import (
   Tuner,
@@ -26,7 +28,18 @@ from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 
 
-def rates_of(config: TuningConfig) -> dict[str, float]:
+def check_finite(params: Mapping[str, Any]) -> None:
+  """Refuses pretrained weights with NaN or infinities in them.
+
+  Raises:
+    InputError: names the first such tensor.
+  """
+  for path, x in flatten(params).items():
+    if not np.isfinite(np.asarray(x, np.float32)).all():
+      raise InputError(f"pretrained weights: {path} has values that are not finite")
+
+
+def rates_of(config: BudgetConfig) -> dict[str, float]:
   """Learning rate of every group that a tuner may name."""
   return {
     "decoder": config.learning_rate,
@@ -54,6 +67,7 @@ def build(
     rates: default: `rates_of(config)`.
   """
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
+  check_finite(benchmark.params)
   model, target = benchmark.model, benchmark.targets[config.target]
   count = len(target.train.ids)
   if config.batch_size > count:

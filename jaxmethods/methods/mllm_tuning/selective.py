@@ -54,7 +54,7 @@ def squared_gradients(
 
 
 def mixed(mask: Params, tuned: Params, anchor: Params) -> Params:
-  """theta <- F theta_0 + (1 - F) theta_tuned, where `mask` is true what is tuned counts."""
+  """Theta <- F theta_0 + (1 - F) theta_tuned, where `mask` is true what is tuned counts."""
   return jax.tree.map(jnp.where, mask, tuned, anchor)
 
 
