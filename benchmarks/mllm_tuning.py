@@ -163,7 +163,7 @@ class Runner:
     if self.programs.get("name") != name:
       row = dataclasses.replace(mllm_tuning.rows(self.config)[name], steps=self.config.steps)
       row = dataclasses.replace(row, eval_every=row.steps)
-      experiment = tuning_rows.build(row, self.benchmark)
+      experiment = tuning_rows.build(row, benchmark=self.benchmark)
       tuner = tuning_rows.tuner_of(row, self.benchmark.model)
       self.programs |= {"name": name, "experiment": experiment, "tuner": tuner}
       self.programs |= {"step": None, "evaluate": None}

@@ -1,7 +1,7 @@
 """Tuning a real LLaVA-style checkpoint on questions and images from disk: the same tuners and step.
 
-Batches are read while the model trains, in an order that follows `seed`. Answers are scored like the desk
-benchmark's: exactly right if greedy decoding says every token of the answer and its end.
+Batches are read while the model trains, in an order that follows `seed`. Answers are scored like those of
+the desk benchmark: exactly right if greedy decoding says every token of the answer and its end.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
   model = Answering(old.config, old.scan_layers, old.dtype, old.param_dtype, old.remat)
   batch = reader(model, loaded.files.tokenizer(), image_processor(loaded.files), checkpoint)
   tested = ", ".join(f"{len(q)} of {name}" for name, q in tests.items())
-  about = f"{checkpoint.model}; {len(train)} training questions from {checkpoint.train}; tested on {tested}"
+  trained = f"{len(train)} training questions from {checkpoint.train}"
+  about = f"{checkpoint.model}; {trained}; tested on {tested}"
   return Material(model, loaded.params, train, tests, batch, about)
 
 

@@ -25,7 +25,9 @@ class Config(TuningConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
 
   row: Row = "lorasculpt"
-  rates: dict[str, float] = dataclasses.field(default_factory=dict)  # learning_rate by row, for compare
+  rates: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # learning_rate by row, for compare
   learning_rate: float = 2e-4
   projector_rate: float = 2e-5
   rank: int = 32

@@ -109,7 +109,7 @@ class Config(TuningConfig):
     ):  # fmt: skip
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    if self.last > self.desk.num_layers:
+    if not self.checkpoint.model and self.last > self.desk.num_layers:
       raise ValueError(f"last: must be at most the {self.desk.num_layers} layers, got {self.last}")
     for name in ("share", "graft_share", "half_share", "wise_weight", "ties_share", "keep_ratio"):
       if not 0 < getattr(self, name) <= 1:
@@ -128,8 +128,7 @@ class Config(TuningConfig):
 
 def build(config: Config, mesh=None) -> Experiment:
   """Loads the benchmark and composes the experiment of `config.row`; see `tuning_rows`."""
-  del mesh
-  return tuning_rows.build(config)
+  return tuning_rows.build(config, mesh)
 
 
 def rows(config: Config) -> dict[str, Config]:

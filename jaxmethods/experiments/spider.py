@@ -26,7 +26,9 @@ class Config(TuningConfig):
   """Defaults are the published settings (audit) unless a comment says otherwise."""
 
   row: Row = "spider"
-  rates: dict[str, float] = dataclasses.field(default_factory=dict)  # learning_rate by row, for compare
+  rates: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # learning_rate by row, for compare
   learning_rate: float = 2e-4  # of the decoder layers
   projector_rate: float = 2e-5
   last_layers: int = 2  # decoder layers that are trained; code: 0, the projector alone
@@ -39,9 +41,7 @@ class Config(TuningConfig):
   def __post_init__(self) -> None:
     super().__post_init__()
     if not 0 <= self.last_layers <= self.desk.num_layers:
-      raise ValueError(
-        f"last_layers: must be in 0..{self.desk.num_layers}, got {self.last_layers}"
-      )
+      raise ValueError(f"last_layers: must be in 0..{self.desk.num_layers}, got {self.last_layers}")
     for name in ("update_every", "half_rounds"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data.array_cache import cached
+from jaxmethods.errors import InputError
 from jaxmethods.experiments import multimodal
 from jaxmethods.experiments.multimodal import Benchmark, Task
 from jaxmethods.experiments.questions import (
@@ -23,7 +24,7 @@ from jaxmethods.experiments.questions import (
   choose_questions,
   draw,
 )
-from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.experiments.tuning_config import BudgetConfig, TuningConfig
 from jaxmethods.methods.mllm_tuning import metrics
 from jaxmethods.methods.mllm_tuning.tuner import (
   Tuner,
@@ -41,7 +42,18 @@ from jaxmethods.runtime.experiment import Experiment
 _LORA_PLUS = 16.0
 
 
-def rates_of(config: TuningConfig) -> dict[str, float]:
+def check_finite(params: Mapping[str, Any]) -> None:
+  """Refuses pretrained weights with NaN or infinities in them.
+
+  Raises:
+    InputError: names the first such tensor.
+  """
+  for path, x in flatten(params).items():
+    if not np.isfinite(np.asarray(x, np.float32)).all():
+      raise InputError(f"pretrained weights: {path} has values that are not finite")
+
+
+def rates_of(config: BudgetConfig) -> dict[str, float]:
   """Learning rate of every group that a tuner may name."""
   return {
     "decoder": config.learning_rate,
@@ -74,6 +86,7 @@ def build(
     mixture: whether half of every batch is upstream data, which no method may use: a reference.
   """
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
+  check_finite(benchmark.params)
   model, target = benchmark.model, benchmark.targets[config.target]
   optimiser = adamw(rates or rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)

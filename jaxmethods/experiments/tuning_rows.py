@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmethods.adapters import bottleneck, low_rank, scaling
 from jaxmethods.adapters import selective as masks
-from jaxmethods.experiments import multimodal, tuning
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import checkpoint_tuning, multimodal, tuning
 from jaxmethods.experiments.multimodal import Benchmark
 from jaxmethods.methods import lorasculpt, spider, thanora
 from jaxmethods.methods.mllm_tuning import suite
@@ -21,7 +22,6 @@ from jaxmethods.methods.mllm_tuning.tuner import (
   answer_loss,
   selected,
 )
-from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 
@@ -34,8 +34,16 @@ MLP_ENDS = r"^language/.*\bdown/kernel$"
 IA3 = r"^language/.*\b(key|value|down)/kernel$"
 
 
-def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
-  """Composes the experiment of `config.row`."""
+# What these do needs the desk model: inputs that only it takes, its layers' inputs, its own data.
+DESK_ONLY = ("joint", "prompt", "prefix", "tailor", "corda")
+
+
+def build(config: Config, mesh: Any = None, benchmark: Benchmark | None = None) -> Experiment:
+  """Composes the experiment of `config.row`, on the desk model or on a checkpoint."""
+  if config.checkpoint.model:
+    if config.row in DESK_ONLY:
+      raise InputError(f"row: {config.row} works on the desk model only")
+    return checkpoint_tuning.build(config, lambda model: tuner_of(config, model), mesh)
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
   return tuning.build(
     config,
@@ -46,11 +54,12 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   )
 
 
-def tuner_of(config: Config, model: DeskMLLM) -> Tuner:
+def tuner_of(config: Config, model: Any) -> Tuner:
   """The tuner of a row."""
   c = config
   low = (c.rank, c.alpha, c.dropout)
-  last = suite.last_layers(c.last, c.desk.num_layers)
+  layers = model.config.language.num_layers
+  last = suite.last_layers(c.last, layers)
   make: dict[str, Callable[[], Tuner]] = {
     "base": suite.frozen,
     "joint": lambda: selected(EVERYTHING),

@@ -256,7 +256,9 @@ def tuner(
   """LoRASculpt; the masks are in `extra`.
 
   Args:
-    rank, alpha, dropout: of the update.
+    rank: of the update.
+    alpha: numerator of its scale.
+    dropout: on its input, while training.
     keep_ratio: rho; 1 prunes nothing.
     prune_at: t_p, optimiser updates before the pruning.
     weight: lambda; 0 leaves the penalty out.

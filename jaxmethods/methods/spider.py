@@ -8,9 +8,9 @@ larger one go back to their pretrained value, the others part of the way.
 Source status: the published trainers and the abstract were read, the body was not; equations are (code)
 unless marked.
 
-Scores are per tensor: statistics run over one weight matrix, bias or norm vector. Parameters below a scan
-("layers" in the path) are stacks of such tensors. On a sharded mesh the reductions are over the whole
-logical tensor, as always under jit.
+Scores are per tensor: statistics run over one weight matrix, bias or norm vector. Parameters below a
+scan ("layers" in the path) are stacks of such tensors. On a sharded mesh the reductions are over the
+whole logical tensor, as always under jit.
 """
 
 from __future__ import annotations
@@ -187,9 +187,7 @@ def update(
     ValueError: the trees differ in structure.
   """
   floats, gradients = _floats(tuned), _floats(gradients)
-  accumulated = jax.tree.map(
-    lambda s, g: s + g.astype(s.dtype), state.accumulated, gradients
-  )
+  accumulated = jax.tree.map(lambda s, g: s + g.astype(s.dtype), state.accumulated, gradients)
 
   def masks():
     importance = state.importance
@@ -223,7 +221,8 @@ def tuner(
     targets: regular expression (paper setting: projector and last two decoder layers).
     rule: of the mask.
     accumulate: which gradient S adds up, before or after clipping (inferred: after).
-    update_every, recompute_importance: of `update` and `start`.
+    update_every: of `update`.
+    recompute_importance: of `start`.
   """
   if update_every < 1:
     raise InputError(f"update_every must be at least 1, got {update_every}")
@@ -231,9 +230,7 @@ def tuner(
 
   def init(key, params, probe) -> TunerState:
     trainable, frozen, _ = base.init(key, params, probe)
-    state = start(
-      trainable, recompute_importance=recompute_importance, update_every=update_every
-    )
+    state = start(trainable, recompute_importance=recompute_importance, update_every=update_every)
     return TunerState(trainable, frozen, state._asdict())
 
   def post_step(step, gradients, before, trainable, frozen, extra):

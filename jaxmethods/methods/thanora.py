@@ -10,8 +10,9 @@ the names of the hyper-parameters are known from public reviews (reviews), the e
 (figure), the covariance-oriented decomposition from CorDA's code (corda); everything else is (inferred)
 and an option.
 
-Layout as in `adapters.low_rank`: kernel = W^T (in, out), a = A (rank, in), b = B^T (rank, out). Blocks are
-rows of one pair of factors; `owner` (rank,) says whose a row is: the index of a task, or `COOPERATIVE`.
+Layout as in `adapters.low_rank`: kernel = W^T (in, out), a = A (rank, in), b = B^T (rank, out). Blocks
+are rows of one pair of factors; `owner` (rank,) says whose a row is: the index of a task, or
+`COOPERATIVE`.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def spectral_entropy(values: Array, spectrum: Spectrum = "sv") -> Array:
 
 
 def task_weights(entropies: Sequence[float], temperature: float) -> np.ndarray:
-  """w = softmax(H / tau) over tasks (reviews name a softmax and a temperature, the form is inferred)."""
+  """Softmax of H / tau over tasks (reviews name a softmax and a temperature, the form is inferred)."""
   scaled = np.asarray(entropies, np.float64) / temperature
   weights = np.exp(scaled - scaled.max())
   return weights / weights.sum()
@@ -287,7 +288,8 @@ def cross_talk(a: Array, b: Array, owner: Array, on: OrthogonalOn = "both") -> A
   As one Gram matrix of each factor: half of what stands between rows of different tasks.
 
   Args:
-    a, b: factors (..., rank, in), (..., rank, out).
+    a: factors (..., rank, in).
+    b: factors (..., rank, out).
     owner: (..., rank).
     on: which of the two terms (inferred: both, squared).
 
@@ -347,12 +349,14 @@ def tuner(
 ) -> Tuner:
   """ThanoRA-style tuning on a mixture of tasks: a LoRA of rank `rank` beside residual weights.
 
-  `init` must not be under jit, since ranks are chosen by what the preview shows. Its probe is the preview:
-  {path of a layer: second moments of its inputs, (tasks, in, in)}. `extra` holds "owner", of the rows of
-  every layer (layers, rank), and "entropy" (layers, tasks).
+  `init` must not be under jit, since ranks are chosen by what the preview shows. Its probe is the
+  preview: {path of a layer: second moments of its inputs, (tasks, in, in)}. `extra` holds "owner", of
+  the rows of every layer (layers, rank), and "entropy" (layers, tasks).
 
   Args:
-    rank, alpha, dropout: of the update.
+    rank: of the update.
+    alpha: numerator of its scale.
+    dropout: on its input, while training.
     tasks: T.
     temperature: tau; infinite: uniform ranks.
     gain: gamma; default 1 / T (inferred: all task blocks approximate the same W).
@@ -409,15 +413,15 @@ def tuner(
   return base._replace(init=init, **hooks)
 
 
-def corda(
-  rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, **options: Any
-) -> Tuner:
+def corda(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, **options: Any) -> Tuner:
   """CorDA, knowledge-adaptive: one block from one covariance of all the data (arXiv 2406.05223).
 
   The gain is 1 / s, so that the scaled product is the truncated decomposition itself.
 
   Args:
-    rank, alpha, dropout: of the update.
+    rank: of the update.
+    alpha: numerator of its scale.
+    dropout: on its input, while training.
     **options: targets, also, damping of `tuner`.
   """
   return tuner(

@@ -106,7 +106,7 @@ def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
   assert set(mllm_tuning.PARADIGMS) == set(mllm_tuning.Row.__args__)
   columns = None
   for name, config in mllm_tuning.rows(CONFIG).items():
-    experiment = tuning_rows.build(config, benchmark)
+    experiment = tuning_rows.build(config, benchmark=benchmark)
     state = experiment.init(jax.random.key(0))
     after, metrics = jax.eval_shape(experiment.step, state, next(experiment.batches(0)))
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -122,7 +122,7 @@ def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
 def test_training_forgets_reproducibly(benchmark):
   """Two runs from one seed end alike; other seeds see the data in another order."""
   config = dataclasses.replace(CONFIG, row="full", learning_rate=3e-2)
-  experiment = tuning_rows.build(config, benchmark)
+  experiment = tuning_rows.build(config, benchmark=benchmark)
   step = jax.jit(experiment.step)
 
   def run(seed):

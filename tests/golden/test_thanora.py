@@ -1,12 +1,12 @@
-"""ThanoRA against an independent float64 computation of the same equations (there is no published code)."""
+"""ThanoRA against an independent float64 computation of its equations (there is no published code)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.adapters import low_rank
 from jaxmethods.adapters import adapter as core
+from jaxmethods.adapters import low_rank
 from jaxmethods.methods import thanora
 
 

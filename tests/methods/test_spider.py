@@ -177,7 +177,7 @@ def test_many_seeds_at_once_equal_a_loop():
 def test_bad_input():
   params, *_ = problem()
   state = spider.start(params)
-  with pytest.raises(ValueError, match="[Ss]truct|[Mm]ismatch|key"):
+  with pytest.raises(ValueError, match=r"[Ss]truct|[Mm]ismatch|key"):
     spider.update(state, params, {"w": params["w"]})
   # NaN is not hidden behind a mask of 0: it reaches the parameters, and the loop stops at the loss.
   broken = jax.tree.map(lambda x: x * jnp.nan, params)

@@ -107,7 +107,11 @@ def started(ranks=(2, 3), shared=2, **options):
     thanora.decompose(kernel, thanora.damped(moment(draw(50, IN, seed=t)))) for t in range(2)
   ]
   options = {"scale": 2.0, "gain": 0.5} | options
-  return kernel, parts, thanora.start_layer(jax.random.key(0), kernel, parts, ranks, shared, **options)
+  return (
+    kernel,
+    parts,
+    thanora.start_layer(jax.random.key(0), kernel, parts, ranks, shared, **options),
+  )
 
 
 def test_a_block_of_full_rank_is_the_weight():
@@ -135,7 +139,7 @@ def test_nothing_changes_at_the_start():
 
 
 def test_merging_is_adding_and_blocks_have_no_order():
-  kernel, _, layer = started()
+  _, _, layer = started()
   x = draw(6, IN, seed=9)
   merged = layer.kernel + 2.0 * layer.a.T @ layer.b
   y = x @ layer.kernel + low_rank.low_rank(x, layer.a, layer.b, 2.0)
@@ -184,6 +188,7 @@ def test_layers_of_a_stack_count_one_by_one():
   stack = lambda x: jnp.stack([x, 2 * x])
   owners = jnp.stack([owner, owner])
   each = thanora.cross_talk(stack(a), stack(b), owners)
-  np.testing.assert_allclose(each, [thanora.cross_talk(a, b, owner), thanora.cross_talk(2 * a, 2 * b, owner)], rtol=1e-5)  # fmt: skip
+  alone = [thanora.cross_talk(k * a, k * b, owner) for k in (1, 2)]
+  np.testing.assert_allclose(each, alone, rtol=1e-5)
   whole = thanora.subspace_penalty({"x": {"a": stack(a), "b": stack(b)}}, {"x": owners})
   np.testing.assert_allclose(whole, each.mean(), rtol=1e-5)
