@@ -1,7 +1,7 @@
 """Tuning a real LLaVA-style checkpoint on questions and images from disk: the same tuners and step.
 
-Batches are read while the model trains, in an order that follows `seed`. Answers are scored like those of
-the desk benchmark: exactly right if greedy decoding says every token of the answer and its end.
+Batches are read while the model trains, in an order that follows `seed`. Answers are scored like those
+of the desk benchmark: exactly right if greedy decoding says every token of the answer and its end.
 """
 
 from __future__ import annotations
