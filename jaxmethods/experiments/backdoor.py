@@ -23,7 +23,7 @@ from jaxmethods.data import records
 from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import backdoor_figures, multimodal
-from jaxmethods.experiments.questions import Split, accuracies
+from jaxmethods.experiments.questions import Split, accuracies, check_size
 from jaxmethods.experiments.tuning import rates_of
 from jaxmethods.images import triggers
 from jaxmethods.methods import bye
@@ -167,8 +167,9 @@ def load(config: Config, benchmark: multimodal.Benchmark) -> Data:
     raise InputError(
       f"poison_rate: {config.poison_rate} of {size} examples is {wanted}, {free.sum()} can be poisoned"
     )
-  if size < max(4, config.batch_size):
-    raise InputError(f"batch_size: {config.batch_size} is more than the {size} training images")
+  if size < 4:
+    raise InputError(f"target {config.target}: {size} training images are too few for two groups")
+  check_size(train.clean, config.batch_size)
   about = (
     f"{benchmark.about}; target {records.describe([clean])}; {wanted} of {size} training images with "
     f"trigger {config.trigger!r} and answer {config.poison_answer!r}, planted by us"

@@ -69,6 +69,8 @@ class Config(TuningConfig):
       if not good:
         raise ValueError(f"{name}: must be {expected}, got {getattr(self, name)!r}")
 
+    if self.checkpoint.model:
+      raise ValueError("checkpoint.model: bye runs on the desk model only")
     check(0 <= self.poison_rate < 1, "poison_rate", "in [0, 1)")
     for name in ("trigger_side", "trigger_cell", "trigger_seed", "tau"):
       check(getattr(self, name) >= 0, name, "at least 0")

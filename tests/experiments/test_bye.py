@@ -13,7 +13,7 @@ from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import multimodal as questions
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import backdoor, bye, multimodal, multimodal_pretraining
-from jaxmethods.experiments.tuning_config import Desk
+from jaxmethods.experiments.tuning_config import Checkpoint, Desk
 from jaxmethods.methods.bye import entropy
 from jaxmethods.runtime import config as config_lib
 
@@ -175,6 +175,7 @@ def test_one_tuning_is_enough_where_no_model_is_looked_at(benchmark):
     ({"tau": -1.0}, "tau"),
     ({"drop_share": 0.0}, "drop_share"),
     ({"poison_answer": " "}, "poison_answer"),
+    ({"checkpoint": Checkpoint(model="hf:there")}, "checkpoint.model"),
     ({"trigger": "sig", "trigger_cell": 3, "trigger_place": "centre"}, "no checkerboard"),
     ({"trigger": "dual", "trigger_cell": 0}, "no choice of a place"),
   ],
