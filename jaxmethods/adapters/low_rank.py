@@ -8,6 +8,7 @@ x^T t with a narrow t runs at an eighth of the speed), and `b` is B^T, (rank, ou
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -232,18 +233,46 @@ def loramoe(
 
   def init(key, linear, path):
     each = jax.vmap(lambda key: start(key, linear, path))(jax.random.split(key, experts))
-    uniform = torch_linear(linear.kernel.shape[0])["kernel_init"]
-    router = uniform(jax.random.fold_in(key, 1), (experts, linear.kernel.shape[0]), jnp.float32)
-    return each | {"router": router}
+    return each | {"router": _router(key, experts, linear.kernel.shape[0])}
 
   def forward(f: Factors, x, linear, dense, drop):
-    router, a, b = (f[name].astype(x.dtype) for name in ("router", "a", "b"))
-    gate = jax.nn.softmax(_at_least_float32(jnp.einsum("...i,ei->...e", x, router)))
-    inner = jnp.einsum("...i,eri->...er", drop(x), a) * (scale * gate[..., None]).astype(x.dtype)
+    a, b = (f[name].astype(x.dtype) for name in ("a", "b"))
+    gate = _gate(f, x) * scale
+    inner = jnp.einsum("...i,eri->...er", drop(x), a) * gate[..., None]
     return dense(x) + jnp.einsum("...er,ero->...o", inner, b)
 
   settings = {
     "kind": "loramoe", "rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts
+  }  # fmt: skip
+  return on_linears(Rule(init, forward, None), dropout, **settings)
+
+
+def hydralora(
+  rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, experts: int = 4
+) -> Adapter:
+  """HydraLoRA: y + s sum_e softmax(x R^T)_e (x A^T) B_e^T: LoRAMoE with one A for all experts.
+
+  Tian et al., arXiv 2404.19245. Nothing can be merged.
+  """
+  scale = _scale("hydralora", alpha, rank)
+  start = _zero_start("hydralora", rank)
+
+  def init(key, linear, path):
+    inputs, outputs = linear.kernel.shape
+    return {
+      "a": start(key, linear, path)["a"],
+      "b": jnp.zeros((experts, rank, outputs), jnp.float32),
+      "router": _router(key, experts, inputs),
+    }
+
+  def forward(f: Factors, x, linear, dense, drop):
+    gate = _gate(f, x) * scale
+    inner = jnp.einsum("...i,ri->...r", drop(x), f["a"].astype(x.dtype))
+    inner = inner[..., None, :] * gate[..., None]
+    return dense(x) + jnp.einsum("...er,ero->...o", inner, f["b"].astype(x.dtype))
+
+  settings = {
+    "kind": "hydralora", "rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts
   }  # fmt: skip
   return on_linears(Rule(init, forward, None), dropout, **settings)
 
@@ -264,11 +293,23 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float = 1.0) -> ja
   return (inner * scale) @ b.astype(x.dtype)
 
 
+def _router(key: jax.Array, experts: int, inputs: int) -> jax.Array:
+  uniform = torch_linear(inputs)["kernel_init"]
+  return uniform(jax.random.fold_in(key, 1), (experts, inputs), jnp.float32)
+
+
+def _gate(f: Factors, x: jax.Array) -> jax.Array:
+  """Shares of the experts (..., E), in the dtype of `x`."""
+  scores = jnp.einsum("...i,ei->...e", x, f["router"].astype(x.dtype))
+  return jax.nn.softmax(_at_least_float32(scores)).astype(x.dtype)
+
+
 def _zero_start(kind: str, rank: int) -> Init:
   """A like PyTorch's linear layers, B zero."""
 
   def init(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
-    _check_rank(kind, rank, linear, path)
+    if rank > min(linear.kernel.shape):  # wasteful, not wrong
+      warnings.warn(_too_large(kind, rank, linear, path), stacklevel=2)
     inputs, outputs = linear.kernel.shape
     a = torch_linear(inputs)["kernel_init"](key, (rank, inputs), jnp.float32)
     return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
@@ -290,7 +331,11 @@ def _require_rank(kind: str, rank: int) -> None:
 
 def _check_rank(kind: str, rank: int, linear: Linear, path: str) -> None:
   if rank > min(linear.kernel.shape):
-    raise InputError(f"{kind}: rank {rank} exceeds the kernel of {path}, {linear.kernel.shape}")
+    raise InputError(_too_large(kind, rank, linear, path))
+
+
+def _too_large(kind: str, rank: int, linear: Linear, path: str) -> str:
+  return f"{kind}: rank {rank} exceeds the kernel of {path}, {linear.kernel.shape}"
 
 
 def _norms(kernel: jax.Array) -> jax.Array:

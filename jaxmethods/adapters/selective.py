@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,9 @@ from jaxmethods.adapters.adapter import (
   key_of,
   on_linears,
 )
-from jaxmethods.adapters.targets import below, flatten, matching, owner, unflatten
+from jaxmethods.adapters.targets import below, flatten, is_stacked, matching, owner, unflatten
 from jaxmethods.errors import InputError
+from jaxmethods.stats.selection import top_share
 
 # (key, path, parameter) -> scores of its shape; the entries with the highest scores are tuned.
 Score = Callable[[jax.Array, str, jax.Array], jax.Array]
@@ -57,8 +57,8 @@ def tuned(share: float = 1.0, score: Score | None = None, **settings: Any) -> Ad
       leaf = flat[path]
       tree[below(path, "value")] = jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
       if share < 1.0 and score is not None:
-        choose = functools.partial(_top, share=share)
-        stacked = "layers" in path.split("/")  # each layer of a stack has its own share
+        choose = functools.partial(top_share, share=share)
+        stacked = is_stacked(path)  # each layer of a stack has its own share
         scores = score(key_of(key, path), path, leaf)
         tree[below(path, "mask")] = (jax.vmap(choose) if stacked else choose)(scores)
     return unflatten(tree)
@@ -135,11 +135,3 @@ def at_random(key: jax.Array, path: str, parameter: jax.Array) -> jax.Array:
   """Tunes a random share."""
   del path
   return jax.random.uniform(key, parameter.shape)
-
-
-def _top(scores: jax.Array, share: float) -> jax.Array:
-  """Mask of the floor(share * size) highest scores, ties to the earlier position."""
-  count = math.floor(share * scores.size)
-  order = jnp.argsort(-scores.ravel(), stable=True)
-  mask = jnp.zeros(scores.size, bool).at[order[:count]].set(True)
-  return mask.reshape(scores.shape)

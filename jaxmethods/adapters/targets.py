@@ -39,6 +39,11 @@ def below(module: str, name: str) -> str:
   return f"{module}/{name}" if module else name
 
 
+def is_stacked(path: str) -> bool:
+  """Whether a parameter belongs to scanned layers: its first axis counts them."""
+  return "layers" in path.split("/")
+
+
 def matching(paths: Iterable[str], pattern: str) -> list[str]:
   """The paths in which `pattern` is found (`re.search`), sorted.
 

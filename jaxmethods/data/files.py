@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxmethods.errors import InputError
@@ -37,20 +37,32 @@ def wheel_file(package: str, path: str, sha256: str) -> tuple[bytes, str]:
   Raises:
     InputError: if the package or the file is missing, or its bytes are not the expected ones.
   """
+  (content,), origin = wheel_files(package, (path,), sha256)
+  return content, origin
+
+
+def wheel_files(package: str, paths: Sequence[str], sha256: str) -> tuple[list[bytes], str]:
+  """Like `wheel_file` for several files; the digest is that of their contents one after the other."""
+  path = paths[0]
   try:
     wheel = importlib.metadata.distribution(package)
-    content = Path(str(wheel.locate_file(path))).read_bytes()
+    contents = []
+    for path in paths:
+      contents.append(Path(str(wheel.locate_file(path))).read_bytes())
   except (importlib.metadata.PackageNotFoundError, OSError) as error:
     raise InputError(
       f"{path} of the package {package} is not installed: pip install 'jaxmethods[data]'"
     ) from error
-  found = hashlib.sha256(content).hexdigest()
-  if found != sha256:
+  digest = hashlib.sha256()
+  for content in contents:
+    digest.update(content)
+  if (found := digest.hexdigest()) != sha256:
+    others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     raise InputError(
-      f"{package} {wheel.version}: {path} has sha256 {found}, expected {sha256}: "
+      f"{package} {wheel.version}: {paths[0]}{others} has sha256 {found}, expected {sha256}: "
       f"another version of {package} changed the data"
     )
-  return content, f"{package} {wheel.version} (wheel)"
+  return contents, f"{package} {wheel.version} (wheel)"
 
 
 def download(url: str, target: Path) -> Path:

@@ -53,12 +53,36 @@ class ArrayData(NamedTuple):
   source: Source
 
 
-def describe(sets: Sequence[GraphData | ArrayData]) -> str:
+class QuestionData(NamedTuple):
+  """Questions about images, with their splits; several questions may share an image.
+
+  Attributes:
+    images: (N, height, width, 3) uint8.
+    image: (Q,) int32, the image of each question.
+    question: (Q,) str, lower case.
+    answer: (Q,) str, one or a few words.
+    split: (Q,) str: "train", "validation" or "test"; all questions of an image are in one.
+    family: (Q,) str, kind of question: what accuracies are reported by.
+    source: provenance.
+  """
+
+  images: np.ndarray
+  image: np.ndarray
+  question: np.ndarray
+  answer: np.ndarray
+  split: np.ndarray
+  family: np.ndarray
+  source: Source
+
+
+def describe(sets: Sequence[GraphData | ArrayData | QuestionData]) -> str:
   """One line for the top of a report: which data, how many, where from, real or not, licence."""
 
-  def size(data: GraphData | ArrayData) -> str:
+  def size(data: GraphData | ArrayData | QuestionData) -> str:
     if isinstance(data, GraphData):
       return f"{len(data.labels)} graphs"
+    if isinstance(data, QuestionData):
+      return f"{len(data.question)} questions about {len(data.images)} images"
     return f"{sum(len(y) for _, y in data.splits.values())} examples"
 
   def once(values: Iterable[str]) -> str:

@@ -40,6 +40,12 @@ METHODS: dict[str, Method] = {
     summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
     embedded_run="? min",
   ),
+  "bye": Method(
+    title="BYE",
+    paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
+    summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
+    embedded_run="2 min",
+  ),
   "fedssp": Method(
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",
@@ -57,6 +63,12 @@ METHODS: dict[str, Method] = {
     paper="Fang et al., TPAMI 2025, arXiv 2503.09206",
     summary="clients of different networks and corrupted images that learn from better ones' answers",
     embedded_run="3 min",
+  ),
+  "mllm_tuning": Method(
+    title="Keeping Yourself",
+    paper="Huang et al., 2025, arXiv 2503.04543",
+    summary="ways to tune a multimodal model without forgetting: 39 rows, one model, one budget",
+    embedded_run="2 min, after 10 min of pretraining once",
   ),
 }
 

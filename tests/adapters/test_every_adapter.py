@@ -34,6 +34,7 @@ KINDS = {
   "tuned": selective.tuned(),
   "masked": selective.tuned(0.3, selective.by_magnitude),
   "loramoe": low_rank.loramoe(3, 6.0, 0.0, 2),
+  "hydralora": low_rank.hydralora(3, 6.0, 0.0, 2),
   "serial": bottleneck.serial(4),
   "parallel": bottleneck.parallel(4, 0.5),
 }
@@ -191,6 +192,7 @@ COUNTS = {
   "tuned": 2 * BOTH,
   "masked": 2 * int(0.3 * BOTH),
   "loramoe": 2 * (2 * 3 * SUM) + 2 * SUM,
+  "hydralora": 3 * SUM + 2 * 3 * SUM + 2 * SUM,
   "serial": (2 * INNER + 2 * WIDTH) * 4 + (4 + INNER) + (4 + WIDTH),
   "parallel": 2 * 4 * SUM + (4 + INNER) + (4 + WIDTH),
 }
@@ -359,9 +361,12 @@ def test_targets():
 
 def test_rank_and_blocks_must_fit():
   _, params = problem()
-  for adapter in (low_rank.lora(9), low_rank.pissa(9), low_rank.vera(9), low_rank.adalora(9)):
-    with pytest.raises(InputError, match=r"rank 9 exceeds the kernel of layers/down, \(12, 8\)"):
+  said = r"rank 9 exceeds the kernel of layers/down, \(12, 8\)"
+  for adapter in (low_rank.pissa(9), low_rank.vera(9), low_rank.adalora(9)):
+    with pytest.raises(InputError, match=said):
       adapter.init(jax.random.key(0), params, "down")
+  with pytest.warns(UserWarning, match=said):  # LoRA needs no singular components: wasteful only
+    low_rank.lora(9).init(jax.random.key(0), params, "down")
   with pytest.raises(InputError, match="block_size 5 does not divide the 12 inputs of layers/down"):
     scaling.oft(5).init(jax.random.key(0), params, "down")
 

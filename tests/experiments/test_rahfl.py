@@ -97,7 +97,9 @@ def test_a_client_that_returns_nan_is_rejected_by_name_and_the_round_goes_on(run
   first, second = state.peers
   broken = second._replace(params=jax.tree.map(lambda a: a * jnp.nan, second.params))
   after, metrics = step(state._replace(peers=(first, broken)), next(experiment.batches(8)))
-  assert metrics["rejected"] == 1 and metrics["rejected/mobile.0"] and not metrics["rejected/resnet.0"]
+  assert (
+    metrics["rejected"] == 1 and metrics["rejected/mobile.0"] and not metrics["rejected/resnet.0"]
+  )
   assert np.isfinite(metrics["loss"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.peers[0].params))
   result = experiment.evaluate(after, experiment.test)

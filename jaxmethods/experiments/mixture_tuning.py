@@ -1,0 +1,356 @@
+"""Tuning one model on several tasks at once: the heavy half of the ThanoRA experiment."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxmethods.adapters import low_rank, preview
+from jaxmethods.adapters.adapter import layers_of
+from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.targets import flatten, owner
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import multimodal, tuning
+from jaxmethods.experiments.multimodal import Benchmark
+from jaxmethods.experiments.questions import Split, accuracies
+from jaxmethods.methods import thanora as method
+from jaxmethods.methods.mllm_tuning import posterior
+from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.methods.mllm_tuning.tuner import Tuner, TuningState
+from jaxmethods.runtime import compiler
+from jaxmethods.runtime.experiment import Experiment
+
+if TYPE_CHECKING:
+  from jaxmethods.experiments.thanora import Config
+
+# Rows that train one model for every task; all but the first put them together afterwards.
+SEPARATE = ("single", "average", "dare", "ties")
+_PREVIEW_CHUNK = 50
+
+
+class Mixture(NamedTuple):
+  """Questions of several tasks.
+
+  Attributes:
+    questions: of all tasks, one task after the other; `family` is the task.
+    start: where every task begins, (T + 1,).
+  """
+
+  questions: Split
+  start: np.ndarray
+
+  @property
+  def sizes(self) -> np.ndarray:
+    return np.diff(self.start)
+
+
+def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
+  """Composes the experiment; the benchmark is by default the one of the config."""
+  benchmark = benchmark or multimodal.load(config.desk, config.tasks)
+  tuning.check_finite(benchmark.params)
+  pad = benchmark.vocabulary.pad
+  parts = [benchmark.targets[name] for name in config.tasks]
+  train = mixed([task.train for task in parts], config.tasks, pad)
+  tests = mixed([getattr(task, config.split) for task in parts], config.tasks, pad)
+  separate = config.row in SEPARATE
+  tuner, model = tuner_of(config), benchmark.model
+  optimiser = tuners.adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
+  update = tuners.tuning_step(tuner, model, optimiser, tuners.answer_loss, clip=config.clip)
+  moments = moments_of(config, benchmark, train) if _needs_preview(config) else {}
+  sizes = batch_sizes(config, train)
+  data = jax.device_put(train.questions)
+
+  def init(key: jax.Array) -> TuningState:
+    one = lambda key: tuners.init_state(tuner, optimiser, key, benchmark.params, moments)
+    if not separate:
+      return one(key)
+    states = [one(jax.random.fold_in(key, t)) for t in range(len(config.tasks))]
+    return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+  def batches(k: int) -> Iterator[Split]:
+    del k  # the state knows its step
+    while True:
+      yield data
+
+  def drawn(data: Split, state: TuningState, task: int | None) -> dict[str, jax.Array]:
+    """The next batch of one task, or of the mixture."""
+    key = jax.random.wrap_key_data(state.key)
+    if task is not None or config.sampler == "balanced":
+      tasks = range(len(config.tasks)) if task is None else [task]
+      rows = [_rows(key, state.step, train.start[t], train.start[t + 1], sizes[t]) for t in tasks]
+    else:
+      rows = [_rows(key, state.step, 0, train.start[-1], config.batch_size)]
+    return {name: x[jnp.concatenate(rows)] for name, x in data._asdict().items()}
+
+  def step(state: TuningState, data: Split) -> tuple[TuningState, dict[str, jax.Array]]:
+    if not separate:
+      return update(state, drawn(data, state, None))
+    done = []
+    for t in range(len(config.tasks)):
+      one = jax.tree.map(lambda x, t=t: x[t], state)
+      done.append(update(one, drawn(data, one, t)))
+    states, metrics = (
+      jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*done, strict=True)
+    )
+    return states, jax.tree.map(jnp.mean, metrics)
+
+  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
+    runs = models_of(config, tuner, benchmark, state)
+    reached = {}
+    for t, name in enumerate(config.tasks):
+      reached[name] = accuracies(runs[t % len(runs)], test["tasks"], config.tasks)[name]
+    kept = [accuracies(run, test["source"], benchmark.upstream.families) for run in runs]
+    source = jnp.stack([jnp.stack(list(scores.values())).mean() for scores in kept]).mean()
+    return {
+      "Mean": jnp.stack(list(reached.values())).mean(),
+      **reached,
+      "Source": source,
+      "F": source - test["before"],
+    }
+
+  source = jax.device_put(getattr(benchmark.upstream, config.split))
+  before = compiler.jit(
+    lambda params, split: multimodal.evaluate(model, params, split, benchmark.upstream.families)
+  )(benchmark.params, source)
+  test = {
+    "tasks": jax.device_put(tests.questions),
+    "source": source,
+    "before": jnp.stack(list(before.values())).mean(),
+  }
+  shares = ", ".join(f"{name} {n}" for name, n in zip(config.tasks, train.sizes, strict=True))
+  return Experiment(
+    init=init,
+    batches=batches,
+    step=step,
+    evaluate=evaluate,
+    test=test,
+    figures=functools.partial(figures, config) if config.row == "thanora" else lambda state: {},
+    num_steps=config.steps,
+    about=f"{benchmark.about}; {config.sampler} mixture of {shares} training questions",
+  )
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def mixed(parts: list[Split], names: list[str], pad: int) -> Mixture:
+  """Tasks one after the other, texts padded to the longest.
+
+  Raises:
+    InputError: a task without questions.
+  """
+  questions, length = (max(part.ids.shape[axis] for part in parts) for axis in (1, 2))
+  whole = []
+  for task, (part, name) in enumerate(zip(parts, names, strict=True)):
+    if not len(part.ids) or (np.asarray(part.family) < 0).all():
+      raise InputError(f"task {name}: has no questions")
+    more = [(0, 0), (0, questions - part.ids.shape[1]), (0, length - part.ids.shape[2])]
+    whole.append(
+      Split(
+        np.asarray(part.features),
+        np.pad(part.ids, more, constant_values=pad),
+        np.pad(part.labels, more, constant_values=IGNORED),
+        np.pad(np.where(part.family >= 0, task, -1), more[:2], constant_values=-1).astype(np.int32),
+      )
+    )
+  start = np.cumsum([0, *(len(part.ids) for part in parts)])
+  return Mixture(Split(*map(np.concatenate, zip(*whole, strict=True))), start)
+
+
+def batch_sizes(config: Config, train: Mixture) -> list[int]:
+  """Examples of every task in a batch: its share of the mixture, or equal parts.
+
+  Raises:
+    InputError: a task is smaller than its part, or its part is empty.
+  """
+  shares = train.sizes / train.sizes.sum()
+  if config.sampler == "balanced":
+    shares = np.full(len(shares), 1 / len(shares))
+  sizes = np.floor(config.batch_size * shares).astype(int)
+  for name, size, count in zip(config.tasks, sizes, train.sizes, strict=True):
+    apart = config.row in SEPARATE or config.sampler == "balanced"
+    if size > count or (apart and size == 0):
+      raise InputError(
+        f"task {name}: {count} examples give it {size} of a batch of {config.batch_size}; "
+        "change batch_size or sampler"
+      )
+  if config.batch_size > train.start[-1]:
+    raise InputError(f"batch_size: {config.batch_size} is more than the {train.start[-1]} examples")
+  return sizes.tolist()
+
+
+def _rows(key: jax.Array, step: jax.Array, start: int, end: int, size: int) -> jax.Array:
+  """Rows of batch `step` of a run over start..end that is shuffled anew in every epoch."""
+  each = (end - start) // size
+  order = jax.random.permutation(jax.random.fold_in(key, step // each), int(end - start))
+  return start + jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def tuner_of(config: Config) -> Tuner:
+  """The row that a config names; those that train apart are LoRA."""
+  update = (config.rank, config.alpha, config.dropout)
+  targets = config.targets or tuners.LINEARS
+  also = tuners.PROJECTOR if config.train_projector else None
+  if config.row == "thanora":
+    return method.tuner(
+      *update,
+      tasks=len(config.tasks),
+      temperature=config.temperature,
+      gain=config.gain or None,
+      weight=config.spr_weight,
+      spectrum=config.spectrum,
+      orth_on=config.orth_on,
+      damping=config.damping,
+      start=config.start,
+      compensate=config.compensate,
+      cooperative=config.cooperative,
+      targets=targets,
+      also=also,
+    )
+  if config.row == "corda":
+    return method.corda(*update, damping=config.damping, targets=targets, also=also)
+  if config.row in ("hydralora", "loramoe"):
+    kind = {"hydralora": low_rank.hydralora, "loramoe": low_rank.loramoe}[config.row]
+    return tuners.adapted(kind(*update, config.experts), targets, also)
+  return tuners.adapted(
+    (low_rank.dora if config.row == "dora" else low_rank.lora)(*update), targets, also
+  )
+
+
+def models_of(
+  config: Config, tuner: Tuner, benchmark: Benchmark, state: TuningState
+) -> list[Callable[..., Any]]:
+  """The model that is kept in the end; for "single" that of every task."""
+  model = benchmark.model
+  if config.row not in SEPARATE:
+    return [tuning.tuned(tuner, model, state)]
+  assert tuner.finalize is not None
+  count = len(config.tasks)
+  tuned = [tuner.finalize(*jax.tree.map(lambda x, t=t: x[t], state.tuner)) for t in range(count)]
+  if config.row != "single":
+    key = jax.random.wrap_key_data(state.key[0])
+    tuned = [put_together(config, benchmark.params, tuned, key)]
+  run = lambda params: lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+  return [run(params) for params in tuned]
+
+
+def put_together(config: Config, before: Any, tuned: list[Any], key: jax.Array) -> Any:
+  """One model out of one for every task, tensor by tensor."""
+  leaves, structure = jax.tree.flatten(before)
+  keys = jax.random.split(key, len(leaves))
+
+  def merge(key: jax.Array, before: jax.Array, *after: jax.Array) -> jax.Array:
+    stack = jnp.stack(after)
+    if config.row == "ties":
+      return posterior.ties(before, stack - before, config.keep)
+    if config.row == "dare":
+      dropped = jax.random.bernoulli(key, config.drop, stack.shape)
+      stack = posterior.dare(before, stack, dropped, config.drop)
+    return stack.mean(0)
+
+  parts = zip(keys, leaves, *map(jax.tree.leaves, tuned), strict=True)
+  return jax.tree.unflatten(structure, [merge(*part) for part in parts])
+
+
+# --- preview ------------------------------------------------------------------------------------
+
+
+def _needs_preview(config: Config) -> bool:
+  return config.row == "corda" or (config.row == "thanora" and config.start == "preview")
+
+
+def moments_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, jax.Array]:
+  """Second moments of the inputs of every layer, by its path: (T, in, in), or (1, in, in) for corda.
+
+  Of the first `preview` training questions of every task, all tokens but padding.
+  """
+  targets = config.targets or tuners.LINEARS
+  model, params, pad = benchmark.model, benchmark.params, benchmark.vocabulary.pad
+  flat = flatten(params)
+  widths = {owner(path): flat[path].shape[0] for path in preview.linear_targets(params, targets)}
+
+  @compiler.jit
+  def add(params, summaries, part: Split):
+    run = lambda: model.apply({"params": params}, part.ids, features=part.features, logits="none")
+    text = (part.ids != pad) & (part.family >= 0)[..., None]
+    masks = [None, text.reshape(-1, text.shape[-1])]  # the image first, then the texts about it
+    return preview.linear_inputs(run, params, targets, method.add_inputs, summaries, masks)
+
+  tasks = []
+  for start, end in zip(train.start[:-1], train.start[1:], strict=True):
+    count = min(config.preview, end - start)
+    summaries = {path: method.no_inputs(width) for path, width in widths.items()}
+    for rows in np.split(
+      np.arange(start, start + count), range(_PREVIEW_CHUNK, count, _PREVIEW_CHUNK)
+    ):
+      summaries = add(params, summaries, Split(*(x[rows] for x in train.questions)))
+    tasks.append(summaries)
+  if config.row == "corda":
+    tasks = [jax.tree.map(lambda *x: sum(x), *tasks)]
+  return {
+    path: jnp.stack([method.second_moment(summaries[path]) for summaries in tasks])
+    for path in widths
+  }
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def figures(config: Config, state: TuningState) -> dict[str, Figure]:
+  """Complexity of every task along the layers, and the ranks that came of it."""
+  extra = jax.device_get(state.tuner.extra)
+  paths = list(layers_of(state.tuner.trainable["adapter"]))
+  whose = [*range(len(config.tasks)), method.COOPERATIVE]
+  ranks = np.stack([(extra["owner"] == task).sum(1) for task in whose], axis=1)
+  names = [path.removeprefix("language/") for path in paths]
+  pictures = {"ranks": _table(ranks, names, [*config.tasks, "cooperative"])}
+  if config.start == "preview":
+    pictures["entropy"] = _curves(extra["entropy"], names, config.tasks)
+  return pictures
+
+
+def _table(ranks: np.ndarray, layers: list[str], columns: list[str]) -> Figure:
+  figure, axes = plt.subplots(
+    figsize=(2.5 + 0.9 * len(columns), 1.2 + 0.24 * len(layers)), layout="constrained"
+  )
+  axes.imshow(ranks, aspect="auto", cmap="Blues")
+  for (row, column), rank in np.ndenumerate(ranks):
+    dark = rank > 0.6 * ranks.max()
+    axes.text(column, row, rank, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+  axes.set_yticks(range(len(layers)), layers, fontsize=7)
+  axes.set_xticks(range(len(columns)), columns, fontsize=8)
+  axes.set_title("rank of every block", fontsize=10)
+  axes.spines[:].set_visible(False)
+  return figure
+
+
+def _curves(entropy: np.ndarray, layers: list[str], tasks: list[str]) -> Figure:
+  """One panel for each kind of layer, depth along the x axis."""
+  kinds = sorted({name.split("/")[-1] for name in layers})
+  figure, axes = plt.subplots(
+    1, len(kinds), figsize=(1.7 * len(kinds), 2.6), sharey=True, squeeze=False, layout="constrained"
+  )
+  for kind, axis in zip(kinds, axes.flat, strict=True):
+    rows = [i for i, name in enumerate(layers) if name.split("/")[-1] == kind]
+    for task, name in enumerate(tasks):
+      axis.plot(range(len(rows)), entropy[rows, task], marker="o", markersize=3, label=name)
+    axis.set_title(kind, fontsize=9)
+    axis.set_xticks(range(len(rows)))
+    axis.spines[["top", "right"]].set_visible(False)
+  axes[0, 0].set_ylabel("normalised spectral entropy")
+  figure.supxlabel("layer", fontsize=9)
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False, fontsize=8
+  )
+  return figure

@@ -1,0 +1,61 @@
+"""SPIDER and its rivals on the desk benchmark of multimodal tuning.
+
+The projector and the last layers of the language model are trained; see `experiments.lorasculpt` for the
+same benchmark under low-rank updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from etils import epy
+
+from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.runtime.experiment import Experiment
+
+with epy.lazy_imports():
+  from jaxmethods.experiments import selective_tuning
+
+Row = Literal["spider", "spider_hard", "full", "half", "grad_mask"]
+ROWS: tuple[Row, ...] = Row.__args__  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TuningConfig):
+  """Defaults are the published settings (audit) unless a comment says otherwise."""
+
+  row: Row = "spider"
+  rates: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # learning_rate by row, for compare
+  learning_rate: float = 2e-4  # of the decoder layers
+  projector_rate: float = 2e-5
+  last_layers: int = 2  # decoder layers that are trained; code: 0, the projector alone
+  accumulate: Literal["pre_clip", "post_clip"] = "post_clip"  # (inferred)
+  update_every: int = 1  # steps between two masks (inferred)
+  recompute_importance: bool = False  # keep no copy of P
+  ratio: float = 0.5  # frozen by the mask rows, updated by grad_mask
+  half_rounds: int = 10  # rounds of half fine-tuning (inferred)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not 0 <= self.last_layers <= self.desk.num_layers:
+      raise ValueError(f"last_layers: must be in 0..{self.desk.num_layers}, got {self.last_layers}")
+    for name in ("update_every", "half_rounds"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+    if not 0 < self.ratio < 1:
+      raise ValueError(f"ratio: must be between 0 and 1, got {self.ratio}")
+
+
+def build(config: Config, mesh=None) -> Experiment:
+  """Loads the benchmark and composes the experiment."""
+  del mesh
+  return selective_tuning.build(config)
+
+
+def rows(config: Config) -> dict[str, Config]:
+  """SPIDER, its ablation, and its rivals on the same layers; learning rates are those of `rates`."""
+  rate = lambda name: config.rates.get(name, config.learning_rate)
+  return {name: dataclasses.replace(config, row=name, learning_rate=rate(name)) for name in ROWS}

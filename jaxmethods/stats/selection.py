@@ -1,0 +1,24 @@
+"""Choosing the largest entries of an array, exactly as many as asked for."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def top_share(scores: jax.Array, share: float) -> jax.Array:
+  """Mask of the floor(share * size) highest scores, ties to the earlier position.
+
+  Args:
+    scores: any shape.
+    share: in [0, 1].
+
+  Returns:
+    Boolean, the shape of `scores`.
+  """
+  count = math.floor(share * scores.size)
+  order = jnp.argsort(-scores.ravel(), stable=True)
+  mask = jnp.zeros(scores.size, bool).at[order[:count]].set(True)
+  return mask.reshape(scores.shape)

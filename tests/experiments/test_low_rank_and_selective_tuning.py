@@ -1,0 +1,172 @@
+"""LoRASculpt and SPIDER as experiments, with their rows, on a tiny benchmark."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmethods.adapters.targets import flatten
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
+from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
+
+LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}
+
+
+def config(method, **changes):
+  small = {
+    "desk": DESK, "steps": 4, "batch_size": 8, "learning_rate": 1e-2, "projector_rate": 1e-2,
+    "eval_every": 4, "probe_size": 8,
+  }  # fmt: skip
+  if method is spider:
+    small["last_layers"] = 1
+  return method.Config(**(small | (LOW if method is lorasculpt else {}) | changes))
+
+
+@pytest.fixture(scope="module")
+def sculpted():
+  settings = config(lorasculpt)
+  experiment = low_rank_tuning.build(settings, benchmark())
+  return settings, experiment, trained(experiment, settings)
+
+
+def test_masks_hold_in_what_is_shipped(sculpted):
+  settings, experiment, state = sculpted
+  masks = flatten(state.tuner.extra["masks"])
+  factors = flatten(state.tuner.trainable["adapter"])
+  for path, mask in masks.items():
+    assert mask.sum() == math.floor(settings.keep_ratio * mask.size)
+    np.testing.assert_array_equal(factors[path][~mask], 0)
+  assert any(f[masks[path]].any() for path, f in factors.items() if path.endswith("/b"))
+  assert not any(path.startswith(("projector", "vision")) for path in factors)
+  assert set(experiment.figures(state)) == {"update_density"}
+
+
+def test_merged_and_unmerged_agree(sculpted):
+  settings, _, state = sculpted
+  model, tuner = benchmark().model, low_rank_tuning.tuner_of(settings)
+  split = benchmark().targets["digits"].test
+
+  @quick_jit
+  def both(state):
+    unmerged = tuner.apply(model, *state.tuner, split.ids, features=split.features)
+    merged = tuning.tuned(tuner, model, state)(split.ids, features=split.features)
+    return merged.logits, unmerged.logits
+
+  np.testing.assert_allclose(*both(state), atol=1e-5)
+
+
+def test_published_last_step_leaks_and_ours_does_not(sculpted):
+  settings = dataclasses.replace(sculpted[0], official_final=True)
+  state = trained(low_rank_tuning.build(settings, benchmark()), settings)
+  masks = flatten(state.tuner.extra["masks"])
+  factors = flatten(state.tuner.trainable["adapter"])
+  assert any(f[~masks[path]].any() for path, f in factors.items())
+  # Nothing but the last step differs.
+  ours = flatten(sculpted[2].tuner.trainable["adapter"])
+  for path, mask in masks.items():
+    np.testing.assert_allclose(factors[path][mask], ours[path][mask], atol=1e-6)
+
+
+def test_without_pruning_and_penalty_it_is_lora():
+  results = []
+  for changes in ({"row": "lora"}, {"keep_ratio": 1.0, "cmr_weight": 0.0}):
+    settings = config(lorasculpt, **changes)
+    results.append(trained(low_rank_tuning.build(settings, benchmark()), settings))
+  plain, idle = (state.tuner.trainable for state in results)
+  jax.tree.map(np.testing.assert_array_equal, plain, idle)
+
+
+@pytest.mark.parametrize("connector", ["lora_cmr", "frozen"])
+def test_connectors(connector):
+  experiment = low_rank_tuning.build(config(lorasculpt, connector=connector), benchmark())
+  check_traces(experiment)
+  state = experiment.init(jax.random.key(0))
+  assert "projector" in state.tuner.frozen["params"]
+  adapted = {path.split("/")[0] for path in flatten(state.tuner.trainable["adapter"])}
+  assert adapted == ({"language", "projector"} if connector == "lora_cmr" else {"language"})
+  assert all(path.startswith("language") for path in flatten(state.tuner.extra["masks"]))
+
+
+def test_every_row_traces():
+  rows = lorasculpt.rows(config(lorasculpt, rates={"dora": 0.5}))
+  assert next(iter(rows)) == "lorasculpt"
+  assert rows["dora"].learning_rate == 0.5
+  for row in rows.values():
+    check_traces(low_rank_tuning.build(row, benchmark()))
+  rows = spider.rows(config(spider))
+  assert next(iter(rows)) == "spider"
+  for row in rows.values():
+    check_traces(selective_tuning.build(row, benchmark()))
+
+
+def test_spider_moves_what_is_selected_and_nothing_else():
+  settings = config(spider)
+  experiment = selective_tuning.build(settings, benchmark())
+  state = trained(experiment, settings)
+  anchor, now = (flatten(x) for x in (state.tuner.extra["anchor"], state.tuner.trainable))
+  assert {path.split("/")[1] for path in now if path.startswith("language")} == {"layers_0"}
+  changed = np.concatenate([np.ravel(now[path] != anchor[path]) for path in now])
+  assert 0.05 < changed.mean() < 0.95
+  assert set(experiment.figures(state)) == {"changed_entries", "importances"}
+  before = flatten(benchmark().params)  # frozen means frozen
+  for path, x in flatten(state.tuner.frozen).items():
+    np.testing.assert_array_equal(x, before[path])
+
+
+def test_half_of_the_tensors_rest():
+  settings = config(spider, row="half", half_rounds=1)
+  state = trained(selective_tuning.build(settings, benchmark()), settings)
+  before = flatten(benchmark().params)
+  still = [(x == before[path]).all() for path, x in flatten(state.tuner.trainable).items()]
+  assert sum(still) == len(still) // 2
+
+
+def test_spider_options_are_part_of_the_state():
+  held = config(spider, update_every=3, accumulate="pre_clip", recompute_importance=True)
+  experiment = selective_tuning.build(held, benchmark())
+  check_traces(experiment)
+  extra = experiment.init(jax.random.key(0)).tuner.extra
+  assert extra["mask"] is not None
+  assert extra["importance"] is None
+
+
+@pytest.mark.parametrize(
+  ("method", "changes", "message"),
+  [
+    (lorasculpt, {"keep_ratio": 0.0}, r"keep_ratio: must be in \(0, 1\]"),
+    (lorasculpt, {"keep_ratio": 1.5}, r"keep_ratio: must be in \(0, 1\]"),
+    (lorasculpt, {"prune_at": 0}, "prune_at"),
+    (lorasculpt, {"dropout": 1.0}, "dropout"),
+    (spider, {"last_layers": 3}, r"last_layers: must be in 0\.\.1"),
+    (spider, {"ratio": 1.0}, "ratio"),
+    (spider, {"update_every": 0}, "update_every"),
+  ],
+)
+def test_impossible_settings(method, changes, message):
+  with pytest.raises(ValueError, match=message):
+    config(method, **changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"targets": "nowhere/kernel"}, "'nowhere/kernel' matches no parameter path"),
+    ({"regularised": "embed"}, "regularised 'embed' matches no kernel"),
+    ({"keep_ratio": 0.001}, "keep_ratio 0.001 keeps none of"),
+  ],
+)
+def test_targets_that_do_not_exist(changes, message):
+  with pytest.raises(InputError, match=message):
+    check_traces(low_rank_tuning.build(config(lorasculpt, **changes), benchmark()))
+
+
+def test_pretrained_weights_with_nan_are_refused():
+  broken = jax.tree.map(np.array, benchmark().params)
+  broken["language"]["norm"]["scale"][0] = np.nan
+  damaged = benchmark()._replace(params=broken)
+  for method, build in ((lorasculpt, low_rank_tuning.build), (spider, selective_tuning.build)):
+    with pytest.raises(InputError, match="language/norm/scale has values that are not finite"):
+      build(config(method), damaged)
