@@ -15,8 +15,6 @@ from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
 from jaxmethods.methods.mllm_tuning.tuner import Run
 
-_CHUNK = 40  # images that are evaluated at once
-
 
 class Split(NamedTuple):
   """Images with their questions, ready for the model.
@@ -86,13 +84,18 @@ def draw(split: Split, key: jax.Array, step: jax.Array | int, size: int) -> dict
   Returns:
     features (size, N, F), ids (size, K, T), labels (size, K, T), family (size, K).
   """
+  check_size(split, size)
   count = len(split.ids)
-  if size > count:
-    raise InputError(f"batch_size: {size} is more than the {count} training images")
   each = count // size
   order = jax.random.permutation(jax.random.fold_in(key, step // each), count)
   rows = jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
   return {name: jnp.asarray(x)[rows] for name, x in split._asdict().items()}
+
+
+def check_size(split: Split, size: int) -> None:
+  """Raises `InputError` if a batch is larger than the training part."""
+  if size > len(split.ids):
+    raise InputError(f"batch_size: {size} is more than the {len(split.ids)} training images")
 
 
 def choose_questions(
@@ -113,7 +116,9 @@ def choose_questions(
   return batch | {name: take(batch[name]) for name in ("ids", "labels", "family")}
 
 
-def accuracies(run: Run, split: Split, families: Sequence[str]) -> dict[str, jax.Array]:
+def accuracies(
+  run: Run, split: Split, families: Sequence[str], chunk: int = 40
+) -> dict[str, jax.Array]:
   """Share of questions of every family that greedy decoding answers with exactly the right words.
 
   One forward pass on the right answer decides it: the words decoded are the right ones exactly if each
@@ -123,12 +128,13 @@ def accuracies(run: Run, split: Split, families: Sequence[str]) -> dict[str, jax
     run: the model: (ids, features=...) -> output.
     split: the questions; arguments of the jitted program, not constants.
     families: names of the families.
+    chunk: images that are answered at once.
 
   Returns:
     {family: share in [0, 100]}.
   """
   count = len(split.ids)
-  chunk = min(_CHUNK, count)
+  chunk = min(chunk, count)
   pad = -count % chunk
 
   def chunks(x: jax.Array, value: int) -> jax.Array:

@@ -7,17 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-from jaxmethods.adapters.targets import flatten
+from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.targets import flatten, unflatten
+from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import multimodal
-from jaxmethods.experiments.multimodal import Benchmark
-from jaxmethods.experiments.questions import Split, accuracies, draw
+from jaxmethods.experiments.multimodal import Benchmark, Task
+from jaxmethods.experiments.questions import (
+  Split,
+  accuracies,
+  check_size,
+  choose_questions,
+  draw,
+)
 from jaxmethods.experiments.tuning_config import BudgetConfig, TuningConfig
 from jaxmethods.methods.mllm_tuning import metrics
 from jaxmethods.methods.mllm_tuning.tuner import (
   Tuner,
+  TunerState,
   TuningState,
   adamw,
   answer_loss,
@@ -26,6 +37,9 @@ from jaxmethods.methods.mllm_tuning.tuner import (
 )
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
+
+# B of LoRA+ learns this much faster than A (orig).
+_LORA_PLUS = 16.0
 
 
 def check_finite(params: Mapping[str, Any]) -> None:
@@ -44,6 +58,7 @@ def rates_of(config: BudgetConfig) -> dict[str, float]:
   return {
     "decoder": config.learning_rate,
     "adapter": config.learning_rate,
+    "adapter_b": _LORA_PLUS * config.learning_rate,
     "prompt": config.learning_rate,
     "projector": config.projector_rate,
   }
@@ -55,6 +70,8 @@ def build(
   *,
   benchmark: Benchmark | None = None,
   rates: Mapping[str, float] | None = None,
+  probe: Any = None,
+  mixture: bool = False,
 ) -> Experiment:
   """Composes the experiment.
 
@@ -65,33 +82,38 @@ def build(
     tuner: how it is tuned.
     benchmark: default: the desk benchmark of `config`.
     rates: default: `rates_of(config)`.
+    probe: what `tuner.init` is given; default: `probe_of` the target.
+    mixture: whether half of every batch is upstream data, which no method may use: a reference.
   """
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
   check_finite(benchmark.params)
   model, target = benchmark.model, benchmark.targets[config.target]
-  count = len(target.train.ids)
-  if config.batch_size > count:
-    raise InputError(f"batch_size: {config.batch_size} is more than the {count} training images")
   optimiser = adamw(rates or rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)
-  probe = draw(target.train, jax.random.key(0), 0, min(config.probe_size, count))
+  if probe is None:
+    probe = probe_of(target, config.probe_size)
   test = test_of(benchmark, config)
-  data = jax.device_put(target.train)
+  data = jax.device_put((target.train, *((benchmark.upstream.train,) if mixture else ())))
+  check_size(target.train, config.batch_size)
 
   def init(key: jax.Array) -> TuningState:
     return init_state(tuner, optimiser, key, benchmark.params, probe)
 
-  def batches(k: int) -> Iterator[Split]:
+  def batches(k: int) -> Iterator[tuple[Split, ...]]:
     del k  # the state knows its step
     while True:
       yield data
 
-  def step(state: TuningState, data: Split) -> tuple[TuningState, dict[str, jax.Array]]:
+  def step(state: TuningState, data: tuple[Split, ...]) -> tuple[TuningState, dict[str, jax.Array]]:
     key = jax.random.wrap_key_data(state.key)
-    return update(state, draw(data, key, state.step, config.batch_size))
+    return update(state, batch_of(data, key, state.step, config.batch_size))
 
   def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
-    return table(tuned(tuner, model, state), benchmark, config, test)
+    columns = table(tuned(tuner, model, state), benchmark, config, test)
+    return columns | {
+      "params_%": 100 * num_trainable(state.tuner) / num_parameters(benchmark.params),
+      "mergeable": jnp.float32(tuner.finalize is not None),
+    }
 
   return Experiment(
     init=init,
@@ -99,10 +121,62 @@ def build(
     step=step,
     evaluate=evaluate,
     test=test,
-    figures=lambda state: {},
+    figures=lambda state: {"accuracy": before_and_after(compiler.jit(evaluate)(state, test), test)},
     num_steps=config.steps,
     about=benchmark.about,
   )
+
+
+def probe_of(task: Task, size: int) -> dict[str, jax.Array]:
+  """Up to `size` training images of a task with one question each."""
+  key = jax.random.key(0)
+  return choose_questions(draw(task.train, key, 0, min(size, len(task.train.ids))), key, 1)
+
+
+def batch_of(
+  data: tuple[Split, ...], key: jax.Array, step: jax.Array, size: int
+) -> dict[str, jax.Array]:
+  """A batch of one task, or in equal parts of several, one question for each image."""
+  parts = []
+  for i, split in enumerate(data):
+    task_key = key if i == 0 else jax.random.fold_in(key, i)  # more tasks do not reorder the first
+    share = size // len(data) + (i < size % len(data))
+    batch = draw(split, task_key, step, share)
+    chosen = jax.random.fold_in(jax.random.fold_in(task_key, 1), step)
+    parts.append(batch if split.ids.shape[1] == 1 else choose_questions(batch, chosen, 1))
+  longest = max(part["ids"].shape[-1] for part in parts)
+  fill = {"ids": 0, "labels": IGNORED}
+
+  def put_together(name: str) -> jax.Array:
+    pads = [
+      (
+        *[(0, 0)] * (part[name].ndim - 1),
+        (0, longest - part["ids"].shape[-1] if name in fill else 0),
+      )
+      for part in parts
+    ]
+    return jnp.concatenate(
+      [
+        jnp.pad(part[name], pad, constant_values=fill.get(name, 0))
+        for part, pad in zip(parts, pads, strict=True)
+      ]
+    )
+
+  return {name: put_together(name) for name in ("features", "ids", "labels")}
+
+
+def num_parameters(params: Any) -> int:
+  """Number of entries."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def num_trainable(state: TunerState) -> jax.Array:
+  """Trained entries; what a mask of an adapter holds fixed does not count."""
+  held = sum(
+    (jnp.sum(~leaf) for path, leaf in flatten(state.frozen).items() if path.endswith("/mask")),
+    start=jnp.zeros((), int),
+  )
+  return num_parameters(state.trainable) - held
 
 
 def tuned(tuner: Tuner, model: Any, state: TuningState) -> Any:
@@ -122,15 +196,20 @@ def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
   }
   families = {"source": benchmark.upstream.families, "target": target.families}
 
-  @compiler.jit
-  def scores(params, splits):
+  def scores() -> dict[str, np.ndarray]:
+    each = compiler.jit(
+      lambda params, splits: {
+        name: multimodal.evaluate(benchmark.model, params, splits[name], families[name])
+        for name in splits
+      }
+    )(benchmark.params, splits)
     return {
-      name: multimodal.evaluate(benchmark.model, params, splits[name], families[name])
-      for name in splits
+      f"{name}/{family}": np.asarray(x) for name, of in each.items() for family, x in of.items()
     }
 
-  splits = jax.device_put(splits)
-  return {**splits, "before": scores(benchmark.params, splits)}
+  depends = [b"scores 1", repr(benchmark.model).encode(), *jax.tree.leaves(benchmark.params)]
+  before = cached("desk_scores", [*depends, *jax.tree.leaves(splits)], scores)
+  return jax.device_put({**splits, "before": unflatten(before)})
 
 
 def table(run: Any, benchmark: Benchmark, config: TuningConfig, test: Any) -> dict[str, jax.Array]:
@@ -145,3 +224,20 @@ def table(run: Any, benchmark: Benchmark, config: TuningConfig, test: Any) -> di
     stack(before["source"]), stack(after), before["target"][config.target], reached
   )
   return {"H": summary.pop("H"), **{name: after[name] for name in families}, **summary}
+
+
+def before_and_after(after: Any, test: Any) -> Figure:
+  """Accuracy on every task of the pretrained and of the tuned model."""
+  before = {**test["before"]["source"], **test["before"]["target"]}
+  names = [*test["before"]["source"], "target"]
+  old, new = [float(x) for x in before.values()], [float(after[n]) for n in names[:-1]]
+  new.append(float(after["Target"]))
+  figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+  places = np.arange(len(names))
+  axes.bar(places - 0.2, old, 0.38, color="#c9c9c9", label="pretrained")
+  axes.bar(places + 0.2, new, 0.38, color="#1f6f8b", label="tuned")
+  axes.set_xticks(places, names)
+  axes.set(ylabel="accuracy, %", ylim=(0, 100))
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.15))
+  return figure

@@ -43,6 +43,35 @@ class Desk:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """A real LLaVA-style model, and questions and images from disk, in place of the desk model.
+
+  Files of questions have one JSON object a line; see `data.question_files`.
+  """
+
+  model: str = ""  # hf:FOLDER; empty: the desk model
+  train: str = ""  # file of the target's training questions
+  test: str = ""  # file of its test questions
+  upstream: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> file; tested only
+  test_questions: int = 500  # of every file
+  max_length: int = 2048  # tokens, the image's too (code)
+  padding: list[int] = dataclasses.field(
+    default_factory=lambda: [122, 116, 104]
+  )  # mean colour (code)
+  chunk: int = 4  # questions that are answered at once
+  scan_layers: bool = True  # False: rows that choose single layers work, compilation takes longer
+  remat: bool = True
+  dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+
+  def __post_init__(self) -> None:
+    for name in ("test_questions", "max_length", "chunk"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"checkpoint.{name}: must be at least 1, got {getattr(self, name)}")
+    if len(self.padding) != 3 or not all(0 <= c <= 255 for c in self.padding):
+      raise ValueError(f"checkpoint.padding: must be three of 0..255, got {self.padding}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetConfig(RunConfig):
   """What all rows share: the model, the budget and its schedule."""
 
@@ -51,6 +80,7 @@ class BudgetConfig(RunConfig):
   eval_every: int = 350
   checkpoint_every: int = 50
   desk: Desk = dataclasses.field(default_factory=Desk)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
   split: Literal["test", "validation"] = "test"  # what is evaluated; rates are chosen on validation
   batch_size: int = 32
   learning_rate: float = 1e-3  # of what is trained in the language model, or of the adapter

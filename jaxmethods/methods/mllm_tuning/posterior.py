@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats.ranking import top_share
 
 # (W_0, W_1, key) -> edited tensor.
 Edit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -49,25 +50,18 @@ def masked(before: jax.Array, after: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, after, before)
 
 
-def largest(scores: jax.Array, share: float) -> jax.Array:
-  """Mask of the floor(share * size) entries with the largest |score|; ties to the earlier position.
+def grafting(before: jax.Array, after: jax.Array, share: float) -> jax.Array:
+  """Keeps the `share` of entries that changed most.
+
+  The original learns the mask (arXiv 2302.06600); this is its magnitude version: floor(share * size)
+  entries, ties to the earlier position.
 
   Raises:
     InputError: if `share` is outside [0, 1].
   """
   if not 0.0 <= share <= 1.0:
-    raise InputError(f"share: must be in [0, 1], got {share}")
-  order = jnp.argsort(-jnp.abs(scores).ravel(), stable=True)
-  mask = jnp.zeros(scores.size, bool).at[order[: math.floor(share * scores.size)]].set(True)
-  return mask.reshape(scores.shape)
-
-
-def grafting(before: jax.Array, after: jax.Array, share: float) -> jax.Array:
-  """Keeps the `share` of entries that changed most.
-
-  The original learns the mask (arXiv 2302.06600); this is its magnitude version.
-  """
-  return masked(before, after, largest(after - before, share))
+    raise InputError(f"grafting: the share must be in [0, 1], got {share}")
+  return masked(before, after, top_share(jnp.abs(after - before), share))
 
 
 def interpolate(before: jax.Array, after: jax.Array, weight: float) -> jax.Array:
@@ -89,8 +83,15 @@ def ties(before: jax.Array, updates: jax.Array, share: float, scale: float = 1.0
     updates: (K, *W_0's shape). With K = 1 and a scale of 1 this is `grafting`.
     share: of entries that every update keeps.
     scale: lambda, of the merged update.
+
+  Raises:
+    InputError: if `share` is outside (0, 1].
   """
-  trimmed = jax.vmap(lambda update: jnp.where(largest(update, share), update, 0))(updates)
+  if not 0.0 < share <= 1.0:
+    raise InputError(f"ties: the share must be in (0, 1], got {share}")
+  trimmed = jax.vmap(lambda update: jnp.where(top_share(jnp.abs(update), share), update, 0))(
+    updates
+  )
   sign = jnp.sign(trimmed.sum(0))
   agrees = (trimmed != 0) & (jnp.sign(trimmed) == sign)
   mean = jnp.sum(trimmed, 0, where=agrees) / jnp.maximum(agrees.sum(0), 1)
@@ -154,9 +155,7 @@ def tailor(
     cost = current[:, here] ** 2 / jnp.diag(factor) ** 2
     score = (_standardised(jnp.abs(after - before)[:, here]) + _standardised(cost)) / 2
     threshold = jnp.sort(score.ravel())[math.floor(sparsity * score.size)]
-    kept, errors = _compensate(
-      current[:, here], before[:, here], score <= threshold, factor, step
-    )
+    kept, errors = _compensate(current[:, here], before[:, here], score <= threshold, factor, step)
     current = current.at[:, end:].add(step * errors @ upper[here, end:])
     done.append(kept)
   return jnp.concatenate(done, axis=1)

@@ -42,20 +42,26 @@ def squared_gradients(
   Args:
     loss: (params, sample) -> scalar.
     params: theta.
-    samples: tree of arrays with a leading axis of n samples; worked off one after the other.
+    samples: tree of arrays with a leading axis of samples; worked off one after the other.
   """
+  return _mean_of_gradients(jnp.square, loss, params, samples)
+
+
+def absolute_gradients(
+  loss: Callable[[Params, Any], jax.Array], params: Params, samples: Any
+) -> Params:
+  """Mean over samples of |gradient|; arguments as in `squared_gradients`."""
+  return _mean_of_gradients(jnp.abs, loss, params, samples)
+
+
+def _mean_of_gradients(of: Callable, loss: Callable, params: Params, samples: Any) -> Params:
   count = len(jax.tree.leaves(samples)[0])
 
   def add(total: Params, sample: Any) -> tuple[Params, None]:
     gradient = jax.grad(loss)(params, sample)
-    return jax.tree.map(lambda t, g: t + jnp.square(g) / count, total, gradient), None
+    return jax.tree.map(lambda t, g: t + of(g) / count, total, gradient), None
 
   return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), samples)[0]
-
-
-def mixed(mask: Params, tuned: Params, anchor: Params) -> Params:
-  """Theta <- F theta_0 + (1 - F) theta_tuned, where `mask` is true what is tuned counts."""
-  return jax.tree.map(jnp.where, mask, tuned, anchor)
 
 
 def _sum(term: Callable[..., jax.Array], *trees: Params) -> jax.Array:

@@ -182,6 +182,13 @@ def init_state(
   )
 
 
+class RateState(NamedTuple):
+  """Steps done, and the peak rate of every group: data, so that one program serves all rates."""
+
+  count: jax.Array
+  rates: dict[str, jax.Array]
+
+
 def adamw(
   rates: Mapping[str, float],
   labels: Callable[[Tree], Tree],
@@ -198,13 +205,23 @@ def adamw(
     warmup: share of the steps over which the rate rises in a straight line.
   """
   rise = round(warmup * steps)
-  schedules = {
-    label: optax.scale_by_learning_rate(
-      optax.warmup_cosine_decay_schedule(0.0 if rise else rate, rate, rise, steps)
+  shape = optax.warmup_cosine_decay_schedule(0.0 if rise else 1.0, 1.0, rise, steps)
+
+  def init(trainable: Tree) -> RateState:
+    used = set(jax.tree.leaves(labels(trainable)))
+    if unknown := used - set(rates):
+      raise ValueError(f"no learning rate for the group {min(unknown)!r}")
+    return RateState(
+      jnp.zeros((), jnp.int32), {label: jnp.float32(rates[label]) for label in sorted(used)}
     )
-    for label, rate in rates.items()
-  }
-  return optax.chain(optax.scale_by_adam(), optax.partition(schedules, labels))
+
+  def update(updates: Tree, state: RateState, trainable: Tree | None = None):
+    del trainable
+    scale = lambda update, label: -shape(state.count) * state.rates[label] * update
+    updates = jax.tree.map(scale, updates, labels(updates))
+    return updates, state._replace(count=state.count + 1)
+
+  return optax.chain(optax.scale_by_adam(), optax.GradientTransformation(init, update))
 
 
 def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:

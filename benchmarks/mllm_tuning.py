@@ -1,0 +1,377 @@
+"""The long table of the suite: every row at its best rate, at equal budget and at matched target.
+
+First every row is tried at the same number of learning rates, judged by H on the validation part (one
+seed); then the chosen rate runs on the test part from several seeds. Rows that edit the weights
+afterwards share the run that they edit. What is finished is kept line by line: the same command
+continues.
+
+  python -m benchmarks.mllm_tuning search            # -> runs.jsonl, rates.json
+  python -m benchmarks.mllm_tuning table             # -> runs.jsonl
+  python -m benchmarks.mllm_tuning report            # -> benchmarks/results/mllm_tuning.md, .json, .png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmethods.runtime import launch
+
+RESULTS = Path(__file__).parent / "results"
+# Factors around the middle rate of a kind of row; three tries each.
+FACTORS = (1 / 3, 1.0, 3.0)
+MIDDLE = {
+  "reference": 1e-3,
+  "selective": 1e-3,
+  "posterior": 1e-3,
+  "additive": 3e-3,
+  "reparameterised": 3e-3,
+}
+SHARED = "full_no_head"  # the run that posterior rows edit
+EVALUATIONS = 4  # along a run, for the reading at matched target
+LEVELS = (50.0, 75.0)  # target accuracies of that reading
+COLUMNS = ("Source", "Target", "E", "F", "O", "Avg", "H")
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("what", choices=("search", "table", "report"))
+  parser.add_argument("--rows", help="A,B: which rows (default: all)")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--steps", type=int, default=350)
+  parser.add_argument("--target", default="digits")
+  parser.add_argument("--folder", type=Path, default=Path("runs/mllm_tuning/long"))
+  args = parser.parse_args()
+  launch.set_allocator()
+  args.folder.mkdir(parents=True, exist_ok=True)
+  {"search": search, "table": table, "report": report}[args.what](args)
+
+
+def search(args: argparse.Namespace) -> None:
+  """Three rates for every row on the validation part, seed 1."""
+  runner = Runner(args, "validation")
+  for name in chosen_rows(args):
+    if name != "base":
+      for rate in rates_to_try(name):
+        runner.run(name, rate, seed=1)
+  rates = best_rates(args)
+  (args.folder / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+  print(json.dumps(rates, indent=1))
+
+
+def table(args: argparse.Namespace) -> None:
+  """Every row at its chosen rate on the test part."""
+  runner, rates = Runner(args, "test"), best_rates(args)
+  for seed in range(1, args.seeds + 1):
+    for name in chosen_rows(args):
+      if name == "base" or name in rates:
+        runner.run(name, rates.get(name, 0.0), seed)
+
+
+def chosen_rows(args: argparse.Namespace) -> list[str]:
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  return list(PARADIGMS) if args.rows is None else args.rows.split(",")
+
+
+def rates_to_try(name: str) -> list[float]:
+  """The middle rate of the row's paradigm, a third and three times of it."""
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  return [float(f"{MIDDLE[PARADIGMS[name]] * factor:.1e}") for factor in FACTORS]
+
+
+def best_rates(args: argparse.Namespace) -> dict[str, float]:
+  """By H on the validation part; the smaller rate of equals."""
+  best: dict[str, tuple[float, float]] = {}
+  for line in finished(args):
+    if line["split"] == "validation":
+      score = (line["metrics"]["H"], -line["rate"])
+      best[line["row"]] = max(best.get(line["row"], (-1.0, 0.0)), score)
+  return {name: -negative for name, (_, negative) in best.items()}
+
+
+def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
+  """The runs of this budget and target so far."""
+  path = args.folder / "runs.jsonl"
+  lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return [line for line in lines if (line["steps"], line["target"]) == (args.steps, args.target)]
+
+
+class Runner:
+  """Trains rows on one benchmark; keeps what is done."""
+
+  def __init__(self, args: argparse.Namespace, split: str):
+    import jax
+
+    from jaxmethods.data.array_cache import cache_folder
+    from jaxmethods.experiments import mllm_tuning, multimodal
+    from jaxmethods.runtime import config as config_lib
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    file = Path(__file__).parents[1] / "configs" / "mllm_tuning.yaml"
+    config = config_lib.load(mllm_tuning.Config, file)
+    self.args, self.split = args, split
+    self.config = dataclasses.replace(config, steps=args.steps, target=args.target, split=split)
+    self.benchmark = multimodal.load(config.desk, (args.target,))
+    self.done = {key_of(line) for line in finished(args)}
+    self.programs: dict[str, Any] = {}
+    self.shared: tuple[Any, Any] | None = None
+
+  def run(self, name: str, rate: float, seed: int) -> None:
+    """One run, unless it is done."""
+    from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+    line = {
+      "row": name, "rate": rate, "seed": seed, "split": self.split, "steps": self.args.steps,
+      "target": self.args.target,
+    }  # fmt: skip
+    if key_of(line) in self.done:
+      return
+    began = time.perf_counter()
+    posterior = PARADIGMS[name] == "posterior"
+    state, seconds, trajectory = (
+      self.edited(name, rate, seed) if posterior else self.train(name, rate, seed)
+    )
+    metrics = self.evaluate(name, state)
+    line |= {
+      "metrics": metrics,
+      "trajectory": trajectory,
+      "step_ms": 1000 * seconds,
+      "wall": time.perf_counter() - began,
+      "load": os.getloadavg()[0],
+    }
+    with (self.args.folder / "runs.jsonl").open("a") as file:
+      file.write(json.dumps(line) + "\n")
+    self.done.add(key_of(line))
+    print(f"{name} rate {rate:g} seed {seed} {self.split}: " + brief(metrics), flush=True)
+
+  def build(self, name: str) -> tuple[Any, Any]:
+    """(experiment, tuner) of a row; its programs do not depend on rate and seed."""
+    from jaxmethods.experiments import mllm_tuning, tuning_rows
+
+    if self.programs.get("name") != name:
+      row = dataclasses.replace(mllm_tuning.rows(self.config)[name], steps=self.config.steps)
+      row = dataclasses.replace(row, eval_every=row.steps)
+      experiment = tuning_rows.build(row, benchmark=self.benchmark)
+      tuner = tuning_rows.tuner_of(row, self.benchmark.model)
+      self.programs |= {"name": name, "experiment": experiment, "tuner": tuner}
+      self.programs |= {"step": None, "evaluate": None}
+    return self.programs["experiment"], self.programs["tuner"]
+
+  def start(self, name: str, rate: float, seed: int) -> Any:
+    """The state before the first step, at this rate."""
+    import jax
+
+    from jaxmethods.experiments import tuning
+    from jaxmethods.methods.mllm_tuning.tuner import adamw
+
+    experiment, tuner = self.build(name)
+    state = experiment.init(jax.random.key(seed))
+    rates = tuning.rates_of(dataclasses.replace(self.config, learning_rate=rate or 1.0))
+    optimiser = adamw(rates, tuner.rates, self.config.steps, warmup=self.config.warmup)
+    return state._replace(opt_state=optimiser.init(state.tuner.trainable))
+
+  def train(self, name: str, rate: float, seed: int) -> tuple[Any, float, list[dict[str, float]]]:
+    """(state, seconds a step, metrics along the way)."""
+    import jax
+
+    from jaxmethods.runtime import compiler
+
+    experiment, _ = self.build(name)
+    state = self.start(name, rate, seed)
+    steps = 0 if name == "base" else self.config.steps
+    if self.programs["step"] is None:
+      self.programs["step"] = compiler.jit(experiment.step, donate_argnums=0)
+    batches, times, trajectory = experiment.batches(0), [], []
+    looks = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS - 1)}
+    for k in range(1, steps + 1):
+      clock = time.perf_counter()
+      state, metrics = self.programs["step"](state, next(batches))
+      jax.block_until_ready(metrics)
+      times.append(time.perf_counter() - clock)
+      if not np.isfinite(float(metrics["loss"])):
+        break
+      if k in looks and self.split == "test":
+        seen = self.evaluate(name, state)
+        trajectory.append({"step": k, "Target": seen["Target"], "F": seen["F"]})
+    return state, float(np.median(times)) if times else 0.0, trajectory
+
+  def edited(self, name: str, rate: float, seed: int) -> tuple[Any, float, list[dict[str, float]]]:
+    """The state of a posterior row: the shared run, with what the row itself keeps."""
+    if self.shared is None or self.shared[0] != (rate, seed):
+      self.shared = ((rate, seed), self.train(SHARED, rate, seed))
+    trained, seconds, _ = self.shared[1]
+    own = self.start(name, rate, seed)
+    return own._replace(tuner=own.tuner._replace(trainable=trained.tuner.trainable)), seconds, []
+
+  def evaluate(self, name: str, state: Any) -> dict[str, float]:
+    """All columns. Plain models share one program."""
+    from jaxmethods.experiments import tuning
+    from jaxmethods.runtime import compiler
+
+    experiment, tuner = self.build(name)
+    if tuner.finalize is None:
+      if self.programs["evaluate"] is None:
+        self.programs["evaluate"] = compiler.jit(experiment.evaluate)
+      return {k: float(v) for k, v in self.programs["evaluate"](state, experiment.test).items()}
+    if "plain" not in self.programs:
+      model, benchmark, config = self.benchmark.model, self.benchmark, self.config
+
+      def plain(params, test):
+        run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+        return tuning.table(run, benchmark, config, test)
+
+      self.programs["plain"] = compiler.jit(plain)
+    params = compiler.jit(tuner.finalize)(*state.tuner)
+    columns = self.programs["plain"](params, experiment.test)
+    share = tuning.num_trainable(state.tuner) / tuning.num_parameters(self.benchmark.params)
+    metrics = {k: float(v) for k, v in columns.items()}
+    return metrics | {"params_%": 100 * float(share), "mergeable": 1.0}
+
+
+def key_of(line: dict[str, Any]) -> tuple:
+  return tuple(line[name] for name in ("row", "rate", "seed", "split", "steps", "target"))
+
+
+def brief(metrics: dict[str, float]) -> str:
+  return " ".join(f"{name} {metrics[name]:.1f}" for name in ("Source", "Target", "F", "H"))
+
+
+def report(args: argparse.Namespace) -> None:
+  """The table, the search behind it, and the picture."""
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  lines = [line for line in finished(args) if line["split"] == "test"]
+  rows = [name for name in PARADIGMS if any(line["row"] == name for line in lines)]
+  of = {name: [line for line in lines if line["row"] == name] for name in rows}
+  tasks = [m for m in lines[0]["metrics"] if m not in (*COLUMNS, "params_%", "mergeable")]
+  header = [
+    "paradigm", "method", "seeds", "rate", "params %", *tasks, *COLUMNS, "ms/step", "mergeable"
+  ]  # fmt: skip
+  body = []
+  for name in rows:
+    runs = of[name]
+    cell = lambda metric, runs=runs: spread([run["metrics"][metric] for run in runs])
+    step = np.median([run["step_ms"] for run in runs])
+    body.append(
+      [
+        PARADIGMS[name],
+        name,
+        str(len(runs)),
+        f"{runs[0]['rate']:g}",
+        f"{runs[0]['metrics']['params_%']:.1f}",
+        *map(cell, tasks),
+        *map(cell, COLUMNS),
+        f"{step:.0f}",
+        "yes" if runs[0]["metrics"]["mergeable"] else "no",
+      ]
+    )
+  text = ["## Equal budget\n", markdown(header, body), "\n## Matched target\n", matched(of)]
+  text += ["\n## Search of the rates\n", searched(args)]
+  stem = RESULTS / "mllm_tuning"
+  introduction = (
+    (args.folder / "about.md").read_text() if (args.folder / "about.md").exists() else ""
+  )
+  stem.with_suffix(".md").write_text(
+    "# Ways to tune one model\n" + introduction + "\n".join(text) + "\n"
+  )
+  stem.with_suffix(".json").write_text(json.dumps(finished(args), indent=0) + "\n")
+  picture(of, PARADIGMS).savefig(stem.with_suffix(".png"), dpi=120)
+  print(f"wrote {stem}.md, .json and .png")
+
+
+def spread(values: list[float]) -> str:
+  """Mean and sample standard deviation."""
+  text = f"{np.mean(values):.1f}"
+  return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def matched(of: dict[str, list[dict[str, Any]]]) -> str:
+  """F where a run first reaches a target accuracy, by straight lines between its evaluations."""
+  rows = []
+  for name, runs in of.items():
+    if runs[0]["trajectory"]:
+      cells = []
+      for level in LEVELS:
+        values = [f for run in runs if (f := forgetting_at(run, level)) is not None]
+        cells.append(f"{spread(values)} ({len(values)}/{len(runs)})" if values else "not reached")
+      rows.append([name, *cells])
+  header = ["method", *(f"F at Target {level:.0f} (runs that reach it)" for level in LEVELS)]
+  return markdown(header, rows)
+
+
+def forgetting_at(run: dict[str, Any], level: float) -> float | None:
+  points = [(0.0, 0.0)] + [(p["Target"], p["F"]) for p in run["trajectory"]]
+  points.append((run["metrics"]["Target"], run["metrics"]["F"]))
+  for (x0, y0), (x1, y1) in itertools.pairwise(points):
+    if x0 < level <= x1:
+      return y0 + (y1 - y0) * (level - x0) / (x1 - x0)
+  return None
+
+
+def searched(args: argparse.Namespace) -> str:
+  """H, Target and F on the validation part at every rate that was tried."""
+  by_row: dict[str, list[dict[str, Any]]] = {}
+  for line in finished(args):
+    if line["split"] == "validation":
+      by_row.setdefault(line["row"], []).append(line)
+  best, rows = best_rates(args), []
+  for name, runs in by_row.items():
+    cells = []
+    for run in sorted(runs, key=lambda run: run["rate"]):
+      m = run["metrics"]
+      mark = "**" if run["rate"] == best[name] else ""
+      cells.append(f"{mark}{run['rate']:g}: {m['H']:.1f}{mark} ({m['Target']:.0f}, {m['F']:.1f})")
+    rows.append([name, *cells, *[""] * (len(FACTORS) - len(cells))])
+  return markdown(["method", *["rate: H (Target, F)"] * len(FACTORS)], rows)
+
+
+def picture(of: dict[str, list[dict[str, Any]]], paradigms: dict[str, str]) -> Any:
+  """Target gain against forgetting, a point for every row."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+  colours = dict(zip(dict.fromkeys(paradigms.values()), plt.get_cmap("tab10").colors, strict=False))
+  seen: set[str] = set()
+  for name, gain, change in points(of):
+    paradigm = paradigms[name]
+    label = None if paradigm in seen else paradigm
+    seen.add(paradigm)
+    axes.plot(change, gain, "o", color=colours[paradigm], markersize=6, label=label)
+    axes.annotate(name, (change, gain), (4, 3), textcoords="offset points", fontsize=7)
+  axes.set(
+    xlabel="F: change on what it could before, points", ylabel="E: gain on the target, points"
+  )
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(alpha=0.25)
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def points(of: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, float, float]]:
+  for name, runs in of.items():
+    mean = lambda metric, runs=runs: float(np.mean([run["metrics"][metric] for run in runs]))
+    yield name, mean("E"), mean("F")
+
+
+if __name__ == "__main__":
+  main()

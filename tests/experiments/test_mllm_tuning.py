@@ -1,0 +1,211 @@
+"""The suite on a model that is pretrained for two steps: data order, columns, rows, bad input."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.data import multimodal as data
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import mllm_tuning, multimodal, questions, tuning, tuning_rows
+from jaxmethods.experiments.tuning_config import Desk
+from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.runtime import config as config_lib
+
+DESK = Desk(
+  width=16, num_layers=1, num_heads=2, mlp_width=32, tower_width=8, tower_layers=1, tower_heads=1,
+  tower_steps=2, steps=2, limit=24,
+)  # fmt: skip
+CONFIG = mllm_tuning.Config(
+  desk=DESK, steps=3, batch_size=4, probe_size=4, last=1, rank=4, vera_rank=8, oft_block=16, prune_at=1
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAXMETHODS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    first = multimodal.load(DESK, ("digits", "captions"))
+    again = multimodal.load(DESK, ("digits", "captions"))
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
+      np.testing.assert_array_equal(a, b)
+    yield first
+
+
+def test_questions_are_encoded_with_their_answers(benchmark):
+  captions, words = benchmark.targets["captions"].train, benchmark.vocabulary
+  assert captions.ids.shape[1:] == (1, 7)
+  for ids, labels in zip(captions.ids[:, 0], captions.labels[:, 0], strict=True):
+    place = list(ids).index(words.answer)
+    answer = words.decode(labels[labels != IGNORED])
+    assert np.flatnonzero(labels != IGNORED).tolist() == [place, place + 1, place + 2]
+    assert answer.startswith("a ")
+    assert words.decode(ids[place + 1 : place + 3]) == " ".join(answer.split()[:2])
+  source = data.easy_vqa()
+  asked = benchmark.upstream.test
+  kept = multimodal.limited(source, DESK.limit)
+  assert (asked.family >= 0).sum() == (kept.split == "test").sum()
+  assert ((asked.labels != IGNORED).sum(-1) == (asked.family >= 0)).all()
+
+
+def test_batches_are_an_epoch_and_follow_the_key(benchmark):
+  train = benchmark.targets["digits"].train
+  marked = train._replace(family=np.arange(len(train.ids))[:, None])
+  draw = lambda key, step: questions.draw(marked, jax.random.key(key), step, 5)["family"][:, 0]
+  epochs = [np.concatenate([draw(0, 4 * e + i) for i in range(4)]) for e in range(2)]
+  for epoch in epochs:
+    assert len(set(epoch.tolist())) == 20
+  assert (epochs[0] != epochs[1]).any()
+  assert (draw(0, 3) == draw(0, 3)).all()
+  assert (draw(0, 3) != draw(1, 3)).any()
+
+
+def test_families_are_chosen_alike(benchmark):
+  upstream = benchmark.upstream.train
+  batch = questions.draw(upstream, jax.random.key(0), 0, 8)
+  chosen = questions.choose_questions(batch, jax.random.key(1), 4000)
+  for row in range(8):
+    present = np.unique(batch["family"][row][batch["family"][row] >= 0])
+    found, counts = np.unique(chosen["family"][row], return_counts=True)
+    np.testing.assert_array_equal(found, present)
+    np.testing.assert_allclose(counts / 4000, 1 / len(present), atol=0.05)
+  # The chosen texts are the image's own.
+  texts = {tuple(t) for t in np.asarray(batch["ids"][0][batch["family"][0] >= 0]).tolist()}
+  assert {tuple(t) for t in np.asarray(chosen["ids"][0]).tolist()} <= texts
+
+
+def test_accuracy_counts_whole_answers():
+  """A model that reads the answers off a table, wrong in one word of one caption."""
+  words = 9
+  labels = np.full((3, 2, 4), IGNORED, np.int32)
+  labels[:, 0, 1:3] = [[1, 2], [3, 4], [5, 6]]
+  labels[:2, 1, 3] = [7, 8]
+  family = np.array([[0, 1], [0, 1], [0, -1]])
+  says = np.where(labels == IGNORED, 0, labels)
+  says[1, 0, 2] = 1
+  split = questions.Split(np.arange(3.0), np.zeros((3, 2, 4), np.int32), labels, family)
+
+  class Answer:
+    def __init__(self, features):
+      self.logits = jax.nn.one_hot(jnp.asarray(says)[features.astype(int)], words)
+
+  result = questions.accuracies(
+    lambda ids, features: Answer(features), split, ("caption", "word", "none")
+  )
+  np.testing.assert_allclose(result["caption"], 200 / 3, rtol=1e-6)
+  assert (result["word"], result["none"]) == (100, 0)
+
+
+def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
+  """Traced, not compiled: a step maps the state to one like it, and all columns are there."""
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  assert set(mllm_tuning.PARADIGMS) == set(mllm_tuning.Row.__args__)
+  columns = None
+  for name, config in mllm_tuning.rows(CONFIG).items():
+    experiment = tuning_rows.build(config, benchmark=benchmark)
+    state = experiment.init(jax.random.key(0))
+    after, metrics = jax.eval_shape(experiment.step, state, next(experiment.batches(0)))
+    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert describe(after) == describe(state), name
+    assert metrics["loss"].shape == ()
+    evaluated = list(jax.eval_shape(experiment.evaluate, state, experiment.test))
+    assert evaluated[0] == "H"
+    assert columns is None or evaluated == columns
+    columns = evaluated
+  assert set(data.FAMILIES) < set(columns)
+
+
+def test_training_forgets_reproducibly(benchmark):
+  """Two runs from one seed end alike; other seeds see the data in another order."""
+  config = dataclasses.replace(CONFIG, row="full", learning_rate=3e-2)
+  experiment = tuning_rows.build(config, benchmark=benchmark)
+  step = jax.jit(experiment.step)
+
+  def run(seed):
+    state, losses = experiment.init(jax.random.key(seed)), []
+    for _, batch in zip(range(12), experiment.batches(0), strict=False):
+      state, metrics = step(state, batch)
+      losses.append(float(metrics["loss"]))
+    return state, losses
+
+  (one, first), (two, second), (_, other) = run(1), run(1), run(2)
+  assert first == second
+  assert first[0] != other[0]
+  assert np.mean(first[-3:]) < 0.8 * first[0]
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+    np.testing.assert_array_equal(a, b)
+  result = jax.jit(experiment.evaluate)(one, experiment.test)
+  before = experiment.test["before"]
+  change = [result[name] - before["source"][name] for name in data.FAMILIES]
+  np.testing.assert_allclose(result["F"], np.mean(change), atol=1e-3)
+  assert result["params_%"] < 100
+  assert result["mergeable"] == 1
+  assert set(experiment.figures(one)) == {"accuracy"}
+
+
+def test_a_mixture_has_both_tasks(benchmark):
+  parts = (benchmark.targets["digits"].train, benchmark.upstream.train)
+  batch = tuning.batch_of(parts, jax.random.key(0), jnp.int32(0), 5)
+  assert batch["ids"].shape == (5, 1, parts[1].ids.shape[-1])
+  digit = benchmark.vocabulary.words.index("digit")
+  assert (batch["ids"] == digit).any(-1)[:, 0].tolist() == [True] * 3 + [False] * 2
+  alone = tuning.batch_of(parts[:1], jax.random.key(0), jnp.int32(0), 3)
+  np.testing.assert_array_equal(alone["features"], batch["features"][:3])
+  assert ((batch["labels"] != IGNORED).sum((1, 2)) == 1).all()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"dare_rate": 1.0}, "dare_rate: must be in"),
+    ({"rank": 0}, "rank: must be at least 1"),
+    ({"last": 2}, "last: must be at most the 1 layers"),
+    ({"rates": {"loar": 0.1}}, "rates: 'loar' is no row"),
+    ({"projector_rate": -1.0}, "projector_rate: must not be negative"),
+    ({"desk": {"steps": 0}}, "desk.steps: must be at least 1"),
+  ],
+)
+def test_impossible_settings(changes, message):
+  with pytest.raises(ValueError, match=message):
+    if "desk" in changes:
+      dataclasses.replace(DESK, **changes["desk"])
+    else:
+      dataclasses.replace(CONFIG, **changes)
+
+
+def test_bad_input(benchmark):
+  with pytest.raises(InputError, match="batch_size: 100 is more than the 24 training images"):
+    tuning.build(
+      dataclasses.replace(CONFIG, batch_size=100),
+      tuners.selected(tuners.EVERYTHING),
+      benchmark=benchmark,
+    )
+  with pytest.raises(InputError, match="target 'digit': must be one of"):
+    multimodal.load(DESK, ("digit",))
+  with pytest.raises(InputError, match="row: expected one of base"):
+    config_lib.load(mllm_tuning.Config, None, overrides=[("row", "lorra")])
+
+
+@pytest.mark.slow
+def test_the_commands(cli, tmp_path):
+  """Pretrains shortly, trains, evaluates and compares two rows."""
+  environment = {"JAXMETHODS_CACHE": str(tmp_path / "cache")}
+  short = ("--method", "mllm_tuning", "--short")
+  run = cli("train.run", *short, **environment)
+  assert run.returncode == 0, run.stderr
+  assert "easy-vqa" in run.stdout
+  assert "real data" in run.stdout
+  assert cli("eval.run", *short, **environment).returncode == 0
+  compared = cli(
+    "eval.compare", *short, "--rows", "base,full", "--seeds", "2", "--json", "out.json",
+    **environment,
+  )  # fmt: skip
+  assert compared.returncode == 0, compared.stderr
+  rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+  base, full = (row["metrics"] for row in rows)
+  assert base["F"]["mean"] == base["E"]["mean"] == base["params_%"]["mean"] == 0
+  assert full["params_%"]["mean"] > 50
