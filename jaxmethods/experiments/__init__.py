@@ -34,17 +34,17 @@ METHODS: dict[str, Method] = {
     summary="a graph network distilled without any graph (a reconstruction)",
     embedded_run="1 min",
   ),
-  "cot_kinetics": Method(
-    title="CoT-Kinetics",
-    paper="Bi et al., 2025, arXiv 2505.13408",
-    summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
-    embedded_run="? min",
-  ),
   "bye": Method(
     title="BYE",
     paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
     summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
     embedded_run="2 min",
+  ),
+  "cot_kinetics": Method(
+    title="CoT-Kinetics",
+    paper="Bi et al., 2025, arXiv 2505.13408",
+    summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
+    embedded_run="? min",
   ),
   "fedssp": Method(
     title="FedSSP",
@@ -58,17 +58,35 @@ METHODS: dict[str, Method] = {
     summary="federated learning on embeddings, enlarged along the global shape of every class",
     embedded_run="45 s",
   ),
-  "rahfl": Method(
-    title="RAHFL",
-    paper="Fang et al., TPAMI 2025, arXiv 2503.09206",
-    summary="clients of different networks and corrupted images that learn from better ones' answers",
-    embedded_run="3 min",
+  "lorasculpt": Method(
+    title="LoRASculpt",
+    paper="Liang et al., CVPR 2025, arXiv 2503.16843",
+    summary="low-rank tuning of a multimodal model, pruned early so that it forgets less",
+    embedded_run="2 min",
   ),
   "mllm_tuning": Method(
     title="Keeping Yourself",
     paper="Huang et al., 2025, arXiv 2503.04543",
     summary="ways to tune a multimodal model without forgetting: 39 rows, one model, one budget",
     embedded_run="2 min, after 10 min of pretraining once",
+  ),
+  "rahfl": Method(
+    title="RAHFL",
+    paper="Fang et al., TPAMI 2025, arXiv 2503.09206",
+    summary="clients of different networks and corrupted images that learn from better ones' answers",
+    embedded_run="3 min",
+  ),
+  "spider": Method(
+    title="SPIDER",
+    paper="Huang et al., ICML 2025, arXiv 2411.10928",
+    summary="tunes only what the task needs more than pretraining did",
+    embedded_run="2 min",
+  ),
+  "thanora": Method(
+    title="ThanoRA",
+    paper="Liang et al., 2025, arXiv 2505.18640",
+    summary="one mergeable low-rank update for several tasks (inferred in parts: no code exists)",
+    embedded_run="2 min",
   ),
 }
 
