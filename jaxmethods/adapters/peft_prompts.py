@@ -7,6 +7,7 @@ A prompt stands in front of the text and a prefix in front of every layer's keys
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,10 +83,11 @@ def prompt_from_peft(
     raise InputError(f"peft_type {kind!r}: is no prompt or prefix")
   if odd := sorted(set(tensors) ^ {_TENSOR}):
     raise InputError(f"{odd[0]}: a PEFT prompt has the tensor {_TENSOR} and no other")
-  flat, length = np.asarray(tensors[_TENSOR]), settings.get("num_virtual_tokens")
+  flat = np.asarray(tensors[_TENSOR])
   is_prefix = kind == "PREFIX_TUNING"
   of_all_layers = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
-  needed = (length, int(np.prod(of_all_layers)) if is_prefix else config.width)
+  length = settings.get("num_virtual_tokens", len(flat))
+  needed = (length, math.prod(of_all_layers) if is_prefix else config.width)
   if flat.shape != needed:
     raise InputError(f"{_TENSOR}: has shape {flat.shape}, this model needs {needed}")
   if not is_prefix:

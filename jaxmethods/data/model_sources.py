@@ -242,7 +242,8 @@ def _hugging_face(name: str, rest: str) -> ModelFiles:
     if rest.startswith(("/", ".", "~")) or rest.count("/") != 1:
       raise InputError(f"{name}: {folder} is no folder, and no OWNER/NAME for the hub either")
     folder = _from_hub(name, rest)
-  return _checkpoint(folder, Source(name, str(folder), *["see the model card"] * 2, real=True))
+  source = Source(name, str(folder), "see the model card", "see the model card", real=True)
+  return _checkpoint(folder, source)
 
 
 def _checkpoint(folder: Path, source: Source) -> ModelFiles:

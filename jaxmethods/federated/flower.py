@@ -302,16 +302,15 @@ def _partition(context: Context) -> int:
 
 def _to_numpy(x: jax.Array) -> np.ndarray:
   """An array as numpy knows it: keys as their data, bfloat16 and its like as unsigned integers."""
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    x = jax.random.key_data(x)
-  x = np.asarray(x)
-  return x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  plain = np.asarray(jax.random.key_data(x) if is_key else x)
+  return plain.view(f"u{plain.dtype.itemsize}") if plain.dtype.kind == "V" else plain
 
 
 def _from_numpy(x: np.ndarray, form: jax.ShapeDtypeStruct) -> jax.Array:
   """`_to_numpy` undone, if `x` can have been of this form."""
   if jnp.issubdtype(form.dtype, jax.dtypes.prng_key):
-    return jax.random.wrap_key_data(x)
+    return jax.random.wrap_key_data(jnp.asarray(x))
   if form.dtype.kind == "V" and x.dtype == f"u{form.dtype.itemsize}":
     x = x.view(form.dtype)
   return jnp.asarray(x)

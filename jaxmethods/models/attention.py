@@ -43,11 +43,12 @@ def _attention(query, key, value, bias):
 def _attention_backward(residuals, d_mixed):
   query, key, value, weights, total, mixed = residuals
   d_mixed = (d_mixed / total).astype(value.dtype)
-  d_value = jnp.einsum("bkgts,bkgtd->bksd", weights, d_mixed)
+  # The narrow factor first in both sums over t: XLA on a CPU transposes the first one.
+  d_value = jnp.einsum("bkgtd,bkgts->bkds", d_mixed, weights).swapaxes(-1, -2)
   d_weights = jnp.einsum("bkgtd,bksd->bkgts", d_mixed, value)
   d_scores = weights * (d_weights - (d_mixed * mixed).sum(-1, keepdims=True))
   d_query = jnp.einsum("bkgts,bksd->bkgtd", d_scores, key)
-  d_key = jnp.einsum("bkgts,bkgtd->bksd", d_scores, query)
+  d_key = jnp.einsum("bkgtd,bkgts->bkds", query, d_scores).swapaxes(-1, -2)
   return d_query, d_key, d_value, None
 
 

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
-from jaxmethods.models.causal_lm import (
-  CausalLM,
-  CausalLMConfig,
-  Rope,
-  table,
-)
+from jaxmethods.models.causal_lm import CausalLM, table
+from jaxmethods.models.causal_lm_config import CausalLMConfig, Rope
 from jaxmethods.models.probe import Probe, masked_mean
 from jaxmethods.models.weights import export_params, import_params
 
