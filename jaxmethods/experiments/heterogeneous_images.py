@@ -77,6 +77,24 @@ def network_of(net: Classifier) -> Network:
   return apply
 
 
+def new_peer(
+  net: Classifier,
+  random: np.random.Generator,
+  side: int,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> Peer:
+  """A client before its first step, for images of `side` pixels."""
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  drawn = draw_on_host(jax.eval_shape(net.init, jax.random.key(0), image), random)
+  params = {"net": drawn["params"]}
+  if config.exchange == "fedproto":
+    width = drawn["params"]["head"]["kernel"].shape[0]
+    shape = {"kernel": jax.ShapeDtypeStruct((width, config.fedproto_width), jnp.float32)}
+    params["projector"] = draw_on_host(shape, random)["kernel"]
+  return Peer(params, drawn["batch_stats"], optimizer.init(params))
+
+
 def make_loss(network: Network, config: Config, received: Any) -> Loss:
   """L_local on a batch {"views" (B, V, s, s, 3), "y" (B,)} without padding; `received`: prototypes."""
 
@@ -259,21 +277,14 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     random = np.random.default_rng(seed)
     held = corrupted_clients.draw_clients(random, data, config)
     peers = tuple(
-      jax.tree.map(lambda *a: jnp.stack(a), *(_new_peer(net, random) for _ in range(each)))
+      jax.tree.map(
+        lambda *a: jnp.stack(a),
+        *(new_peer(net, random, data.pool.shape[1], optimizer, config) for _ in range(each)),
+      )
       for net in nets
     )
     standing = first_standing(config, len(names), data.num_classes)
     return State(peers, standing, held, key, jnp.zeros((), jnp.int32))
-
-  def _new_peer(net: Classifier, random: np.random.Generator) -> Peer:
-    image = jax.ShapeDtypeStruct((1, *data.pool.shape[1:]), jnp.float32)
-    drawn = draw_on_host(jax.eval_shape(net.init, jax.random.key(0), image), random)
-    params = {"net": drawn["params"]}
-    if config.exchange == "fedproto":
-      width = drawn["params"]["head"]["kernel"].shape[0]
-      shape = {"kernel": jax.ShapeDtypeStruct((width, config.fedproto_width), jnp.float32)}
-      params["projector"] = draw_on_host(shape, random)["kernel"]
-    return Peer(params, drawn["batch_stats"], optimizer.init(params))
 
   def batches(step: int) -> Iterator[dict[str, Array]]:
     while True:
