@@ -418,9 +418,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     held = np.asarray(state.held.y)
     return {
       "accuracy": corrupted_clients.accuracy_bars(names, scores),
-      "private_images": corrupted_clients.class_counts(
-        np.asarray(state.held.y), names, data.num_classes
-      ),
+      "private_images": corrupted_clients.class_counts(held, names, data.num_classes),
       "corruptions": corrupted_clients.sample_images(data),
     }
 

@@ -1,4 +1,4 @@
-"""The RAHFL experiment on small images with two one-block networks: rounds, rules, uploads, bad input."""
+"""The RAHFL experiment with two one-block networks: rounds, rules, uploads, bad input."""
 
 import functools
 from pathlib import Path
@@ -115,8 +115,8 @@ def test_the_same_key_gives_the_same_round(run):
     np.testing.assert_array_equal(one, other)
 
 
-# The leaves that leave a client after its own training, beside its answers to public images and, in RAHFL,
-# its accuracy.
+# The leaves that leave a client after its own training, beside its answers to public images and, in
+# RAHFL, its accuracy.
 UPLOADS = {
   "rahfl": [], "rahfl_symmetric": [], "rahfl_local": [], "aughfl": [], "local": [],
   "local_augmix": [], "fedmd": [], "feddf": [], "fedproto": [(C,), (C, 64)], "rhfl": [()],
