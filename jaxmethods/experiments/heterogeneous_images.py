@@ -115,8 +115,9 @@ def make_loss(network: Network, config: Config, received: Any) -> Loss:
         ddm_temperature=config.ddm_temperature, form=config.ddm_form,
       )  # fmt: skip
     if config.exchange == "fedproto":
+      prototypes, known = received
       projected = h[0] @ params["projector"]
-      value += config.fedproto_lambda * method.prototype_distance(projected, *received, y)
+      value += config.fedproto_lambda * method.prototype_distance(projected, prototypes, known, y)
       member = jax.nn.one_hot(y, logits.shape[-1])
       sums = member.T @ jax.lax.stop_gradient(projected)
       metrics = {"prototypes": {"sums": sums, "counts": member.sum(0)}}
@@ -286,11 +287,11 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     standing = first_standing(config, len(names), data.num_classes)
     return State(peers, standing, held, key, jnp.zeros((), jnp.int32))
 
-  def batches(step: int) -> Iterator[dict[str, Array]]:
+  def batches(step: int) -> Iterator[dict[str, Any]]:
     while True:
       # An epoch alone has no public images: the structure of a batch says which step it is.
       alone = step < config.pretrain
-      shared = {} if alone else {"public": data.public}
+      shared: dict[str, Any] = {} if alone else {"public": data.public}
       if not alone and config.accuracy_from == "test":
         shared["test"] = (data.test["clean"], data.test["y"])
       yield {"pool": data.pool} | shared

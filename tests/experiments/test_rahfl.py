@@ -1,6 +1,7 @@
 """The RAHFL experiment with two one-block networks: rounds, rules, uploads, bad input."""
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -256,3 +257,59 @@ def test_configs(name):
   file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
   loaded = config_lib.load(rahfl.Config, file, method="rahfl")
   assert rahfl.rows(loaded)["rahfl"] == loaded
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def command(folder, **changes):
+  small = {
+    "data": f"npz:{folder}/private.npz", "public": f"npz:{folder}/public.npz", "local": "ce",
+    "exchange": "fedmd", "architectures": "[resnet10]", "clients_per_architecture": 2, "narrow": 8,
+    "stages": 1, "pretrain": 1, "steps": 1, "batch_size": 16, "private_examples": 70,
+    "kinds": "[jpeg_compression]",
+  }  # fmt: skip
+  return [word for key, value in (small | changes).items() for word in (f"--{key}", value)]
+
+
+def test_train_eval_and_compare(cli, folder, tmp_path):
+  call = ("--method", "rahfl", "--workdir", "run")
+  for module, more in (("train.run", command(folder)), ("eval.run", ())):
+    result = cli(module, *call, *more)
+    assert result.returncode == 0, result.stderr
+  assert "corrupted_accuracy" in result.stdout
+  assert (tmp_path / "run/report.html").exists()
+  lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2]
+  reached = json.loads((tmp_path / "run/results.json").read_text())["metrics"]
+
+  result = cli(
+    "eval.compare", "--method", "rahfl", "--workdir", "compare", "--rows", "fedmd", "--seeds", 2,
+    *command(folder),
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  (row,) = json.loads((tmp_path / "compare/compare.json").read_text())["rows"]
+  values = row["metrics"]["corrupted_accuracy"]["values"]
+  assert len(values) == 2
+  assert values[0] == pytest.approx(reached["corrupted_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"public": "large"}, ["large.npz", "image_size"]),
+    ({"validation_share": 0}, ["validation_share"]),
+    ({"architectures": "[resnt]"}, ["resnt", "resnet"]),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(cli, folder, tmp_path, changes, words):
+  if "public" in changes:
+    changes = {"public": f"npz:{folder}/large.npz"}
+  result = cli(
+    "train.run", "--method", "rahfl", "--workdir", "run", *command(folder, **changes),
+    JAXMETHODS_CACHE=str(tmp_path / "cache"),
+  )  # fmt: skip
+  assert result.returncode == 2, result.stderr
+  (line,) = result.stderr.splitlines()
+  assert line.startswith("error: ") and all(word in line for word in words)
+  assert not (tmp_path / "run").exists()
