@@ -76,9 +76,9 @@ def load(config: Config) -> Data:
   if "test" in private.splits:
     test_x, test_y = private.splits["test"]
     parts = [part for name, part in private.splits.items() if name != "test"]
-    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True)) if parts else ([], [])
-    if not len(y):
+    if not parts:
       raise InputError(f"{config.data}: has test images only")
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
   else:
     x, y = (np.concatenate(arrays) for arrays in zip(*private.splits.values(), strict=True))
     fit, held_out = splits.stratified_split(
@@ -108,9 +108,15 @@ def load(config: Config) -> Data:
     f"public, labels unread: {records.describe([public])}"
   )
   test = {"clean": test_x, "corrupted": made["test"], "y": test_y}
-  on_device = {name: jnp.asarray(a) for name, a in test.items()}
-  pool, shown = jnp.asarray(made["train"]), jnp.asarray(shown)
-  return Data(private.num_classes, pool, y, on_device, shown, scale, about)
+  return Data(
+    private.num_classes,
+    jnp.asarray(made["train"]),
+    y,
+    {name: jnp.asarray(a) for name, a in test.items()},
+    jnp.asarray(shown),
+    scale,
+    about,
+  )
 
 
 def _images(x: np.ndarray, name: str, size: int) -> np.ndarray:
@@ -235,7 +241,7 @@ def class_counts(y: np.ndarray, names: list[str], num_classes: int) -> Figure:
   axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0)
   for (client, label), count in np.ndenumerate(counts):
     color = "white" if count > 0.5 * counts.max() else "black"
-    axes.text(label, client, count, ha="center", va="center", fontsize=8, color=color)
+    axes.text(label, client, str(count), ha="center", va="center", fontsize=8, color=color)
   axes.set_yticks(range(len(names)), names)
   axes.set(xlabel="class", title="private training images")
   return figure

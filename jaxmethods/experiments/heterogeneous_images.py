@@ -77,6 +77,24 @@ def network_of(net: Classifier) -> Network:
   return apply
 
 
+def new_peer(
+  net: Classifier,
+  random: np.random.Generator,
+  side: int,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+) -> Peer:
+  """A client before its first step, for images of `side` pixels."""
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  drawn = draw_on_host(jax.eval_shape(net.init, jax.random.key(0), image), random)
+  params = {"net": drawn["params"]}
+  if config.exchange == "fedproto":
+    width = drawn["params"]["head"]["kernel"].shape[0]
+    shape = {"kernel": jax.ShapeDtypeStruct((width, config.fedproto_width), jnp.float32)}
+    params["projector"] = draw_on_host(shape, random)["kernel"]
+  return Peer(params, drawn["batch_stats"], optimizer.init(params))
+
+
 def make_loss(network: Network, config: Config, received: Any) -> Loss:
   """L_local on a batch {"views" (B, V, s, s, 3), "y" (B,)} without padding; `received`: prototypes."""
 
@@ -97,8 +115,9 @@ def make_loss(network: Network, config: Config, received: Any) -> Loss:
         ddm_temperature=config.ddm_temperature, form=config.ddm_form,
       )  # fmt: skip
     if config.exchange == "fedproto":
+      prototypes, known = received
       projected = h[0] @ params["projector"]
-      value += config.fedproto_lambda * method.prototype_distance(projected, *received, y)
+      value += config.fedproto_lambda * method.prototype_distance(projected, prototypes, known, y)
       member = jax.nn.one_hot(y, logits.shape[-1])
       sums = member.T @ jax.lax.stop_gradient(projected)
       metrics = {"prototypes": {"sums": sums, "counts": member.sum(0)}}
@@ -259,27 +278,20 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     random = np.random.default_rng(seed)
     held = corrupted_clients.draw_clients(random, data, config)
     peers = tuple(
-      jax.tree.map(lambda *a: jnp.stack(a), *(_new_peer(net, random) for _ in range(each)))
+      jax.tree.map(
+        lambda *a: jnp.stack(a),
+        *(new_peer(net, random, data.pool.shape[1], optimizer, config) for _ in range(each)),
+      )
       for net in nets
     )
     standing = first_standing(config, len(names), data.num_classes)
     return State(peers, standing, held, key, jnp.zeros((), jnp.int32))
 
-  def _new_peer(net: Classifier, random: np.random.Generator) -> Peer:
-    image = jax.ShapeDtypeStruct((1, *data.pool.shape[1:]), jnp.float32)
-    drawn = draw_on_host(jax.eval_shape(net.init, jax.random.key(0), image), random)
-    params = {"net": drawn["params"]}
-    if config.exchange == "fedproto":
-      width = drawn["params"]["head"]["kernel"].shape[0]
-      shape = {"kernel": jax.ShapeDtypeStruct((width, config.fedproto_width), jnp.float32)}
-      params["projector"] = draw_on_host(shape, random)["kernel"]
-    return Peer(params, drawn["batch_stats"], optimizer.init(params))
-
-  def batches(step: int) -> Iterator[dict[str, Array]]:
+  def batches(step: int) -> Iterator[dict[str, Any]]:
     while True:
       # An epoch alone has no public images: the structure of a batch says which step it is.
       alone = step < config.pretrain
-      shared = {} if alone else {"public": data.public}
+      shared: dict[str, Any] = {} if alone else {"public": data.public}
       if not alone and config.accuracy_from == "test":
         shared["test"] = (data.test["clean"], data.test["y"])
       yield {"pool": data.pool} | shared
@@ -407,9 +419,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     held = np.asarray(state.held.y)
     return {
       "accuracy": corrupted_clients.accuracy_bars(names, scores),
-      "private_images": corrupted_clients.class_counts(
-        np.asarray(state.held.y), names, data.num_classes
-      ),
+      "private_images": corrupted_clients.class_counts(held, names, data.num_classes),
       "corruptions": corrupted_clients.sample_images(data),
     }
 

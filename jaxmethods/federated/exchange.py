@@ -120,9 +120,9 @@ def exchange(
     return clients, learned
 
   keys = jax.random.split(key, batches.shape[0])
-  clients, metrics = jax.lax.scan(step, tuple(clients), (batches, keys))
+  taught, metrics = jax.lax.scan(step, tuple(clients), (batches, keys))
   total = {name: value.sum(0) for name, value in metrics.items() if name.startswith("bytes")}
-  return clients, total | {
+  return taught, total | {
     "distillation": metrics["distillation"].mean(0),
     "rejected": metrics["rejected"].any(0),
   }

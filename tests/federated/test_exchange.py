@@ -1,5 +1,10 @@
 """Learning from each other's answers on public examples, with small dense networks of two kinds."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +132,16 @@ def test_the_order_of_the_clients_does_not_matter(run):
   again, _ = run(accuracy[jnp.array([1, 0, 2])], swapped, BATCHES)
   np.testing.assert_allclose(again[0].params["w"][::-1], after[0].params["w"], rtol=1e-6)
   np.testing.assert_allclose(again[1].params["w"], after[1].params["w"], rtol=1e-6)
+
+
+def test_clients_spread_over_devices():
+  """In a process of its own: the number of devices is fixed when jax starts."""
+  worker = Path(__file__).with_name("exchange_worker.py")
+  folders = [str(worker.parents[2]), str(worker.parent)]
+  done = subprocess.run(
+    [sys.executable, str(worker)],
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.splitlines()[-1:] == ["same on 2 devices"], done.stderr[-3000:]

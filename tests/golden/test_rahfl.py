@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmethods.federated import partition
 from jaxmethods.images import augment
 from jaxmethods.methods import rahfl
 
@@ -111,6 +112,19 @@ def test_rivals(golden):
   # The published one-hot targets are float32.
   np.testing.assert_allclose(value, arrays["sce/loss"], rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(gradient, arrays["sce/grad"], rtol=1e-6, atol=2e-6)
+
+
+def test_partition(golden_file):
+  file = golden_file("rahfl")
+  labels = file["partition/labels"]
+  by_class = np.split(
+    file["partition/shuffled_indices"], np.cumsum(file["partition/shuffled_sizes"])[:-1]
+  )
+  parts = partition.deal_below_even_share(labels, file["partition/proportions"], by_class)
+  owner = np.full(len(labels), -1)
+  for client, part in enumerate(parts):
+    owner[part] = client
+  np.testing.assert_array_equal(owner, file["partition/expected_client_of_sample"])
 
 
 def test_fresh_adam(golden):
