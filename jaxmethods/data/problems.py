@@ -52,7 +52,9 @@ def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
     InputError: an unknown source, a missing package, or a file that cannot be used.
   """
   if name == GENERATED:
-    return generated(count, seed), Source(name, "drawn by jaxmethods.data.problems", "none", "", False)
+    return generated(count, seed), Source(
+      name, "drawn by jaxmethods.data.problems", "none", "", False
+    )
   if name.startswith(_GYM):
     return _reasoning_gym(name, count, seed)
   if name.endswith(".jsonl"):

@@ -111,7 +111,9 @@ class Config(RunConfig):
     if self.score not in available(self):
       raise ValueError(f"score: {self.score!r} needs what this config leaves out")
     if self.model == TRAINED and self.problems != "generated":
-      raise ValueError(f"problems: {self.problems!r} needs a model that can read: give one as model")
+      raise ValueError(
+        f"problems: {self.problems!r} needs a model that can read: give one as model"
+      )
 
 
 def available(config: Config) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.data.array_cache import cached
@@ -56,7 +55,9 @@ class Writer:
     if getattr(self.tokenizer, "chat_template", None):
       roles = ("user", "assistant")
       messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-      text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+      text = self.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+      )
       return self.tokenizer.encode(text, add_special_tokens=False)
     return list(self.tokenizer.encode("\n".join(turns) + "\n"))
 
@@ -112,14 +113,15 @@ class Writer:
     )
     there = np.arange(written.shape[1]) < length[:, None]
     finished = np.isin(written[np.arange(len(ids)), length - 1], self.eos)
+    decode = lambda row, n: self.tokenizer.decode(row[:n], skip_special_tokens=True)
     return Written(
       np.concatenate([ids, written], 1),
       np.concatenate([mask, there], 1),
       length,
       log_probs.sum(1) / length,
       finished,
-      [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(written, length, strict=True)],
-    )  # fmt: skip
+      [decode(row, n) for row, n in zip(written, length, strict=True)],
+    )
 
   def token_ends(self, tokens: np.ndarray) -> list[int]:
     """Characters of the text after each of its first tokens: (n,) ids to n lengths."""
@@ -131,5 +133,3 @@ def _ends(tokenizer: Any) -> tuple[int, ...]:
   """Tokens that end a text."""
   end = tokenizer.eos_token_id
   return () if end is None else (int(end),)
-
-

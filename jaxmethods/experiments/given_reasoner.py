@@ -29,7 +29,7 @@ if TYPE_CHECKING:
   from jaxmethods.experiments.cot_kinetics import Config
 
 ASK_CONFIDENCE = (
-  "How likely is it that your answer is right? Reply with one number from 0 to 100 and nothing else."
+  "How likely is it that your answer is right? Reply with a number from 0 to 100, nothing else."
 )
 _CONFIDENCE_TOKENS = 8
 _SCORE_DIGITS = 6
@@ -135,7 +135,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   return Experiment(init, batches, step, evaluate, (), figures, count, about, files)
 
 
-def _answer(writer: Writer, problems, config: Config, say) -> tuple[Written, list[str | None], Facts]:
+def _answer(
+  writer: Writer, problems, config: Config, say
+) -> tuple[Written, list[str | None], Facts]:
   """Greedy answers; what samples agree on; how sure the model says it is."""
   questions = [f"{p.question}\n{config.instruction}".strip() for p in problems]
   prompts = [writer.prompt(*config.examples, question) for question in questions]
@@ -157,7 +159,9 @@ def _answer(writer: Writer, problems, config: Config, say) -> tuple[Written, lis
       turns, _CONFIDENCE_TOKENS, report=lambda line: say(f"confidence: {line}")
     ).texts
     numbers = [confidence.verbalised(text) for text in said]
-    say(f"{numbers.count(None)} of {len(numbers)} confidences could not be read: 0.5 in their place")
+    say(
+      f"{numbers.count(None)} of {len(numbers)} confidences could not be read: 0.5 in their place"
+    )
     verbalised = np.array([0.5 if n is None else n for n in numbers], np.float32)
   if config.samples:
     agreement, entropy = _samples(writer, prompts, config, say)
@@ -213,9 +217,7 @@ def _span(writer: Writer, written: Written, row: int, end: str, size: int) -> tu
   return (reasoning if reasoning >= 2 else length), answer_at
 
 
-def _ranked(
-  evidence: Evidence, problems, answers, texts: list[str], config: Config
-) -> str:
+def _ranked(evidence: Evidence, problems, answers, texts: list[str], config: Config) -> str:
   """JSON lines of the answers that are judged, the most trusted first."""
   values, _ = answer_trust.test_scores(evidence, (config.score,), config)
   score = np.asarray(values[config.score])[0]

@@ -83,9 +83,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       state.params
     )
     updates, optimizer = make_optimizer(config).update(gradient, state.optimizer, state.params)
-    return state._replace(
-      params=optax.apply_updates(state.params, updates), optimizer=optimizer
-    ), {"loss": loss}
+    return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), {
+      "loss": loss
+    }
 
   def evaluate(state: State, exam: Exam):
     return answer_trust.judge(question(state.params, state.key, exam), names, config)
@@ -110,20 +110,16 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
     def files(state):
       evidence = trust_report.finished(evidence_of(state))
-      return {
-        "scores.md": f"{about}\n\n{trust_report.table(evidence, names, config, groups)[0]}"
-      }
+      return {"scores.md": f"{about}\n\n{trust_report.table(evidence, names, config, groups)[0]}"}
 
     return figures, files
 
   if not config.reuse:
     figures, files = reported(lambda state: examine(state.params, state.key, exam))
-    return Experiment(
-      init, batches, step, evaluate, exam, figures, config.steps, about, files
-    )
+    return Experiment(init, batches, step, evaluate, exam, figures, config.steps, about, files)
 
   def trained(key: jax.Array) -> Evidence:
-    """Evidence of the model that `config.steps` steps make of this key, from the cache if it is there."""
+    """Evidence of the model that `config.steps` steps make of this key, cached."""
     advance = compiler.jit(step, donate_argnums=0)
 
     def compute() -> dict[str, np.ndarray]:

@@ -291,5 +291,3 @@ def test_the_config_files_are_what_they_say():
     for short in (False, True):
       loaded = config_lib.load(cot_kinetics.Config, file, short=short, method="cot_kinetics")
       assert cot_kinetics.untrained(loaded) == (file.stem != "cot_kinetics"), file
-
-

@@ -108,7 +108,9 @@ def test_degenerate_paths_are_finite_and_flagged():
   for leaf in jax.tree.leaves((path, energies, chain)):
     assert np.isfinite(leaf).all()
   gradient = jax.jit(
-    jax.grad(lambda z: method.energy(method.path(z)).sum() + method.chain_of_embedding(z).real.sum())
+    jax.grad(
+      lambda z: method.energy(method.path(z)).sum() + method.chain_of_embedding(z).real.sum()
+    )
   )
   straight = np.arange(L + 1)[:, None] * np.ones((L + 1, D)) + 1
   for case in (*z[1:], straight):
@@ -283,9 +285,7 @@ def test_memory_does_not_grow_with_the_layers(params):
   def temporaries(layers, tokens):
     config = CausalLMConfig(**{**CONFIG.__dict__, "num_layers": layers})
     model = CausalLM(config, scan_layers=True)
-    shapes = jax.eval_shape(
-      lambda key: model.init(key, jnp.zeros((1, 1), int)), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 1), int)), jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, tokens), bool)
     segments = jax.ShapeDtypeStruct((1, 1, tokens - PROMPT), bool)

@@ -19,7 +19,7 @@ def logits():
 def test_ranges_and_shifts(logits):
   tokens = logits.argmax(-1)
   plain = STATISTICS(logits, tokens)
-  assert ((1 / V <= np.exp(plain.max_log_prob)) & (plain.max_log_prob <= 0)).all()
+  assert ((np.exp(plain.max_log_prob) >= 1 / V) & (plain.max_log_prob <= 0)).all()
   assert ((plain.entropy >= 0) & (plain.entropy <= np.log(V))).all()
   np.testing.assert_allclose(plain.log_prob, plain.max_log_prob, rtol=1e-5)
   moved = STATISTICS(logits + 3, tokens)
