@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     title="CoT-Kinetics",
     paper="Bi et al., 2025, arXiv 2505.13408",
     summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
-    embedded_run="? min",
+    embedded_run="5 min",
   ),
   "fedssp": Method(
     title="FedSSP",

@@ -113,14 +113,15 @@ class Writer:
     )
     there = np.arange(written.shape[1]) < length[:, None]
     finished = np.isin(written[np.arange(len(ids)), length - 1], self.eos)
+    decode = lambda row, n: self.tokenizer.decode(row[:n], skip_special_tokens=True)
     return Written(
       np.concatenate([ids, written], 1),
       np.concatenate([mask, there], 1),
       length,
       log_probs.sum(1) / length,
       finished,
-      [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(written, length, strict=True)],
-    )  # fmt: skip
+      [decode(row, n) for row, n in zip(written, length, strict=True)],
+    )
 
   def token_ends(self, tokens: np.ndarray) -> list[int]:
     """Characters of the text after each of its first tokens: (n,) ids to n lengths."""

@@ -28,7 +28,9 @@ from jaxmethods.stats import confidence
 if TYPE_CHECKING:
   from jaxmethods.experiments.cot_kinetics import Config
 
-ASK_CONFIDENCE = "How likely is it that your answer is right? Reply with one number from 0 to 100 and nothing else."
+ASK_CONFIDENCE = (
+  "How likely is it that your answer is right? Reply with a number from 0 to 100, nothing else."
+)
 _CONFIDENCE_TOKENS = 8
 _SCORE_DIGITS = 6
 

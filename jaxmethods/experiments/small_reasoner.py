@@ -119,7 +119,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return Experiment(init, batches, step, evaluate, exam, figures, config.steps, about, files)
 
   def trained(key: jax.Array) -> Evidence:
-    """Evidence of the model that `config.steps` steps make of this key, from the cache if it is there."""
+    """Evidence of the model that `config.steps` steps make of this key, cached."""
     advance = compiler.jit(step, donate_argnums=0)
 
     def compute() -> dict[str, np.ndarray]:

@@ -70,7 +70,10 @@ def table(
     groups: a title for each G.
   """
   value, drawn = jax.device_get(make_intervals(names, config)(evidence))
-  low, high = np.percentile(drawn, (2.5, 97.5), axis=-1)
+  undefined = np.isnan(value)
+  # A resample without a right answer, or a wrong one, says nothing and does not count.
+  low, high = np.nanpercentile(np.where(undefined[..., None], 0, drawn), (2.5, 97.5), axis=-1)
+  low, high = (np.where(undefined, np.nan, bound) for bound in (low, high))
   lines = ["CoT-Kinetics is our reconstruction. Intervals: 95 %, bootstrap over problems.", ""]
   for g, title in enumerate(groups):
     correct = evidence.facts.correct[g, config.calibration :]

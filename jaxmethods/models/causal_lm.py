@@ -208,7 +208,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, carry, layer, context: _Context):
-    """Maps ((B, T, D), cache, fold) and (index in the cache, whether it slides) to these and a summary."""
+    """Maps ((B, T, D), cache, fold) and (index in the cache, whether it slides) to these, a summary."""
     c, (x, cache, folded), (index, slides) = self.config, carry, layer
     bias = context.bias
     if context.window_bias is not None:

@@ -102,7 +102,8 @@ def bootstrap(
 
   Args:
     key: of the draws.
-    score, positive: (n,).
+    score: (n,), higher means positive.
+    positive: (n,) bool.
     draws: how many.
   """
   size = score.shape[0]
