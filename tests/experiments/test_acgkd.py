@@ -86,23 +86,28 @@ def test_both_forms_make_the_same_graphs(trained):
 
 
 def test_graphs_made_straight_through_survive_hardening():
-  """Relaxed ones fit the teacher until they are hardened: what the default is chosen for."""
+  """What is kept is what the teacher saw, down to its batch-norm statistics."""
   material = graph_teachers.load(CONFIG)
 
-  def worse(relaxation):
+  def gaps(relaxation):
+    """Of the hardened start, of the best iterate as the teacher saw it, of the final graphs."""
     config = dataclasses.replace(
-      CONFIG, relaxation=relaxation, gen_iters=150, gen_chunk=150, structure_lr=1.0, xi=1.0
-    )
+      CONFIG, relaxation=relaxation, gen_iters=100, gen_chunk=100, structure_lr=1.0, xi=1.0,
+      bn_weight=1.0,
+    )  # fmt: skip
     sizes = graph_free.choose_sizes(config, material)
     start, generate, final, _ = graph_free.make_generator(config, sizes, material.encoder)
     key = jax.random.key(0)
     first = start(key, material.teacher)
     last = jax.jit(generate)(material.teacher, first, jnp.int32(0), key)
-    assert last.best.terms["batch_norm"] < first.gap
     assert set(np.unique(final(last)[0])) <= {0, 1}
-    return last.gap / last.best.terms["batch_norm"]
+    return float(first.gap), float(last.best.terms["batch_norm"]), float(last.gap)
 
-  assert worse("straight_through") < 1.3 < worse("soft")
+  before, seen, kept = gaps("straight_through")
+  assert kept == pytest.approx(seen, rel=0.01)
+  assert kept < before
+  _, seen, kept = gaps("soft")
+  assert kept != pytest.approx(seen, rel=0.01)  # so this is no property of the problem
 
 
 def test_rows_that_differ_in_the_student_share_their_graphs(trained):
