@@ -113,9 +113,18 @@ class Work(NamedTuple):
 
 
 class Test(NamedTuple):
-  """What `evaluate` reads: test graphs, stacked batches, and the teacher with its own accuracy."""
+  """What `evaluate` reads.
+
+  Attributes:
+    batches: test graphs, stacked batches.
+    validation: the graphs that the teacher was trained on, for choosing settings; no student of
+      pseudo-graphs sees them.
+    teacher: weights.
+    accuracy: () of the teacher on the test graphs.
+  """
 
   batches: jraph.GraphsTuple
+  validation: jraph.GraphsTuple
   teacher: Classifier
   accuracy: jax.Array
 
@@ -397,9 +406,10 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   begin, learn, student_logits, tau_of = make_student(config, encoder, sizes.classes)
 
   tests = jax.device_put(graph_teachers.real_batches(data, material.test, 128))
+  validation = jax.device_put(graph_teachers.real_batches(data, material.train, 128))
   ask = compiler.jit(lambda teacher, batches: _answers(teacher_encoder, teacher, batches))
   test_answers = ask(teacher, tests)
-  test = Test(tests, teacher, _accuracy(test_answers.logits, tests))
+  test = Test(tests, validation, teacher, _accuracy(test_answers.logits, tests))
   real = None
   if config.algorithm in ("real", "published"):
     given, ids = data, material.train
@@ -493,11 +503,14 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   def evaluate(state: State, test: Test) -> dict[str, jax.Array]:
     if config.algorithm == "teacher":
       return {"test_accuracy": test.accuracy, "teacher_accuracy": test.accuracy}
-    answers = jax.lax.map(lambda b: student_logits(state.student, test.teacher, b), test.batches)
-    metrics = {
-      "test_accuracy": _accuracy(answers, test.batches),
-      "teacher_accuracy": test.accuracy,
-    }
+
+    def accuracy(batches: jraph.GraphsTuple) -> jax.Array:
+      answer = lambda batch: student_logits(state.student, test.teacher, batch)
+      return _accuracy(jax.lax.map(answer, batches), batches)
+
+    metrics = {"test_accuracy": accuracy(test.batches), "teacher_accuracy": test.accuracy}
+    if config.algorithm != "real":
+      metrics["validation_accuracy"] = accuracy(test.validation)
     if state.pseudo is not None:
       agrees = state.pseudo.targets.logits.argmax(-1) == state.pseudo.labels
       edges = jnp.where(state.pseudo.pairs.mask, final(state.pseudo)[0], 0).sum(-1)

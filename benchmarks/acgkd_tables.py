@@ -1,0 +1,245 @@
+"""ACGKD, its parts and its rivals: test accuracy of students on one data set, and accuracy against xi.
+
+The protocol of `eval.compare --method acgkd`, cheaper where many rows are wanted: rows that differ in
+the student only (curriculum, temperature, classifier, architecture) share the pseudo-graphs of a seed.
+Pseudo-graphs and finished students are kept in the workdir, so the same command goes on where it was
+stopped. Accuracies are those of the last epoch; validation is the accuracy on the teacher's training
+graphs, the only real graphs that settings may be chosen on.
+
+  JAXMETHODS_DATA=DIR python -m benchmarks.acgkd_tables [--seeds 5] [--students gcn,gin] \
+    [--rows acgkd,gfkd,...] [--xi 0.1,0.3] [--data tu:PROTEINS --teacher trained] [--KEY VALUE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmethods.experiments import acgkd, graph_free
+from jaxmethods.runtime import compiler, launch, seeds
+from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime.workdir import write_json
+
+RESULTS = Path(__file__).parent / "results"
+# What only distillation reads: rows that agree in everything else have the same pseudo-graphs.
+STUDENT = (
+  "steps", "student_kind", "student_layers", "student_width", "dropout", "batch_size",
+  "learning_rate", "curriculum", "curriculum_start", "curriculum_grow", "classifier", "temperature",
+  "tau", "tau_min", "tau_max", "tau_lr", "tau_epochs", "feature_weight",
+)  # fmt: skip
+COLUMNS = ("validation_accuracy", "pseudo_accuracy", "pseudo_gap", "pseudo_edges")
+
+
+def graphs_of(row: acgkd.Config) -> acgkd.Config:
+  """What the pseudo-graphs of a row depend on."""
+  plain = acgkd.Config()
+  return dataclasses.replace(row, **{name: getattr(plain, name) for name in STUDENT})
+
+
+def pseudo_graphs(row: acgkd.Config, seed: int, path: Path, experiment) -> graph_free.Pseudo | None:
+  """The pseudo-graphs of a seed, made or read; None for rows that are given real or other graphs."""
+  state = experiment.init(jax.random.key(seed))
+  if state.pseudo is None:
+    return None
+  structure = jax.tree.structure(state.pseudo)
+  if not path.exists():
+    step, batches = compiler.jit(experiment.step, donate_argnums=0), experiment.batches(0)
+    for _ in range(experiment.num_steps - row.steps):
+      state, _ = step(state, next(batches))
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+      np.savez(file, *jax.device_get(jax.tree.leaves(state.pseudo)))
+    part.replace(path)
+  with np.load(path) as kept:
+    return jax.tree.unflatten(structure, [kept[f"arr_{i}"] for i in range(len(kept))])
+
+
+def run(name: str, row: acgkd.Config, kinds: list[str], count: int, workdir: Path) -> None:
+  """All students of one row that are not finished."""
+  numbers = range(1, count + 1)
+  file = lambda kind, seed: workdir / "students" / f"{name}.{kind}.{seed}.json"
+  if all(file(kind, seed).exists() for kind in kinds for seed in numbers):
+    return
+  maker = None
+  for kind in kinds:
+    student_row = dataclasses.replace(row, student_kind=kind)
+    step = None
+    for seed in numbers:
+      if file(kind, seed).exists():
+        continue
+      begin, used = time.perf_counter(), time.process_time()
+      maker = maker or acgkd.build(graphs_of(row))
+      path = workdir / "graphs" / f"{graph_id(row)}.{seed}.npz"
+      pseudo = pseudo_graphs(graphs_of(row), seed, path, maker)
+      if step is None:
+        if pseudo is not None:  # the generation is done: a program of distillation only
+          student_row = dataclasses.replace(student_row, algorithm="random")
+        experiment = acgkd.build(student_row)
+        step = compiler.jit(experiment.step, donate_argnums=0)
+        evaluate = compiler.jit(experiment.evaluate)
+      state = experiment.init(jax.random.key(seed))._replace(pseudo=jax.device_put(pseudo))
+      for _, batch in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
+        state, _ = step(state, batch)
+      metrics = {key: float(x) for key, x in evaluate(state, experiment.test).items()}
+      metrics |= {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used}
+      write_json(file(kind, seed), metrics)
+      print(
+        f"{name} {kind} seed {seed}: test {metrics['test_accuracy']:.3f}, "
+        f"{metrics['seconds']:.0f} s, {metrics['cpu_seconds']:.0f} CPU s", flush=True,
+      )  # fmt: skip
+    write(workdir)
+
+
+def graph_id(row: acgkd.Config) -> str:
+  """A readable name for the settings of pseudo-graphs."""
+  plain = acgkd.Config()
+  changed = {
+    key: value
+    for key, value in dataclasses.asdict(graphs_of(row)).items()
+    if value != getattr(plain, key) and key not in ("data", "teacher")
+  }
+  return re.sub(r"[^\w.=-]+", "_", ",".join(f"{k}={v}" for k, v in changed.items()) or "default")
+
+
+def collect(workdir: Path) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+  """{(row, kind): {seed: metrics}} of the finished students."""
+  found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+  for file in sorted((workdir / "students").glob("*.json")):
+    name, kind, seed = file.stem.rsplit(".", 2)
+    found.setdefault((name, kind), {})[int(seed)] = json.loads(file.read_text())
+  return found
+
+
+def write(workdir: Path) -> None:
+  """Writes table and picture of what is finished."""
+  about = json.loads((workdir / "about.json").read_text())
+  found = collect(workdir)
+  lines = [
+    f"# ACGKD (a reconstruction) and its rivals on {about['data']}",
+    f"{time.strftime('%Y-%m-%d')}, `{about['command']}`; jax {jax.__version__}, Python "
+    f"{platform.python_version()}, CPU shared with other work. {about['about']}.",
+    "",
+    "Test accuracy of the last epoch, mean ± 95 % interval over seeds. Validation: accuracy on the "
+    "graphs that the teacher was trained on. Agreement, gap, edges: of the final pseudo-graphs "
+    "(teacher's class is the wanted one; distance from its batch-norm statistics; mean number).",
+  ]
+  for kind in sorted({kind for _, kind in found}):
+    lines += [
+      "",
+      f"## {kind.upper()} student",
+      "",
+      "| row | test accuracy | each seed | validation | agreement | gap | edges |",
+      "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = [name for name in about["rows"] if (name, kind) in found]
+    for name in rows:
+      runs = [one for _, one in sorted(found[name, kind].items())]
+      cells = [mean(runs, "test_accuracy"), " ".join(f"{r['test_accuracy']:.3f}" for r in runs)]
+      cells += [mean(runs, column) for column in COLUMNS]
+      lines.append(f"| {' | '.join([name, *cells])} |")
+  (RESULTS / f"{about['name']}.md").write_text("\n".join(lines) + "\n")
+  flat = {f"{name}.{kind}": runs for (name, kind), runs in found.items()}
+  write_json(RESULTS / f"{about['name']}.json", {"settings": about["settings"], "runs": flat})
+  picture(found, about, RESULTS / f"{about['name']}_xi.png")
+
+
+def mean(runs: list[dict[str, float]], column: str) -> str:
+  """Mean and interval of a metric, "-" where a row has none."""
+  values = [run[column] for run in runs if column in run]
+  if not values:
+    return "-"
+  summary = seeds.summarize(values)
+  spread = "" if summary["ci95"] is None else f" ± {summary['ci95']:.2g}"
+  return f"{summary['mean']:.3g}{spread}"
+
+
+def picture(found: dict, about: dict[str, Any], path: Path) -> None:
+  """Accuracy against xi, test and validation, where several values have been run."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  kinds = sorted({kind for _, kind in found})
+  series = {
+    kind: sorted(
+      (xi, found[name, kind]) for name, xi in about["xi"].items() if (name, kind) in found
+    )
+    for kind in kinds
+  }
+  if max(map(len, series.values())) < 3:
+    return
+  figure, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.2), layout="constrained")
+  for axis, kind in zip(np.atleast_1d(axes), kinds, strict=True):
+    for metric, style in (("test_accuracy", "-o"), ("validation_accuracy", "--s")):
+      values = [[run[metric] for run in runs.values()] for _, runs in series[kind]]
+      middle, low, high = ([f(v) for v in values] for f in (np.mean, np.min, np.max))
+      (line,) = axis.plot([xi for xi, _ in series[kind]], middle, style, label=metric.split("_")[0])
+      axis.fill_between(
+        [xi for xi, _ in series[kind]], low, high, color=line.get_color(), alpha=0.15, lw=0
+      )
+    axis.set(title=f"{kind.upper()} student", xlabel="spatial complexity xi", ylim=(0, 1))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+  np.atleast_1d(axes)[0].set_ylabel("accuracy: mean, least, greatest")
+  np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def main() -> int:
+  """Runs what is missing and writes the tables."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--config", type=Path, default=Path("configs/acgkd_paper.yaml"))
+  parser.add_argument("--rows", help="default: all of eval.compare")
+  parser.add_argument("--xi", default="", help="more values, each a row of its own")
+  parser.add_argument("--seeds", type=int, default=5)
+  parser.add_argument("--students", default="gcn,gin")
+  parser.add_argument("--workdir", type=Path, default=Path("runs/acgkd_tables"))
+  parser.add_argument("--name", default="acgkd_tables", help="of the results files")
+  args, rest = parser.parse_known_args()
+  overrides = [
+    (key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)
+  ]
+  config = config_lib.load(acgkd.Config, args.config, overrides=overrides, method="acgkd")
+  rows = acgkd.rows(config)
+  rows |= {f"xi={xi}": dataclasses.replace(config, xi=float(xi)) for xi in args.xi.split(",") if xi}
+  chosen = args.rows.split(",") if args.rows else list(rows)
+  for folder in ("graphs", "students"):
+    (args.workdir / folder).mkdir(parents=True, exist_ok=True)
+  xi = {name: row.xi for name, row in rows.items() if name in ("acgkd", "all_pairs") or "=" in name}
+  about = {
+    "name": args.name,
+    "data": config.data,
+    "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]),
+    "about": acgkd.build(config).about,
+    "settings": dataclasses.asdict(config),
+    "rows": list(rows),
+    "xi": xi,
+  }
+  kept = args.workdir / "about.json"
+  if kept.exists() and json.loads(kept.read_text())["settings"] != about["settings"]:
+    parser.error(f"{args.workdir} holds runs with other settings")
+  write_json(kept, about)
+  for name in chosen:
+    run(name, rows[name], args.students.split(","), args.seeds, args.workdir)
+  write(args.workdir)
+  print((RESULTS / f"{args.name}.md").read_text())
+  return 0
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # one core is its share
+  launch.set_allocator()
+  sys.exit(main())
