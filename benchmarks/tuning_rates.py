@@ -38,7 +38,9 @@ def main() -> None:
   parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
   parser.add_argument("--name", help="of the result files; default: the method's")
   args, rest = parser.parse_known_args()
-  overrides = [(key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)]
+  overrides = [
+    (key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)
+  ]
   method = experiments.load(args.method)
   file = command.CONFIGS / f"{args.method}.yaml"
   config = config_lib.load(method.Config, file, overrides=overrides, method=args.method)
