@@ -129,6 +129,7 @@ class Config(TuningConfig):
 def borrowed(config: TuningConfig, row: Any, **options: Any) -> Config:
   """A row of the suite under the budget, target and model of another method's config."""
   shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(TuningConfig)}
+  options = {"last": min(Config.last, config.desk.num_layers), **options}
   return Config(row=row, **shared, **options)
 
 

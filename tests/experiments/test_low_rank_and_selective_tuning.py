@@ -4,12 +4,15 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.memory_plan import LLAVA_1_5_7B
 from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
+from jaxmethods.models.mllm import MLLM, MLLMConfig
 from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
 
 LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}
@@ -184,3 +187,32 @@ def test_fixed_masks_hold_half_of_every_tensor():
   masks = flatten(experiment.init(jax.random.key(0)).tuner.frozen["adapter"])
   assert any(path.startswith("projector") for path in masks)
   assert all(mask.sum() == mask.size // 2 for mask in masks.values())
+
+
+def llava(layers, scan):
+  """Abstract parameters of LLaVA-1.5-7B with so many decoder layers, and a tower of one."""
+  text = LLAVA_1_5_7B["text_config"] | {"num_hidden_layers": layers}
+  vision = LLAVA_1_5_7B["vision_config"] | {"num_hidden_layers": 1}
+  shape = {"text_config": text, "vision_config": vision, "vision_feature_layer": -1}
+  published = MLLMConfig.from_hugging_face(LLAVA_1_5_7B | shape)
+  model = MLLM(published, scan_layers=scan)
+  ids, pixels = jnp.zeros((1, 4), int), jnp.zeros((1, 336, 336, 3))
+  return jax.eval_shape(model.init, jax.random.key(0), ids, pixels)["params"]
+
+
+def test_published_counts():
+  projector = 20_979_712
+  params = llava(32, scan=True)
+  settings = lorasculpt.Config()
+  tuner = low_rank_tuning.tuner_of(settings)
+  state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
+  assert tuning.num_parameters(state.trainable["adapter"]) == 79_953_920
+  assert tuning.num_parameters(state.trainable["params"]) == projector
+  assert tuning.num_parameters(state.extra["masks"]) == 79_953_920
+
+  params = llava(2, scan=False)
+  tuner = selective_tuning.tuner_of(spider.Config(), 2)
+  state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
+  assert tuning.num_parameters(state.trainable) == 2 * 202_383_360 + projector == 425_746_432
+  # theta^0, P and S: 5.1 GB in float32.
+  assert tuning.num_parameters(state.extra) == 3 * 425_746_432
