@@ -142,7 +142,7 @@ def test_training_forgets_reproducibly(benchmark):
   before = experiment.test["before"]
   change = [result[name] - before["source"][name] for name in data.FAMILIES]
   np.testing.assert_allclose(result["F"], np.mean(change), atol=1e-3)
-  assert result["params_%"] < 100
+  assert result["params_percent"] < 100
   assert result["mergeable"] == 1
   assert set(experiment.figures(one)) == {"accuracy"}
 
@@ -207,5 +207,5 @@ def test_the_commands(cli, tmp_path):
   assert compared.returncode == 0, compared.stderr
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
   base, full = (row["metrics"] for row in rows)
-  assert base["F"]["mean"] == base["E"]["mean"] == base["params_%"]["mean"] == 0
-  assert full["params_%"]["mean"] > 50
+  assert base["F"]["mean"] == base["E"]["mean"] == base["params_percent"]["mean"] == 0
+  assert full["params_percent"]["mean"] > 50
