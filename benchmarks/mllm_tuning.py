@@ -48,6 +48,7 @@ def main() -> None:
   parser.add_argument("what", choices=("search", "table", "report"))
   parser.add_argument("--rows", help="A,B: which rows (default: all)")
   parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--unsearched", action="store_true", help="middle rate for rows not searched")
   parser.add_argument("--steps", type=int, default=350)
   parser.add_argument("--target", default="digits")
   parser.add_argument("--folder", type=Path, default=Path("runs/mllm_tuning/long"))
@@ -72,6 +73,8 @@ def search(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
   """Every row at its chosen rate on the test part."""
   runner, rates = Runner(args, "test"), best_rates(args)
+  if args.unsearched:
+    rates = {name: rates_to_try(name)[len(FACTORS) // 2] for name in chosen_rows(args)} | rates
   for seed in range(1, args.seeds + 1):
     for name in chosen_rows(args):
       if name == "base" or name in rates:
@@ -237,7 +240,7 @@ class Runner:
     columns = self.programs["plain"](params, experiment.test)
     share = tuning.num_trainable(state.tuner) / tuning.num_parameters(self.benchmark.params)
     metrics = {k: float(v) for k, v in columns.items()}
-    return metrics | {"params_%": 100 * float(share), "mergeable": 1.0}
+    return metrics | {"params_percent": 100 * float(share), "mergeable": 1.0}
 
 
 def key_of(line: dict[str, Any]) -> tuple:
@@ -255,7 +258,7 @@ def report(args: argparse.Namespace) -> None:
   lines = [line for line in finished(args) if line["split"] == "test"]
   rows = [name for name in PARADIGMS if any(line["row"] == name for line in lines)]
   of = {name: [line for line in lines if line["row"] == name] for name in rows}
-  tasks = [m for m in lines[0]["metrics"] if m not in (*COLUMNS, "params_%", "mergeable")]
+  tasks = [m for m in lines[0]["metrics"] if m not in (*COLUMNS, "params_percent", "mergeable")]
   header = [
     "paradigm", "method", "seeds", "rate", "params %", *tasks, *COLUMNS, "ms/step", "mergeable"
   ]  # fmt: skip
@@ -270,7 +273,7 @@ def report(args: argparse.Namespace) -> None:
         name,
         str(len(runs)),
         f"{runs[0]['rate']:g}",
-        f"{runs[0]['metrics']['params_%']:.1f}",
+        f"{runs[0]['metrics']['params_percent']:.1f}",
         *map(cell, tasks),
         *map(cell, COLUMNS),
         f"{step:.0f}",

@@ -53,6 +53,8 @@ class Mixture(NamedTuple):
 
 def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
+  if config.checkpoint.model:
+    raise InputError("checkpoint.model: mixtures are tuned on the desk model only so far")
   benchmark = benchmark or multimodal.load(config.desk, config.tasks)
   tuning.check_finite(benchmark.params)
   pad = benchmark.vocabulary.pad

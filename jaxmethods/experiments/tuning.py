@@ -111,7 +111,7 @@ def build(
   def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
     columns = table(tuned(tuner, model, state), benchmark, config, test)
     return columns | {
-      "params_%": 100 * num_trainable(state.tuner) / num_parameters(benchmark.params),
+      "params_percent": 100 * num_trainable(state.tuner) / num_parameters(benchmark.params),
       "mergeable": jnp.float32(tuner.finalize is not None),
     }
 

@@ -156,13 +156,13 @@ def posterior_edit(edit: posterior.Edit, targets: str = LAYERS) -> Tuner:
   return base._replace(init=init, finalize=finalize)
 
 
-def dare(rate: float) -> Tuner:
+def dare(rate: float, targets: str = LAYERS) -> Tuner:
   """DARE of the whole update."""
 
   def edit(before, after, key):
     return posterior.dare(before, after, jax.random.bernoulli(key, rate, before.shape), rate)
 
-  return posterior_edit(edit)
+  return posterior_edit(edit, targets)
 
 
 def half(share: float = 0.5) -> Tuner:
