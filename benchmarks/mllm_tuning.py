@@ -255,7 +255,12 @@ def report(args: argparse.Namespace) -> None:
   """The table, the search behind it, and the picture."""
   from jaxmethods.experiments.mllm_tuning import PARADIGMS
 
-  lines = [line for line in finished(args) if line["split"] == "test"]
+  chosen = best_rates(args)
+  lines = [
+    line
+    for line in finished(args)
+    if line["split"] == "test" and line["rate"] == chosen.get(line["row"], line["rate"])
+  ]
   rows = [name for name in PARADIGMS if any(line["row"] == name for line in lines)]
   of = {name: [line for line in lines if line["row"] == name] for name in rows}
   tasks = [m for m in lines[0]["metrics"] if m not in (*COLUMNS, "params_percent", "mergeable")]
