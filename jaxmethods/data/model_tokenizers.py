@@ -58,9 +58,9 @@ def bpe_tokenizer(name: str, fields: Mapping[str, Any]) -> Any:
     [*splits[flavour], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)]
   )
   tokenizer.decoder = decoders.ByteLevel()
-  for word, kind in zip(words, fields["tokenizer.ggml.token_type"], strict=True):
-    if kind in (_CONTROL, _USER_DEFINED):
-      tokenizer.add_tokens([AddedToken(word, special=kind == _CONTROL, normalized=False)])
+  for word, sort in zip(words, fields["tokenizer.ggml.token_type"], strict=True):
+    if sort in (_CONTROL, _USER_DEFINED):
+      tokenizer.add_tokens([AddedToken(word, special=sort == _CONTROL, normalized=False)])
   special = {
     role: words[fields[f"tokenizer.ggml.{key}_token_id"]]
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))

@@ -1,10 +1,10 @@
 """A federated algorithm deployed over a network with Flower (extra `flower`).
 
 `engine.federated_round` maps the clients inside one program. Here every client is a machine of its own,
-Flower carries the messages between them and the server, and the five functions of the algorithm are the
-same: with the same key and clients the numbers are those of the simulation. What a client
-sends is its upload, its metrics and, once, its number and how many examples it has; what it keeps from
-round to round lies in Flower's context on its own machine.
+Flower carries the messages, and the five functions of the algorithm are the same: with the same key and
+clients the numbers are those of the simulation. A client sends its upload, its metrics and, once, its
+number and how many examples it has; what it keeps from round to round lies in Flower's context on its
+own machine.
 
 An app is two lines in a module that both sides have:
 
