@@ -304,7 +304,10 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return [pick(g) for g in range(len(nets))]
 
   def train_alone(state: State, pool, key, settings: Config, draw: Callable):
-    """An epoch of everybody on views drawn for it."""
+    """An epoch of everybody on views drawn for it, all at once: compiled once, not per architecture.
+
+    In float32 they take 4 clients x 9,000 images x 4 views x 12 kB = 1.8 GB at the published sizes.
+    """
     view_key, train_key = jax.random.split(key)
     images = pool[state.held.rows]
     flat = images.reshape(-1, *images.shape[2:])
