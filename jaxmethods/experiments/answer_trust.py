@@ -222,10 +222,7 @@ def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[st
     found = jax.vmap(ranking.ranking)(sign * score, positive, weight)
     return jax.tree.map(jnp.mean, found)
 
-  right, wrong = (
-    jax.vmap(lambda s, sign=sign: metrics(s, sign))(jnp.stack(list(matrix.values())))
-    for sign in (1, -1)
-  )
+  right, wrong = (jax.vmap(lambda s, sign=sign: metrics(s, sign))(matrix) for sign in (1, -1))
   chosen = names.index(config.score)
   share = lambda values: (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
   ok = evidence.paths[config.states].ok[:, config.calibration :, SEGMENTS.index(config.segment)]
@@ -244,8 +241,9 @@ def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[st
 
 def test_scores(
   evidence: Evidence, names: tuple[str, ...], config: Config
-) -> tuple[dict[str, jax.Array], Facts]:
-  """Scores (G, n) and facts (G, n) of the answers to the test problems."""
+) -> tuple[jax.Array, Facts]:
+  """Scores (S, G, n), in the order of `names`, and facts (G, n) of answers to the test problems."""
   every = jax.vmap(lambda part: scores(part, names, config))(evidence)
-  cut = lambda tree: jax.tree.map(lambda x: x[:, config.calibration :], tree)
-  return cut(every), cut(evidence.facts)
+  ordered = jnp.stack([every[name] for name in names])  # vmap has sorted the names
+  cut = slice(config.calibration, None)
+  return ordered[:, :, cut], jax.tree.map(lambda x: x[:, cut], evidence.facts)

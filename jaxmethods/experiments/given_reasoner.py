@@ -222,7 +222,7 @@ def _span(writer: Writer, written: Written, row: int, end: str, size: int) -> tu
 def _ranked(evidence: Evidence, problems, answers, texts: list[str], config: Config) -> str:
   """JSON lines of the answers that are judged, the most trusted first."""
   values, _ = answer_trust.test_scores(evidence, (config.score,), config)
-  score = np.asarray(values[config.score])[0]
+  score = np.asarray(values)[0, 0]
   lines = []
   for rank, place in enumerate(np.argsort(-score, kind="stable"), 1):
     i = int(place) + config.calibration

@@ -38,14 +38,13 @@ def make_intervals(names: tuple[str, ...], config: Config):
   @compiler.jit
   def compute(evidence: Evidence):
     matrix, facts = answer_trust.test_scores(evidence, names, config)
-    stacked = jnp.stack(list(matrix.values()), 1)  # (G, S, n)
     key = jax.random.key(0)
 
     def one_group(pair):
       scores, correct = pair
       return jax.lax.map(lambda score: both(score, correct, key), scores)
 
-    plain, drawn = jax.lax.map(one_group, (stacked, facts.correct))
+    plain, drawn = jax.lax.map(one_group, (jnp.moveaxis(matrix, 1, 0), facts.correct))
     return jnp.moveaxis(plain, 2, 0), jnp.moveaxis(drawn, 2, 0)
 
   return compute
@@ -114,7 +113,7 @@ def energy_picture(evidence: Evidence, config: Config, groups: list[str]) -> Fig
         jax.tree.map(jnp.asarray, path), config.gamma, config.form
       ),
     }
-    correct = evidence.facts.correct[g]
+    correct = np.asarray(evidence.facts.correct[g])
     for axis, (name, values) in zip(axes[g], panels.items(), strict=True):
       _layers(axis, np.asarray(values), correct)
       axis.set(title=f"{title}: {name}", xlabel="layer")
