@@ -12,10 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxmethods.errors import InputError
+
 CHARACTERS = " 0123456789+-*=;?#."  # the first is padding
 END_OF_THINKING, END = CHARACTERS.index("#"), CHARACTERS.index(".")
 ZERO = CHARACTERS.index("0")
 _LARGEST = 99
+_PATIENCE = 200  # draws for each problem that is wanted
 _TEST_SHARE = 8  # one problem in so many is never trained on
 
 
@@ -50,21 +53,32 @@ def generate(
     operations: the most.
     rng: of the draws.
     test: whether to draw from the share that is never trained on, each problem once.
+
+  Raises:
+    InputError: there are not so many different ones to test on.
   """
-  found: dict[str, tuple[str, int, int]] = {}
+  seen: set[str] = set()
   drawn: list[tuple[str, str, int, int]] = []
-  while len(drawn) < count:
-    prompt, solution, answer, steps = _draw(int(rng.integers(1, operations + 1)), rng)
-    if test != (zlib.crc32(prompt.encode()) % _TEST_SHARE == 0) or (test and prompt in found):
+  for _ in range(_PATIENCE * count):
+    problem = _draw(int(rng.integers(1, operations + 1)), rng)
+    prompt = problem[0]
+    if test != (zlib.crc32(prompt.encode()) % _TEST_SHARE == 0) or (test and prompt in seen):
       continue
-    found[prompt] = solution, answer, steps
-    drawn.append((prompt, solution, answer, steps))
+    seen.add(prompt)
+    drawn.append(problem)
+    if len(drawn) == count:
+      break
+  else:
+    raise InputError(
+      f"operations: at most {operations} make no {count} different problems to test on"
+    )
+  prompts, solutions, answers, steps = zip(*drawn, strict=True)
   prompt_size, solution_size = sizes(operations)
-  prompts = [encode(prompt.rjust(prompt_size)) for prompt, *_ in drawn]
-  solutions = [encode(solution.ljust(solution_size)) for _, solution, *_ in drawn]
-  answers, steps = zip(*((answer, steps) for *_, answer, steps in drawn), strict=True)
   return Problems(
-    np.stack(prompts), np.stack(solutions), np.array(answers, np.int32), np.array(steps, np.int32)
+    np.stack([encode(text.rjust(prompt_size)) for text in prompts]),
+    np.stack([encode(text.ljust(solution_size)) for text in solutions]),
+    np.array(answers, np.int32),
+    np.array(steps, np.int32),
   )
 
 

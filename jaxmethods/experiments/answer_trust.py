@@ -175,31 +175,31 @@ def scores(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[s
 
   pooled = "with_final_norm" if config.pool == "mean" else config.states
   every = {
-    "cot_kinetics": lambda: energy(),
-    **{f"kinetics_{form}": lambda e=e: e for form, e in by_form.items()},
-    "kinetics_momentum": lambda: energy(gamma=0.0),
-    "kinetics_per_token": lambda: energy(pool="per_token", states="residual"),
-    "kinetics_output": lambda: energy(segment="output"),
-    "kinetics_answer": lambda: energy(segment="answer"),
-    "kinetics_final_norm": lambda: energy(states=pooled),
-    "kinetics_calibrated": best_form,
-    "max_prob": lambda: tokens["max_prob"],
-    "perplexity": lambda: tokens["max_log_prob"],
-    "entropy": lambda: -tokens["entropy"],
-    "temperature_scaled": scaled,
-    "energy": lambda: tokens["energy"],
-    "coe_r": lambda: evidence.coe[:, 0],
-    "coe_c": lambda: evidence.coe[:, 1],
-    "length": lambda: -facts.reasoning.astype(jnp.float32),
-    "random": lambda: jax.random.uniform(jax.random.key(0), facts.correct.shape),
-    "self_consistency": lambda: facts.agreement,
-    "sample_entropy": lambda: -facts.sample_entropy,
-    "dropout_max_prob": lambda: evidence.dropout.max_mean_prob,
-    "dropout_entropy": lambda: -evidence.dropout.predictive_entropy,
-    "dropout_information": lambda: -evidence.dropout.mutual_information,
-    "verbalised": lambda: facts.verbalised,
+    "cot_kinetics": energy(),
+    **{f"kinetics_{form}": value for form, value in by_form.items()},
+    "kinetics_momentum": energy(gamma=0.0),
+    "kinetics_per_token": energy(pool="per_token", states="residual"),
+    "kinetics_output": energy(segment="output"),
+    "kinetics_answer": energy(segment="answer"),
+    "kinetics_final_norm": energy(states=pooled),
+    "kinetics_calibrated": best_form(),
+    "max_prob": tokens["max_prob"],
+    "perplexity": tokens["max_log_prob"],
+    "entropy": -tokens["entropy"],
+    "temperature_scaled": scaled(),
+    "energy": tokens["energy"],
+    "coe_r": evidence.coe[:, 0],
+    "coe_c": evidence.coe[:, 1],
+    "length": -facts.reasoning.astype(jnp.float32),
+    "random": jax.random.uniform(jax.random.key(0), facts.correct.shape),
+    "self_consistency": facts.agreement,
+    "sample_entropy": -facts.sample_entropy,
+    "dropout_max_prob": evidence.dropout.max_mean_prob,
+    "dropout_entropy": -evidence.dropout.predictive_entropy,
+    "dropout_information": -evidence.dropout.mutual_information,
+    "verbalised": facts.verbalised,
   }
-  return {name: every[name]() for name in names}
+  return {name: every[name] for name in names}
 
 
 def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[str, jax.Array]:
@@ -222,10 +222,7 @@ def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[st
     found = jax.vmap(ranking.ranking)(sign * score, positive, weight)
     return jax.tree.map(jnp.mean, found)
 
-  right, wrong = (
-    jax.vmap(lambda s, sign=sign: metrics(s, sign))(jnp.stack(list(matrix.values())))
-    for sign in (1, -1)
-  )
+  right, wrong = (jax.vmap(lambda s, sign=sign: metrics(s, sign))(matrix) for sign in (1, -1))
   chosen = names.index(config.score)
   share = lambda values: (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
   ok = evidence.paths[config.states].ok[:, config.calibration :, SEGMENTS.index(config.segment)]
@@ -244,8 +241,9 @@ def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[st
 
 def test_scores(
   evidence: Evidence, names: tuple[str, ...], config: Config
-) -> tuple[dict[str, jax.Array], Facts]:
-  """Scores (G, n) and facts (G, n) of the answers to the test problems."""
+) -> tuple[jax.Array, Facts]:
+  """Scores (S, G, n), in the order of `names`, and facts (G, n) of answers to the test problems."""
   every = jax.vmap(lambda part: scores(part, names, config))(evidence)
-  cut = lambda tree: jax.tree.map(lambda x: x[:, config.calibration :], tree)
-  return cut(every), cut(evidence.facts)
+  ordered = jnp.stack([every[name] for name in names])  # vmap has sorted the names
+  cut = slice(config.calibration, None)
+  return ordered[:, :, cut], jax.tree.map(lambda x: x[:, cut], evidence.facts)

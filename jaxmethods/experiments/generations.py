@@ -48,7 +48,7 @@ class Writer:
     self.eos = _ends(self.tokenizer)
     shown = [np.ravel(x)[:: max(1, x.size // 64)] for x in jax.tree.leaves(loaded.params)]
     config = json.dumps(loaded.files.config, sort_keys=True, default=str).encode()
-    self._identity = [FORMAT, config, *map(np.asarray, shown)]
+    self._identity: list[bytes | np.ndarray] = [FORMAT, config, *map(np.asarray, shown)]
 
   def prompt(self, *turns: str) -> list[int]:
     """Token ids of a conversation (user, assistant, user, ...); plain lines without a chat template."""
@@ -81,7 +81,7 @@ class Writer:
     """
     ids, mask = left_pad(prompts)
     extra = -ids.shape[1] % 16
-    ids, mask = (np.pad(x, ((0, 0), (extra, 0))) for x in (ids, mask))
+    ids, mask = np.pad(ids, ((0, 0), (extra, 0))), np.pad(mask, ((0, 0), (extra, 0)))
 
     @compiler.jit
     def program(params, ids, mask, key):
@@ -96,14 +96,14 @@ class Writer:
       # The last batch is filled with repeats, so that one program serves all.
       rows = np.arange(start, start + self.batch_size) % len(ids)
       key = jax.random.fold_in(jax.random.key(draw), start)
-      prompt = ids[rows], mask[rows]
+      prompt: list[np.ndarray] = [ids[rows], mask[rows]]
 
       def compute(prompt=prompt, key=key) -> dict[str, np.ndarray]:
         out = program(self.params, *prompt, key)
         return {name: np.asarray(value) for name, value in out._asdict().items()}
 
-      shape = np.array(prompt[0].shape)
-      parts.append(cached("generations", [*self._identity, settings, shape, *prompt], compute))
+      depends = [*self._identity, settings, np.array(ids[rows].shape), *prompt]
+      parts.append(cached("generations", depends, compute))
       if time.monotonic() - said > 20:
         said = time.monotonic()
         report(f"{min(start + self.batch_size, len(ids))} of {len(ids)} texts written")

@@ -80,10 +80,12 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     rows = np.arange(i * config.batch_size, (i + 1) * config.batch_size)
     inside = np.minimum(rows, len(problems) - 1)
     part = jax.tree.map(lambda x: x[inside], facts)
-    part = part._replace(real=rows < len(problems))
-    segments = answer_trust.segments(part.reasoning, written.lengths[inside], size)
-    text = Text(jnp.asarray(written.ids[inside]), jnp.asarray(written.mask[inside]), segments)
-    return Batch(writer.params, text, jax.tree.map(jnp.asarray, part), jnp.int32(rows[0]))
+    part = jax.tree.map(jnp.asarray, part._replace(real=rows < len(problems)))
+    ids, mask, lengths = (
+      jnp.asarray(x[inside]) for x in (written.ids, written.mask, written.lengths)
+    )
+    text = Text(ids, mask, answer_trust.segments(part.reasoning, lengths, size))
+    return Batch(writer.params, text, part, jnp.int32(rows[0]))
 
   def gather(batch: Batch) -> Evidence:
     key = jax.random.fold_in(jax.random.key(config.problem_seed), batch.start)
@@ -184,11 +186,11 @@ def _finals(written: Written) -> list[str | None]:
 def _samples(writer: Writer, prompts, config: Config, say) -> tuple[np.ndarray, np.ndarray]:
   """Agreement, and length-normalised entropy, of several draws."""
   answers, entropies = [], []
-  for draw in range(config.samples):
+  for draw in range(1, config.samples + 1):
+    say(f"sample {draw} of {config.samples}")
     out = writer.write(
-      prompts, config.max_new_tokens, temperature=config.sample_temperature, draw=draw + 1,
-      report=lambda line, draw=draw: say(f"sample {draw + 1} of {config.samples}: {line}"),
-    )  # fmt: skip
+      prompts, config.max_new_tokens, temperature=config.sample_temperature, draw=draw, report=say
+    )
     answers.append(_finals(out))
     entropies.append(-out.mean_log_prob)
   ids: dict[str, int] = {}
@@ -207,7 +209,7 @@ def _span(writer: Writer, written: Written, row: int, end: str, size: int) -> tu
   length, text = int(written.lengths[row]), written.texts[row]
   tokens = written.ids[row, -size:][:length]
   ends = np.array(writer.token_ends(tokens))
-  token_of = lambda position: int(min(np.searchsorted(ends, position, side="right"), length - 1))
+  token_of = lambda position: min(int(np.searchsorted(ends, position, side="right")), length - 1)
   thought, marker = text.find(end) if end else -1, text.lower().rfind(problem_sources.MARKER)
   position = thought if thought >= 0 else marker
   reasoning = token_of(position) if position >= 0 else length
@@ -220,7 +222,7 @@ def _span(writer: Writer, written: Written, row: int, end: str, size: int) -> tu
 def _ranked(evidence: Evidence, problems, answers, texts: list[str], config: Config) -> str:
   """JSON lines of the answers that are judged, the most trusted first."""
   values, _ = answer_trust.test_scores(evidence, (config.score,), config)
-  score = np.asarray(values[config.score])[0]
+  score = np.asarray(values)[0, 0]
   lines = []
   for rank, place in enumerate(np.argsort(-score, kind="stable"), 1):
     i = int(place) + config.calibration

@@ -132,7 +132,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       return {f"{i:03d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
 
     settings = repr(_what_answers_depend_on(config)).encode()
-    stored = cached("reasoners", [FORMAT.encode(), settings, jax.random.key_data(key)], compute)
+    stored = cached(
+      "reasoners", [FORMAT.encode(), settings, np.asarray(jax.random.key_data(key))], compute
+    )
     shapes = jax.eval_shape(lambda key: question(init(key).params, key, exam), key)
     leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -293,7 +295,7 @@ def gather(model: CausalLM, params: Any, key: jax.Array, exam: Exam, config: Con
 
 def _what_answers_depend_on(config: Config) -> Config:
   """The config without the choices that are made after the answers are read."""
-  run = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.name != "steps"}
-  after = ("score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse")
-  fresh = {f.name: f.default for f in dataclasses.fields(config) if f.name in after}
-  return dataclasses.replace(config, **(run | fresh))
+  free = {"score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse"}
+  free |= {f.name for f in dataclasses.fields(RunConfig)} - {"steps"}
+  plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config) if f.name in free}
+  return dataclasses.replace(config, **plain)

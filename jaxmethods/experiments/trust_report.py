@@ -38,14 +38,13 @@ def make_intervals(names: tuple[str, ...], config: Config):
   @compiler.jit
   def compute(evidence: Evidence):
     matrix, facts = answer_trust.test_scores(evidence, names, config)
-    stacked = jnp.stack(list(matrix.values()), 1)  # (G, S, n)
     key = jax.random.key(0)
 
     def one_group(pair):
       scores, correct = pair
       return jax.lax.map(lambda score: both(score, correct, key), scores)
 
-    plain, drawn = jax.lax.map(one_group, (stacked, facts.correct))
+    plain, drawn = jax.lax.map(one_group, (jnp.moveaxis(matrix, 1, 0), facts.correct))
     return jnp.moveaxis(plain, 2, 0), jnp.moveaxis(drawn, 2, 0)
 
   return compute
@@ -107,16 +106,16 @@ def energy_picture(evidence: Evidence, config: Config, groups: list[str]) -> Fig
   )
   for g, title in enumerate(groups):
     path = jax.tree.map(lambda x, g=g: x[g][:, segment], evidence.paths[config.states])
-    panels = {
+    panels: dict[str, Any] = {
       "momentum": path.momentum[:, 1:],
       "turning angle, rad": path.turning,
-      f"energy ({config.form}, gamma {config.gamma:g})": np.asarray(
-        method.layer_energy(jax.tree.map(jnp.asarray, path), config.gamma, config.form)
+      f"energy ({config.form}, gamma {config.gamma:g})": method.layer_energy(
+        jax.tree.map(jnp.asarray, path), config.gamma, config.form
       ),
     }
-    correct = evidence.facts.correct[g]
+    correct = np.asarray(evidence.facts.correct[g])
     for axis, (name, values) in zip(axes[g], panels.items(), strict=True):
-      _layers(axis, values, correct)
+      _layers(axis, np.asarray(values), correct)
       axis.set(title=f"{title}: {name}", xlabel="layer")
   axes[0, 0].legend(frameon=False, fontsize=9)
   return figure

@@ -34,6 +34,11 @@ def test_what_is_tested_is_never_trained_on():
   assert not test & prompts(arithmetic.generate(2000, 2, np.random.default_rng(1)))
 
 
+def test_too_few_problems_are_named():
+  with pytest.raises(InputError, match="operations: at most 1 make no 500"):
+    arithmetic.generate(500, 1, np.random.default_rng(0), test=True)
+
+
 def test_word_problems():
   drawn, source = problems.load(problems.GENERATED, 300, seed=1)
   assert not source.real
