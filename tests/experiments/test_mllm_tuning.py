@@ -14,7 +14,9 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments import mllm_tuning, multimodal, questions, tuning, tuning_rows
 from jaxmethods.experiments.tuning_config import Desk
 from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.runtime import compiler
 from jaxmethods.runtime import config as config_lib
+from tests.tiny_questions import quick_jit
 
 DESK = Desk(
   width=16, num_layers=1, num_heads=2, mlp_width=32, tower_width=8, tower_layers=1, tower_heads=1,
@@ -29,6 +31,7 @@ CONFIG = mllm_tuning.Config(
 def benchmark(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAXMETHODS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(compiler, "jit", quick_jit)
     first = multimodal.load(DESK, ("digits", "captions"))
     again = multimodal.load(DESK, ("digits", "captions"))
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
@@ -100,9 +103,12 @@ def test_accuracy_counts_whole_answers():
   assert (result["word"], result["none"]) == (100, 0)
 
 
-def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
+# Rows whose evaluation differs from that of plain parameters, and one of those.
+EVALUATED = ("base", "full", "dare", "tailor", "prompt", "prefix", "lora", "loramoe")
+
+
+def test_every_row_starts_and_keeps_its_shape(benchmark):
   """Traced, not compiled: a step maps the state to one like it, and all columns are there."""
-  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
   assert set(mllm_tuning.PARADIGMS) == set(mllm_tuning.Row.__args__)
   columns = None
   for name, config in mllm_tuning.rows(CONFIG).items():
@@ -112,6 +118,8 @@ def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert describe(after) == describe(state), name
     assert metrics["loss"].shape == ()
+    if name not in EVALUATED:
+      continue
     evaluated = list(jax.eval_shape(experiment.evaluate, state, experiment.test))
     assert evaluated[0] == "H"
     assert columns is None or evaluated == columns
@@ -123,7 +131,7 @@ def test_training_forgets_reproducibly(benchmark):
   """Two runs from one seed end alike; other seeds see the data in another order."""
   config = dataclasses.replace(CONFIG, row="full", learning_rate=3e-2)
   experiment = tuning_rows.build(config, benchmark=benchmark)
-  step = jax.jit(experiment.step)
+  step = quick_jit(experiment.step)
 
   def run(seed):
     state, losses = experiment.init(jax.random.key(seed)), []
@@ -138,11 +146,11 @@ def test_training_forgets_reproducibly(benchmark):
   assert np.mean(first[-3:]) < 0.8 * first[0]
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     np.testing.assert_array_equal(a, b)
-  result = jax.jit(experiment.evaluate)(one, experiment.test)
+  result = quick_jit(experiment.evaluate)(one, experiment.test)
   before = experiment.test["before"]
   change = [result[name] - before["source"][name] for name in data.FAMILIES]
   np.testing.assert_allclose(result["F"], np.mean(change), atol=1e-3)
-  assert result["params_%"] < 100
+  assert result["params_percent"] < 100
   assert result["mergeable"] == 1
   assert set(experiment.figures(one)) == {"accuracy"}
 
@@ -207,5 +215,5 @@ def test_the_commands(cli, tmp_path):
   assert compared.returncode == 0, compared.stderr
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
   base, full = (row["metrics"] for row in rows)
-  assert base["F"]["mean"] == base["E"]["mean"] == base["params_%"]["mean"] == 0
-  assert full["params_%"]["mean"] > 50
+  assert base["F"]["mean"] == base["E"]["mean"] == base["params_percent"]["mean"] == 0
+  assert full["params_percent"]["mean"] > 50

@@ -17,6 +17,7 @@ from jaxmethods.adapters import selective as masks
 from jaxmethods.errors import InputError
 from jaxmethods.methods.mllm_tuning import metrics, posterior, selective, suite
 from jaxmethods.methods.mllm_tuning import tuner as tuners
+from tests.tiny_questions import quick_jit
 
 RATES = {"decoder": 0.02, "projector": 0.01, "adapter": 0.02, "adapter_b": 0.3}
 STEPS = 12
@@ -59,7 +60,7 @@ def trained(tuner, steps=STEPS, rates=RATES, probe=BATCH, **options):
   """State after some steps, and the states before each."""
   optimiser = tuners.adamw(rates, tuner.rates, STEPS)
   state = tuners.init_state(tuner, optimiser, jax.random.key(3), PARAMS, probe)
-  step = jax.jit(tuners.tuning_step(tuner, MODEL, optimiser, loss, **options))
+  step = quick_jit(tuners.tuning_step(tuner, MODEL, optimiser, loss, **options))
   history = [state]
   for _ in range(steps):
     state, _ = step(state, BATCH)
@@ -100,7 +101,7 @@ def test_the_schedule_is_optax_own_and_groups_have_their_rates():
   run = lambda params: functools.partial(
     MODEL.apply, {"params": tuners.together(params, frozen, {})}
   )
-  gradient = jax.jit(jax.grad(lambda p: jnp.divide(*loss(run(p), BATCH, None))))
+  gradient = quick_jit(jax.grad(lambda p: jnp.divide(*loss(run(p), BATCH, None))))
   for _ in range(STEPS):
     updates, opt_state = optimiser.update(gradient(params), opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -158,9 +159,8 @@ def weights(seed=0, shape=(8, 6)):
 
 def test_dare_keeps_the_mean():
   before, after = weights()
-  np.testing.assert_array_equal(
-    posterior.dare(before, after, jnp.zeros(before.shape, bool), 0.0), after
-  )
+  kept = posterior.dare(before, after, jnp.zeros(before.shape, bool), 0.0)
+  np.testing.assert_allclose(kept, after, rtol=1e-6)
   dropped = jax.random.bernoulli(jax.random.key(0), 0.7, (20000, *before.shape))
   mean = posterior.dare(before, after, dropped, 0.7).mean(0)
   np.testing.assert_allclose(mean, after, atol=0.03)
@@ -214,7 +214,7 @@ def test_tailor(block):
   plus, minus = edit(), edit(sign="minus")
   for new in (plus, minus):
     put_back = np.asarray(new == before).sum()
-    assert abs(put_back - 0.5 * before.size) <= 2
+    assert abs(put_back - 0.5 * before.size) <= 3  # one more in every block, and ties
   if block == 128:
     # The usual sign makes up for what was put back: less error than putting the same back alone.
     plain = jnp.where(minus == before, before, after)

@@ -19,6 +19,7 @@ import optax
 from jaxmethods.adapters import adapter as adapters
 from jaxmethods.adapters.adapter import Adapter, Params, Tree
 from jaxmethods.adapters.targets import ATTENTION, BLOCK, MLP, flatten, matching, unflatten
+from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.federated import paths
 
 Batch = Mapping[str, jax.Array]
@@ -233,8 +234,6 @@ def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Arra
       answer, else `IGNORED`.
     key: of dropout.
   """
-  from jaxmethods.adapters.training import token_cross_entropy
-
   rngs = None if key is None else {"dropout": key}
   output = run(batch["ids"], features=batch["features"], rngs=rngs)
   return token_cross_entropy(output.logits, batch["labels"])
