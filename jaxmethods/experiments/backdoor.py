@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxmethods.data import records
 from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import backdoor_figures, multimodal
+from jaxmethods.experiments.bye import ONCE, Config
 from jaxmethods.experiments.questions import Split, accuracies, check_size
 from jaxmethods.experiments.tuning import rates_of
 from jaxmethods.images import triggers
@@ -34,9 +35,6 @@ from jaxmethods.models.probe import Probe
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats import poisoning
-
-if TYPE_CHECKING:
-  from jaxmethods.experiments.bye import Config
 
 _CHUNK = 40  # examples that are examined at once
 _OUTCOMES = ("clean_accuracy", "attack_success")  # families 0 and 1 of the test
@@ -313,8 +311,6 @@ def tuner_of(config: Config) -> Tuner:
 
 def build(config: Config, *, benchmark: multimodal.Benchmark | None = None) -> Experiment:
   """Composes the experiment; `benchmark`: default the desk benchmark of `config`."""
-  from jaxmethods.experiments.bye import ONCE
-
   benchmark = benchmark or multimodal.load(config.desk, ())
   data, model, tuner = load(config, benchmark), benchmark.model, tuner_of(config)
   tokens, count = model.config.num_tokens, len(data.open)
