@@ -75,7 +75,8 @@ def load(name: str) -> QuestionData:
 @functools.cache
 def easy_vqa() -> QuestionData:
   """Easy-VQA with its published test part; the last 400 training images are for validation."""
-  images, rows, origin = [], [], ""
+  images: list[np.ndarray] = []
+  rows, origin = [], ""
   for part, count in _PUBLISHED.items():
     of_questions, of_images = _SHA256[part]
     text, origin = wheel_file("easy-vqa", f"easy_vqa/data/{part}/questions.json", of_questions)

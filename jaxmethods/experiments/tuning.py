@@ -88,13 +88,13 @@ def build(
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
   check_finite(benchmark.params)
   model, target = benchmark.model, benchmark.targets[config.target]
+  check_size(target.train, config.batch_size)
   optimiser = adamw(rates or rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)
   if probe is None:
     probe = probe_of(target, config.probe_size)
   test = test_of(benchmark, config)
   data = jax.device_put((target.train, *((benchmark.upstream.train,) if mixture else ())))
-  check_size(target.train, config.batch_size)
 
   def init(key: jax.Array) -> TuningState:
     return init_state(tuner, optimiser, key, benchmark.params, probe)
@@ -145,24 +145,19 @@ def batch_of(
     chosen = jax.random.fold_in(jax.random.fold_in(task_key, 1), step)
     parts.append(batch if split.ids.shape[1] == 1 else choose_questions(batch, chosen, 1))
   longest = max(part["ids"].shape[-1] for part in parts)
-  fill = {"ids": 0, "labels": IGNORED}
 
-  def put_together(name: str) -> jax.Array:
-    pads = [
-      (
-        *[(0, 0)] * (part[name].ndim - 1),
-        (0, longest - part["ids"].shape[-1] if name in fill else 0),
-      )
-      for part in parts
-    ]
-    return jnp.concatenate(
-      [
-        jnp.pad(part[name], pad, constant_values=fill.get(name, 0))
-        for part, pad in zip(parts, pads, strict=True)
-      ]
-    )
+  def joined(name: str, fill: int | None = None) -> jax.Array:
+    arrays = [part[name] for part in parts]
+    if fill is not None:
+      pad = lambda x: [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]
+      arrays = [jnp.pad(x, pad(x), constant_values=fill) for x in arrays]
+    return jnp.concatenate(arrays)
 
-  return {name: put_together(name) for name in ("features", "ids", "labels")}
+  return {
+    "features": joined("features"),
+    "ids": joined("ids", 0),
+    "labels": joined("labels", IGNORED),
+  }
 
 
 def num_parameters(params: Any) -> int:

@@ -14,6 +14,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments import mllm_tuning, multimodal, questions, tuning, tuning_rows
 from jaxmethods.experiments.tuning_config import Desk
 from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.runtime import compiler
 from jaxmethods.runtime import config as config_lib
 from tests.tiny_questions import quick_jit
 
@@ -30,6 +31,7 @@ CONFIG = mllm_tuning.Config(
 def benchmark(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAXMETHODS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(compiler, "jit", quick_jit)
     first = multimodal.load(DESK, ("digits", "captions"))
     again = multimodal.load(DESK, ("digits", "captions"))
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
@@ -101,9 +103,12 @@ def test_accuracy_counts_whole_answers():
   assert (result["word"], result["none"]) == (100, 0)
 
 
-def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
+# Rows whose evaluation differs from that of plain parameters, and one of those.
+EVALUATED = ("base", "full", "dare", "tailor", "prompt", "prefix", "lora", "loramoe")
+
+
+def test_every_row_starts_and_keeps_its_shape(benchmark):
   """Traced, not compiled: a step maps the state to one like it, and all columns are there."""
-  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
   assert set(mllm_tuning.PARADIGMS) == set(mllm_tuning.Row.__args__)
   columns = None
   for name, config in mllm_tuning.rows(CONFIG).items():
@@ -113,6 +118,8 @@ def test_every_row_starts_and_keeps_its_shape(benchmark, monkeypatch, tmp_path):
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert describe(after) == describe(state), name
     assert metrics["loss"].shape == ()
+    if name not in EVALUATED:
+      continue
     evaluated = list(jax.eval_shape(experiment.evaluate, state, experiment.test))
     assert evaluated[0] == "H"
     assert columns is None or evaluated == columns

@@ -25,7 +25,7 @@ def edited(edit: Edit, before: Any, after: Any, key: jax.Array) -> Any:
   leaves, structure = jax.tree.flatten(after)
   keys = jax.random.split(key, max(len(leaves), 1))
   pairs = zip(jax.tree.leaves(before), leaves, keys, strict=True)
-  return structure.unflatten([edit(*pair) for pair in pairs])
+  return jax.tree.unflatten(structure, [edit(*pair) for pair in pairs])
 
 
 def dare(before: jax.Array, after: jax.Array, dropped: jax.Array, rate: float) -> jax.Array:
