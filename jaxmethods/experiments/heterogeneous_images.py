@@ -326,7 +326,11 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   def pretrain(state: State, batch, key):
     plain = dataclasses.replace(config, local="ce", exchange="none")
     return train_alone(
-      state, batch["pool"], key, plain, lambda k, x: views.crop_and_flip(k, x)[None]
+      state,
+      batch["pool"],
+      key,
+      plain,
+      lambda k, x: method.private_views(k, x, strong=False, weak=False),
     )
 
   def collaborate(state: State, batch, key):
@@ -374,7 +378,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
     def draw(key, image):
       first, second = jax.random.split(key)
-      seen = views.public_view(first, image)
+      seen = views.public_view(first, image, pad=method.border(image))
       if config.exchange != "aughfl":
         return seen[None]
       mixed = jax.lax.map(lambda k: augment.augmix(k, seen), jax.random.split(second))
