@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     title="BYE",
     paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
     summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
-    embedded_run="2 min",
+    embedded_run="3 min, after 10 min of pretraining once",
   ),
   "cot_kinetics": Method(
     title="CoT-Kinetics",
