@@ -1,23 +1,27 @@
 """Tuning a LLaVA-style checkpoint on questions from disk: a tiny model in the published file formats."""
 
 import dataclasses
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import question_files
 from jaxmethods.data.vision_sources import load_model
 from jaxmethods.data.weights_files import save_checkpoint
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import checkpoint_tuning, mllm_tuning, tuning_rows
+from jaxmethods.experiments import checkpoint_tuning, mllm_tuning, tuning, tuning_rows
 from jaxmethods.experiments.tuning_config import Checkpoint
-from jaxmethods.models.mllm import table
+from jaxmethods.methods.mllm_tuning.tuner import adamw, answer_loss, init_state, tuning_step
+from jaxmethods.models.mllm import MLLMConfig, table
 from jaxmethods.models.weights import export_params
 from tests.tiny_questions import quick_jit
 
@@ -173,3 +177,28 @@ def test_bad_input(folder, tmp_path):
     question_files.open_square(tmp_path / "broken.png", (0, 0, 0))
   with pytest.raises(InputError, match="prefix works on the desk model only"):
     tuning_rows.build(config(folder, row="prefix"))
+
+
+def test_published_size_traces():
+  """LLaVA-1.5-7B on abstract arrays: one step of LoRA and projector, with the published counts."""
+  config = mllm_tuning.Config(
+    checkpoint=Checkpoint(model="hf:llava"), row="lora", rank=32, alpha=64.0
+  )
+  shape = MLLMConfig.from_hugging_face(memory_plan.LLAVA_1_5_7B)
+  model = checkpoint_tuning.Answering(shape, scan_layers=True, dtype=jnp.bfloat16, remat=True)
+  batch = {
+    "ids": jax.ShapeDtypeStruct((2, 1, 640), jnp.int32),
+    "labels": jax.ShapeDtypeStruct((2, 1, 640), jnp.int32),
+    "features": jax.ShapeDtypeStruct((2, 336, 336, 3), jnp.float32),
+  }
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  init = lambda key, ids, features: model.init(key, ids, features=features)["params"]
+  params = jax.eval_shape(init, key, batch["ids"], batch["features"])
+  tuner = tuning_rows.tuner_of(config, model)
+  optimiser = adamw(tuning.rates_of(config), tuner.rates, config.steps)
+  state = jax.eval_shape(functools.partial(init_state, tuner, optimiser), key, params, {})
+  trained = {name: tuning.num_parameters(tree) for name, tree in state.tuner.trainable.items()}
+  assert trained == {"adapter": 79_953_920, "params": 20_979_712}
+  after, metrics = jax.eval_shape(tuning_step(tuner, model, optimiser, answer_loss), state, batch)
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+  assert metrics["loss"].shape == ()
