@@ -6,6 +6,7 @@
 | `digits` | scikit-learn's 1,797 digits, drawn large: "which digit is shown?" |
 | `counting` | shapes that we draw: "how many shapes are shown?" (generated) |
 | `captions` | easy-VQA's images: "describe the image", answered by three words |
+| `checking` | the images of `digits`: "is the digit three", answered by yes or no |
 
 Nothing is ever chosen on "test": that is the published test part (easy-VQA) or a fixed one (the others),
 and "validation" is cut from the training part.
@@ -29,7 +30,7 @@ from jaxmethods.errors import InputError, nearest
 
 IMAGE_SIZE = 64
 FAMILIES = ("shape", "colour", "yesno_shape", "yesno_colour")
-TARGETS = ("digits", "counting", "captions")
+TARGETS = ("digits", "counting", "captions", "checking")
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -61,6 +62,7 @@ def load(name: str) -> QuestionData:
     "digits": digits,
     "counting": counting,
     "captions": captions,
+    "checking": checking,
   }
   if name not in loaders:
     raise InputError(
@@ -149,6 +151,27 @@ def captions() -> QuestionData:
   ]
   origin = f"{data.source.origin}, captions put together by us from its answers"
   return _record(data.images, rows, data.source._replace(name="captions", origin=origin))
+
+
+@functools.cache
+def checking(seed: int = 0) -> QuestionData:
+  """Yes-or-no questions about the images of `digits`, in its splits: "is the digit three".
+
+  Half of them name the right digit. All words occur in the other sets, so the vocabulary stays the same.
+
+  Args:
+    seed: of the split and of what is asked.
+  """
+  data = digits(seed)
+  random = np.random.default_rng((seed, 1))
+  right = random.random(len(data.image)) < 0.5
+  rows = []
+  for image, answer, split, true in zip(data.image, data.answer, data.split, right, strict=True):
+    others = [word for word in NUMBERS if word != answer]
+    named = answer if true else others[random.integers(len(others))]
+    rows.append((image, f"is the digit {named}", "yes" if true else "no", split, "checking"))
+  origin = f"{data.source.origin}, questions put together by us"
+  return _record(data.images, rows, data.source._replace(name="checking", origin=origin))
 
 
 def image_labels(data: QuestionData) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,24 @@ METHODS: dict[str, Method] = {
     summary="federated learning on embeddings, enlarged along the global shape of every class",
     embedded_run="45 s",
   ),
+  "lorasculpt": Method(
+    title="LoRASculpt",
+    paper="Liang et al., CVPR 2025, arXiv 2503.16843",
+    summary="low-rank tuning of a multimodal model, pruned early so that it forgets less",
+    embedded_run="2 min",
+  ),
+  "spider": Method(
+    title="SPIDER",
+    paper="Huang et al., ICML 2025, arXiv 2411.10928",
+    summary="tunes only what the task needs more than pretraining did",
+    embedded_run="2 min",
+  ),
+  "thanora": Method(
+    title="ThanoRA",
+    paper="Liang et al., 2025, arXiv 2505.18640",
+    summary="one mergeable low-rank update for several tasks (inferred in parts: no code exists)",
+    embedded_run="2 min",
+  ),
   "mllm_tuning": Method(
     title="Keeping Yourself",
     paper="Huang et al., 2025, arXiv 2503.04543",

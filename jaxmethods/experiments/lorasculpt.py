@@ -17,7 +17,20 @@ from jaxmethods.runtime.experiment import Experiment
 with epy.lazy_imports():
   from jaxmethods.experiments import low_rank_tuning
 
-Row = Literal["lorasculpt", "lora", "dora", "post_pruned", "orth_reg"]
+Row = Literal[
+  "lorasculpt",
+  "post_pruned",
+  "orth_reg",
+  "lora",
+  "dora",
+  "l2_sp",
+  "ewc",
+  "dare",
+  "grafting",
+  "tailor",
+]
+# Rows of the suite `mllm_tuning`, on the same model and budget.
+BORROWED = ("lora", "dora", "l2_sp", "ewc", "dare", "grafting", "tailor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,18 +76,20 @@ class Config(TuningConfig):
 
 def build(config: Config, mesh=None) -> Experiment:
   """Loads the benchmark and composes the experiment."""
-  del mesh
-  return low_rank_tuning.build(config)
+  return low_rank_tuning.build(config, mesh)
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """LoRASculpt, its ablations, and what it is compared with; learning rates are those of `rates`."""
+  """LoRASculpt, its ablations, and its rivals; learning rates are those of `rates`.
+
+  L2-SP, EWC, DARE, Grafting and Model Tailor tune all layers themselves, as in the suite.
+  """
   changes: dict[str, dict[str, Any]] = {
     "lorasculpt": {"row": "lorasculpt"},
     "no_cmr": {"row": "lorasculpt", "cmr_weight": 0.0},
     "no_prune": {"row": "lorasculpt", "keep_ratio": 1.0},
     "frozen_projector": {"row": "lorasculpt", "connector": "frozen"},
-    **{name: {"row": name} for name in ("lora", "dora", "post_pruned", "orth_reg")},
+    **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
   }
   rate = lambda name: config.rates.get(name, config.learning_rate)
   return {

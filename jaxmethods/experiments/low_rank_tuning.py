@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxmethods.adapters import low_rank
 from jaxmethods.adapters.adapter import layers_of
-from jaxmethods.experiments import multimodal, tuning
+from jaxmethods.experiments import tuning_rows
+from jaxmethods.experiments.lorasculpt import BORROWED
+from jaxmethods.experiments.mllm_tuning import borrowed
 from jaxmethods.experiments.multimodal import Benchmark
 from jaxmethods.methods import lorasculpt as method
 from jaxmethods.methods.mllm_tuning import tuner as tuners
@@ -22,15 +23,19 @@ if TYPE_CHECKING:
   from jaxmethods.experiments.lorasculpt import Config
 
 
-def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
+def build(config: Config, mesh: Any = None, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
-  benchmark = benchmark or multimodal.load(config.desk, (config.target,))
-  experiment = tuning.build(config, tuner_of(config), benchmark=benchmark)
-  return experiment._replace(figures=figures) if config.row == "lorasculpt" else experiment
+  if config.row in BORROWED:
+    same = {name: getattr(config, name) for name in ("rank", "alpha", "dropout")}
+    return tuning_rows.build(borrowed(config, config.row, **same), mesh, benchmark)
+  experiment = tuning_rows.compose(config, lambda model: tuner_of(config), mesh, benchmark)
+  if config.row != "lorasculpt":
+    return experiment
+  return experiment._replace(figures=lambda state: {**experiment.figures(state), **figures(state)})
 
 
 def tuner_of(config: Config) -> Tuner:
-  """The row that a config names."""
+  """The row that a config names, unless it is borrowed."""
   update = (config.rank, config.alpha, config.dropout)
   targets = config.targets or tuners.LINEARS
   if config.row == "lorasculpt":
@@ -48,10 +53,8 @@ def tuner_of(config: Config) -> Tuner:
     )
   if config.row == "post_pruned":
     return method.post_pruned(*update, keep_ratio=config.keep_ratio, targets=targets)
-  if config.row == "orth_reg":
-    return method.orthogonal(*update, weight=config.orth_weight, targets=targets)
-  adapter = {"lora": low_rank.lora, "dora": low_rank.dora}[config.row]
-  return tuners.adapted(adapter(*update), targets)
+  assert config.row == "orth_reg"
+  return method.orthogonal(*update, weight=config.orth_weight, targets=targets)
 
 
 def figures(state: TuningState) -> dict[str, Figure]:

@@ -53,6 +53,8 @@ class Mixture(NamedTuple):
 
 def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
+  if config.checkpoint.model:
+    raise InputError("checkpoint.model: mixtures are tuned on the desk model only so far")
   benchmark = benchmark or multimodal.load(config.desk, config.tasks)
   tuning.check_finite(benchmark.params)
   pad = benchmark.vocabulary.pad
@@ -103,11 +105,10 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
 
   def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
     runs = models_of(config, tuner, benchmark, state)
-    reached = {}
-    for t, name in enumerate(config.tasks):
-      reached[name] = accuracies(runs[t % len(runs)], test["tasks"], config.tasks)[name]
+    scores = [accuracies(run, test["tasks"], config.tasks) for run in runs]
+    reached = {name: scores[t % len(runs)][name] for t, name in enumerate(config.tasks)}
     kept = [accuracies(run, test["source"], benchmark.upstream.families) for run in runs]
-    source = jnp.stack([jnp.stack(list(scores.values())).mean() for scores in kept]).mean()
+    source = jnp.stack([jnp.stack(list(of.values())).mean() for of in kept]).mean()
     return {
       "Mean": jnp.stack(list(reached.values())).mean(),
       **reached,

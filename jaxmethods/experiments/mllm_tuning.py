@@ -8,7 +8,7 @@ and the list of methods could be read: the rows are the definitions of the cited
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epy
 
@@ -124,6 +124,13 @@ class Config(TuningConfig):
       raise ValueError(f"oft_block: must be at least 2, got {self.oft_block}")
     if unknown := sorted(set(self.rates) - set(PARADIGMS)):
       raise ValueError(f"rates: {unknown[0]!r} is no row; rows are {', '.join(PARADIGMS)}")
+
+
+def borrowed(config: TuningConfig, row: Any, **options: Any) -> Config:
+  """A row of the suite under the budget, target and model of another method's config."""
+  shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(TuningConfig)}
+  options = {"last": min(Config.last, config.desk.num_layers), **options}
+  return Config(row=row, **shared, **options)
 
 
 def build(config: Config, mesh=None) -> Experiment:

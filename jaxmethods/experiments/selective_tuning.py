@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmethods.adapters import selective as masks
 from jaxmethods.adapters.targets import flatten
-from jaxmethods.experiments import multimodal, tuning
+from jaxmethods.errors import InputError
+from jaxmethods.experiments import tuning_rows
 from jaxmethods.experiments.multimodal import Benchmark
 from jaxmethods.methods import spider as method
+from jaxmethods.methods.mllm_tuning import posterior, suite
 from jaxmethods.methods.mllm_tuning import tuner as tuners
 from jaxmethods.methods.mllm_tuning.tuner import Tuner, TuningState
 from jaxmethods.runtime.experiment import Experiment
@@ -22,40 +27,53 @@ if TYPE_CHECKING:
   from jaxmethods.experiments.spider import Config
 
 
-def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
+def build(config: Config, mesh: Any = None, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
-  benchmark = benchmark or multimodal.load(config.desk, (config.target,))
-  experiment = tuning.build(config, tuner_of(config), benchmark=benchmark)
-  spider = config.row in ("spider", "spider_hard")
-  return experiment._replace(figures=figures) if spider else experiment
+  make = lambda model: tuner_of(config, model.config.language.num_layers)
+  experiment = tuning_rows.compose(config, make, mesh, benchmark)
+  if config.row not in ("spider", "spider_hard"):
+    return experiment
+  return experiment._replace(figures=lambda state: {**experiment.figures(state), **figures(state)})
 
 
-def tuner_of(config: Config) -> Tuner:
-  """The row that a config names."""
-  targets = trained(config)
-  if config.row == "full":
-    return tuners.selected(targets)
-  if config.row == "half":
-    return method.half(targets, max(1, config.steps // config.half_rounds))
-  rules = {
-    "spider": method.soft,
-    "spider_hard": method.hard,
-    "grad_mask": method.by_gradient(config.ratio),
-  }
-  return method.tuner(
+def tuner_of(config: Config, layers: int) -> Tuner:
+  """The row that a config names; every one trains the same projector and last layers.
+
+  Raises:
+    InputError: the model has fewer layers.
+  """
+  c = config
+  if c.last_layers > layers:
+    raise InputError(f"last_layers: {c.last_layers} of a model of {layers}")
+  targets = suite.last_layers(c.last_layers, layers) if c.last_layers else tuners.PROJECTOR
+  ours = functools.partial(
+    method.tuner,
     targets,
-    rule=rules[config.row],
-    accumulate=config.accumulate,
-    update_every=config.update_every,
-    recompute_importance=config.recompute_importance,
+    accumulate=c.accumulate,
+    update_every=c.update_every,
+    recompute_importance=c.recompute_importance,
   )
+  graft = lambda before, after, key: posterior.grafting(before, after, c.graft_share)
+  make: dict[str, Callable[[], Tuner]] = {
+    "spider": ours,
+    "spider_hard": lambda: ours(rule=method.hard),
+    "grad_mask": lambda: ours(rule=method.by_gradient(c.ratio)),
+    "full": lambda: tuners.selected(targets),
+    "half": lambda: method.half(targets, max(1, c.steps // c.half_rounds)),
+    "magnitude_mask": lambda: fixed_mask(targets, 1 - c.ratio, masks.by_magnitude),
+    "random_mask": lambda: fixed_mask(targets, 1 - c.ratio, masks.at_random),
+    "l2_sp": lambda: suite.l2_sp(c.l2_weight, targets),
+    "dare": lambda: suite.dare(c.dare_rate, targets),
+    "grafting": lambda: suite.posterior_edit(graft, targets),
+  }
+  return make[c.row]()
 
 
-def trained(config: Config) -> str:
-  """Paths of the projector and of the last layers."""
-  layers = config.desk.num_layers
-  last = "|".join(str(i) for i in range(layers - config.last_layers, layers))
-  return rf"{tuners.PROJECTOR}|^language/layers_({last})/" if last else tuners.PROJECTOR
+def fixed_mask(targets: str, share: float, score: masks.Score) -> Tuner:
+  """Only the `share` of every tensor with the highest scores is tuned, the projector's too."""
+  base = tuners.adapted(masks.tuned(share, score), targets, None)
+  rates = lambda tree: {"adapter": tuners.own_rates(tree["adapter"]), "params": {}}
+  return base._replace(rates=rates)
 
 
 def figures(state: TuningState) -> dict[str, Figure]:

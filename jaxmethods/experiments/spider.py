@@ -17,7 +17,10 @@ from jaxmethods.runtime.experiment import Experiment
 with epy.lazy_imports():
   from jaxmethods.experiments import selective_tuning
 
-Row = Literal["spider", "spider_hard", "full", "half", "grad_mask"]
+Row = Literal[
+  "spider", "spider_hard", "full", "half", "magnitude_mask", "random_mask", "grad_mask", "l2_sp", "dare",
+  "grafting",
+]  # fmt: skip
 ROWS: tuple[Row, ...] = Row.__args__  # type: ignore[attr-defined]
 
 
@@ -37,22 +40,29 @@ class Config(TuningConfig):
   recompute_importance: bool = False  # keep no copy of P
   ratio: float = 0.5  # frozen by the mask rows, updated by grad_mask
   half_rounds: int = 10  # rounds of half fine-tuning (inferred)
+  l2_weight: float = 1e-3  # (inferred)
+  dare_rate: float = 0.9
+  graft_share: float = 0.1
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if not 0 <= self.last_layers <= self.desk.num_layers:
-      raise ValueError(f"last_layers: must be in 0..{self.desk.num_layers}, got {self.last_layers}")
+    if self.last_layers < 0:
+      raise ValueError(f"last_layers: must not be negative, got {self.last_layers}")
     for name in ("update_every", "half_rounds"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    if not 0 < self.ratio < 1:
-      raise ValueError(f"ratio: must be between 0 and 1, got {self.ratio}")
+    for name in ("ratio", "graft_share"):
+      if not 0 < getattr(self, name) < 1:
+        raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
+    if not 0 <= self.dare_rate < 1:
+      raise ValueError(f"dare_rate: must be in [0, 1), got {self.dare_rate}")
+    if self.l2_weight < 0:
+      raise ValueError(f"l2_weight: must not be negative, got {self.l2_weight}")
 
 
 def build(config: Config, mesh=None) -> Experiment:
   """Loads the benchmark and composes the experiment."""
-  del mesh
-  return selective_tuning.build(config)
+  return selective_tuning.build(config, mesh)
 
 
 def rows(config: Config) -> dict[str, Config]:

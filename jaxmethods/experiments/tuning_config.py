@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxmethods.runtime.experiment import RunConfig
 
-Target = Literal["digits", "counting", "captions"]
+Target = Literal["digits", "counting", "captions", "checking"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from jaxmethods.runtime.experiment import Experiment
 
 if TYPE_CHECKING:
   from jaxmethods.experiments.mllm_tuning import Config
+  from jaxmethods.experiments.tuning_config import TuningConfig
 
 # Last linear layers of attention and MLP: what serial adapters stand behind (orig).
 BRANCH_ENDS = r"^language/.*\b(out|down)/kernel$"
@@ -43,15 +45,38 @@ def build(config: Config, mesh: Any = None, benchmark: Benchmark | None = None) 
   if config.checkpoint.model:
     if config.row in DESK_ONLY:
       raise InputError(f"row: {config.row} works on the desk model only")
-    return checkpoint_tuning.build(config, lambda model: tuner_of(config, model), mesh)
+    return compose(config, functools.partial(tuner_of, config), mesh)
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
-  return tuning.build(
+  return compose(
     config,
-    tuner_of(config, benchmark.model),
-    benchmark=benchmark,
+    functools.partial(tuner_of, config),
+    mesh,
+    benchmark,
     probe=_probe(config, benchmark),
     mixture=config.row == "joint",
   )
+
+
+def compose(
+  config: TuningConfig,
+  make_tuner: Callable[[Any], Tuner],
+  mesh: Any = None,
+  benchmark: Benchmark | None = None,
+  **options: Any,
+) -> Experiment:
+  """The experiment of one way of tuning, on the checkpoint that the config names or on the desk model.
+
+  Args:
+    config: budget, target, model.
+    make_tuner: model -> how it is tuned.
+    mesh: for a checkpoint.
+    benchmark: default: that of the config.
+    **options: of `tuning.build`.
+  """
+  if config.checkpoint.model:
+    return checkpoint_tuning.build(config, make_tuner, mesh)
+  benchmark = benchmark or multimodal.load(config.desk, (config.target,))
+  return tuning.build(config, make_tuner(benchmark.model), benchmark=benchmark, **options)
 
 
 def tuner_of(config: Config, model: Any) -> Tuner:

@@ -80,6 +80,17 @@ def test_captions_say_what_the_questions_say():
     assert image not in caption or answer in caption[image].split()
 
 
+def test_checks_ask_about_the_digit_that_is_there():
+  data, source = multimodal.checking(), multimodal.digits()
+  np.testing.assert_array_equal(data.split, source.split)
+  named = np.array([question.split()[-1] for question in data.question])
+  np.testing.assert_array_equal(data.answer == "yes", named == source.answer)
+  assert 0.45 < (data.answer == "yes").mean() < 0.55
+  # No word of its own: the vocabulary, and so the pretrained model, is the same with and without it.
+  others = [multimodal.load(name) for name in ("easy-vqa", "digits", "counting", "captions")]
+  assert multimodal.vocabulary([*others, data]) == multimodal.vocabulary(others)
+
+
 def test_vocabulary():
   words = multimodal.vocabulary([multimodal.digits()], extra=("backdoor",))
   text = "which digit is shown"

@@ -4,12 +4,15 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.memory_plan import LLAVA_1_5_7B
 from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
+from jaxmethods.models.mllm import MLLM, MLLMConfig
 from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
 
 LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}
@@ -28,7 +31,7 @@ def config(method, **changes):
 @pytest.fixture(scope="module")
 def sculpted():
   settings = config(lorasculpt)
-  experiment = low_rank_tuning.build(settings, benchmark())
+  experiment = low_rank_tuning.build(settings, benchmark=benchmark())
   return settings, experiment, trained(experiment, settings)
 
 
@@ -41,7 +44,7 @@ def test_masks_hold_in_what_is_shipped(sculpted):
     np.testing.assert_array_equal(factors[path][~mask], 0)
   assert any(f[masks[path]].any() for path, f in factors.items() if path.endswith("/b"))
   assert not any(path.startswith(("projector", "vision")) for path in factors)
-  assert set(experiment.figures(state)) == {"update_density"}
+  assert set(experiment.figures(state)) == {"accuracy", "update_density"}
 
 
 def test_merged_and_unmerged_agree(sculpted):
@@ -60,7 +63,7 @@ def test_merged_and_unmerged_agree(sculpted):
 
 def test_published_last_step_leaks_and_ours_does_not(sculpted):
   settings = dataclasses.replace(sculpted[0], official_final=True)
-  state = trained(low_rank_tuning.build(settings, benchmark()), settings)
+  state = trained(low_rank_tuning.build(settings, benchmark=benchmark()), settings)
   masks = flatten(state.tuner.extra["masks"])
   factors = flatten(state.tuner.trainable["adapter"])
   assert any(f[~masks[path]].any() for path, f in factors.items())
@@ -74,14 +77,14 @@ def test_without_pruning_and_penalty_it_is_lora():
   results = []
   for changes in ({"row": "lora"}, {"keep_ratio": 1.0, "cmr_weight": 0.0}):
     settings = config(lorasculpt, **changes)
-    results.append(trained(low_rank_tuning.build(settings, benchmark()), settings))
+    results.append(trained(low_rank_tuning.build(settings, benchmark=benchmark()), settings))
   plain, idle = (state.tuner.trainable for state in results)
   jax.tree.map(np.testing.assert_array_equal, plain, idle)
 
 
 @pytest.mark.parametrize("connector", ["lora_cmr", "frozen"])
 def test_connectors(connector):
-  experiment = low_rank_tuning.build(config(lorasculpt, connector=connector), benchmark())
+  experiment = low_rank_tuning.build(config(lorasculpt, connector=connector), benchmark=benchmark())
   check_traces(experiment)
   state = experiment.init(jax.random.key(0))
   assert "projector" in state.tuner.frozen["params"]
@@ -95,22 +98,22 @@ def test_every_row_traces():
   assert next(iter(rows)) == "lorasculpt"
   assert rows["dora"].learning_rate == 0.5
   for row in rows.values():
-    check_traces(low_rank_tuning.build(row, benchmark()))
+    check_traces(low_rank_tuning.build(row, benchmark=benchmark()))
   rows = spider.rows(config(spider))
   assert next(iter(rows)) == "spider"
   for row in rows.values():
-    check_traces(selective_tuning.build(row, benchmark()))
+    check_traces(selective_tuning.build(row, benchmark=benchmark()))
 
 
 def test_spider_moves_what_is_selected_and_nothing_else():
   settings = config(spider)
-  experiment = selective_tuning.build(settings, benchmark())
+  experiment = selective_tuning.build(settings, benchmark=benchmark())
   state = trained(experiment, settings)
   anchor, now = (flatten(x) for x in (state.tuner.extra["anchor"], state.tuner.trainable))
   assert {path.split("/")[1] for path in now if path.startswith("language")} == {"layers_0"}
   changed = np.concatenate([np.ravel(now[path] != anchor[path]) for path in now])
   assert 0.05 < changed.mean() < 0.95
-  assert set(experiment.figures(state)) == {"changed_entries", "importances"}
+  assert set(experiment.figures(state)) == {"accuracy", "changed_entries", "importances"}
   before = flatten(benchmark().params)  # frozen means frozen
   for path, x in flatten(state.tuner.frozen).items():
     np.testing.assert_array_equal(x, before[path])
@@ -118,7 +121,7 @@ def test_spider_moves_what_is_selected_and_nothing_else():
 
 def test_half_of_the_tensors_rest():
   settings = config(spider, row="half", half_rounds=1)
-  state = trained(selective_tuning.build(settings, benchmark()), settings)
+  state = trained(selective_tuning.build(settings, benchmark=benchmark()), settings)
   before = flatten(benchmark().params)
   still = [(x == before[path]).all() for path, x in flatten(state.tuner.trainable).items()]
   assert sum(still) == len(still) // 2
@@ -126,7 +129,7 @@ def test_half_of_the_tensors_rest():
 
 def test_spider_options_are_part_of_the_state():
   held = config(spider, update_every=3, accumulate="pre_clip", recompute_importance=True)
-  experiment = selective_tuning.build(held, benchmark())
+  experiment = selective_tuning.build(held, benchmark=benchmark())
   check_traces(experiment)
   extra = experiment.init(jax.random.key(0)).tuner.extra
   assert extra["mask"] is not None
@@ -140,7 +143,8 @@ def test_spider_options_are_part_of_the_state():
     (lorasculpt, {"keep_ratio": 1.5}, r"keep_ratio: must be in \(0, 1\]"),
     (lorasculpt, {"prune_at": 0}, "prune_at"),
     (lorasculpt, {"dropout": 1.0}, "dropout"),
-    (spider, {"last_layers": 3}, r"last_layers: must be in 0\.\.1"),
+    (spider, {"last_layers": -1}, "last_layers"),
+    (spider, {"dare_rate": 1.0}, "dare_rate"),
     (spider, {"ratio": 1.0}, "ratio"),
     (spider, {"update_every": 0}, "update_every"),
   ],
@@ -160,7 +164,7 @@ def test_impossible_settings(method, changes, message):
 )
 def test_targets_that_do_not_exist(changes, message):
   with pytest.raises(InputError, match=message):
-    check_traces(low_rank_tuning.build(config(lorasculpt, **changes), benchmark()))
+    check_traces(low_rank_tuning.build(config(lorasculpt, **changes), benchmark=benchmark()))
 
 
 def test_pretrained_weights_with_nan_are_refused():
@@ -169,4 +173,46 @@ def test_pretrained_weights_with_nan_are_refused():
   damaged = benchmark()._replace(params=broken)
   for method, build in ((lorasculpt, low_rank_tuning.build), (spider, selective_tuning.build)):
     with pytest.raises(InputError, match="language/norm/scale has values that are not finite"):
-      build(config(method), damaged)
+      build(config(method), benchmark=damaged)
+
+
+def test_layers_that_the_model_does_not_have():
+  with pytest.raises(InputError, match="last_layers: 3 of a model of 1"):
+    selective_tuning.build(config(spider, last_layers=3), benchmark=benchmark())
+
+
+def test_fixed_masks_hold_half_of_every_tensor():
+  settings = config(spider, row="magnitude_mask")
+  experiment = selective_tuning.build(settings, benchmark=benchmark())
+  masks = flatten(experiment.init(jax.random.key(0)).tuner.frozen["adapter"])
+  assert any(path.startswith("projector") for path in masks)
+  assert all(mask.sum() == mask.size // 2 for mask in masks.values())
+
+
+def llava(layers, scan):
+  """Abstract parameters of LLaVA-1.5-7B with so many decoder layers, and a tower of one."""
+  text = LLAVA_1_5_7B["text_config"] | {"num_hidden_layers": layers}
+  vision = LLAVA_1_5_7B["vision_config"] | {"num_hidden_layers": 1}
+  shape = {"text_config": text, "vision_config": vision, "vision_feature_layer": -1}
+  published = MLLMConfig.from_hugging_face(LLAVA_1_5_7B | shape)
+  model = MLLM(published, scan_layers=scan)
+  ids, pixels = jnp.zeros((1, 4), int), jnp.zeros((1, 336, 336, 3))
+  return jax.eval_shape(model.init, jax.random.key(0), ids, pixels)["params"]
+
+
+def test_published_counts():
+  projector = 20_979_712
+  params = llava(32, scan=True)
+  settings = lorasculpt.Config()
+  tuner = low_rank_tuning.tuner_of(settings)
+  state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
+  assert tuning.num_parameters(state.trainable["adapter"]) == 79_953_920
+  assert tuning.num_parameters(state.trainable["params"]) == projector
+  assert tuning.num_parameters(state.extra["masks"]) == 79_953_920
+
+  params = llava(2, scan=False)
+  tuner = selective_tuning.tuner_of(spider.Config(), 2)
+  state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
+  assert tuning.num_parameters(state.trainable) == 2 * 202_383_360 + projector == 425_746_432
+  # theta^0, P and S: 5.1 GB in float32.
+  assert tuning.num_parameters(state.extra) == 3 * 425_746_432

@@ -156,13 +156,13 @@ def posterior_edit(edit: posterior.Edit, targets: str = LAYERS) -> Tuner:
   return base._replace(init=init, finalize=finalize)
 
 
-def dare(rate: float) -> Tuner:
+def dare(rate: float, targets: str = LAYERS) -> Tuner:
   """DARE of the whole update."""
 
   def edit(before, after, key):
     return posterior.dare(before, after, jax.random.bernoulli(key, rate, before.shape), rate)
 
-  return posterior_edit(edit)
+  return posterior_edit(edit, targets)
 
 
 def half(share: float = 0.5) -> Tuner:
@@ -280,9 +280,7 @@ def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
   return base._replace(rates=rates)
 
 
-def adalora(
-  rank: int, dropout: float, weight: float, steps: int, targets: str = LINEARS
-) -> Tuner:
+def adalora(rank: int, dropout: float, weight: float, steps: int, targets: str = LINEARS) -> Tuner:
   """AdaLoRA: starts with half as many triplets again, and prunes them down to `rank` a layer.
 
   Pruning begins after a tenth of the steps and is done after seven tenths (inferred).
