@@ -211,6 +211,6 @@ def test_the_command(cli, tmp_path):
   assert "real data" in compared.stdout
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
   base, full = (row["metrics"] for row in rows)
-  assert list(base)[0] == "H"
+  assert next(iter(base)) == "H"
   assert base["F"]["mean"] == base["E"]["mean"] == base["params_percent"]["mean"] == 0
   assert full["params_percent"]["mean"] > 50
