@@ -178,7 +178,7 @@ def build(
   before = compiler.jit(lambda params, tests: scores(plain(params), tests))(material.params, tests)
 
   def init(key: jax.Array) -> TuningState:
-    probe = material.batch(train[: min(config.probe_size, len(train))])
+    probe = jax.device_put(material.batch(train[: min(config.probe_size, len(train))]))
     return init_state(tuner, optimiser, key, material.params, probe)
 
   def batches(k: int) -> Iterator[dict[str, np.ndarray]]:

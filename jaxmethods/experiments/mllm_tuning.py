@@ -141,8 +141,7 @@ def build(config: Config, mesh=None) -> Experiment:
 def rows(config: Config) -> dict[str, Config]:
   """All rows; learning rates are those of `rates`. `base` has one step, which changes nothing."""
   rate = lambda name: config.rates.get(name, config.learning_rate)
-  result = {
-    name: dataclasses.replace(config, row=name, learning_rate=rate(name)) for name in PARADIGMS
-  }
+  of = lambda name: dataclasses.replace(config, row=name, learning_rate=rate(name))
+  result = {name: of(name) for name in PARADIGMS}
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}
