@@ -132,7 +132,8 @@ def write(workdir: Path) -> None:
     "",
     "Test accuracy of the last epoch, mean ± 95 % interval over seeds. Validation: accuracy on the "
     "graphs that the teacher was trained on. Agreement, gap, edges: of the final pseudo-graphs "
-    "(teacher's class is the wanted one; distance from its batch-norm statistics; mean number).",
+    "(teacher's class is the wanted one; distance from its batch-norm statistics; mean number, "
+    "of directed edges for gfkd and deepinversion).",
   ]
   for kind in sorted({kind for _, kind in found}):
     lines += [
