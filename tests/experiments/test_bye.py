@@ -58,7 +58,7 @@ def trained(benchmark):
   return experiment, backdoor.load(CONFIG, benchmark), [*states, state], losses
 
 
-def test_the_backdoor_is_learnt_and_found_and_forgotten(trained):
+def test_the_backdoor_is_learnt_and_measured(trained):
   experiment, _, states, losses = trained
   result = jax.jit(experiment.evaluate)(states[-1], experiment.test)
   assert result["attack_success_before"] > 90
