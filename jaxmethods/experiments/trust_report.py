@@ -116,7 +116,8 @@ def energy_picture(evidence: Evidence, config: Config, groups: list[str]) -> Fig
     correct = np.asarray(evidence.facts.correct[g])
     for axis, (name, values) in zip(axes[g], panels.items(), strict=True):
       _layers(axis, np.asarray(values), correct)
-      axis.set(title=f"{title}: {name}", xlabel="layer")
+      axis.set_title(f"{title}: {name}", fontsize=9)
+      axis.set_xlabel("layer")
   axes[0, 0].legend(frameon=False, fontsize=9)
   return figure
 
