@@ -267,7 +267,7 @@ def command(folder, **changes):
     "data": f"npz:{folder}/private.npz", "public": f"npz:{folder}/public.npz", "local": "ce",
     "exchange": "fedmd", "architectures": "[resnet10]", "clients_per_architecture": 2, "narrow": 8,
     "stages": 1, "pretrain": 1, "steps": 1, "batch_size": 16, "private_examples": 70,
-    "kinds": "[jpeg_compression]",
+    "kinds": "[jpeg_compression]", "image_size": 0,
   }  # fmt: skip
   return [word for key, value in (small | changes).items() for word in (f"--{key}", value)]
 
