@@ -121,7 +121,7 @@ def test_it_learns(folder, material):
   assert losses[-1] < 0.5 * losses[0]
   result = quick_jit(experiment.evaluate)(state, experiment.test)
   assert result["Target"] >= 50
-  assert list(result)[:2] == ["H", "other"]
+  assert {"H", "other", "Source", "Target", "E", "F"} <= set(result)
   again = experiment.batches(3)
   first = experiment.batches(0)
   for _ in range(3):

@@ -1,6 +1,7 @@
 """The suite on a model that is pretrained for two steps: data order, columns, rows, bad input."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -113,7 +114,11 @@ def test_every_row_starts_and_keeps_its_shape(benchmark):
   columns = None
   for name, config in mllm_tuning.rows(CONFIG).items():
     experiment = loop.ordered(tuning_rows.build(config, benchmark=benchmark))
-    state = experiment.init(jax.random.key(0))
+    # CorDA chooses ranks by what it sees, which cannot be traced.
+    start = (
+      experiment.init if name == "corda" else functools.partial(jax.eval_shape, experiment.init)
+    )
+    state = start(jax.random.key(0))
     after, metrics = jax.eval_shape(experiment.step, state, next(experiment.batches(0)))
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert describe(after) == describe(state), name
@@ -211,6 +216,6 @@ def test_the_command(cli, tmp_path):
   assert "real data" in compared.stdout
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
   base, full = (row["metrics"] for row in rows)
-  assert list(base)[0] == "H"
+  assert next(iter(base)) == "H"
   assert base["F"]["mean"] == base["E"]["mean"] == base["params_percent"]["mean"] == 0
   assert full["params_percent"]["mean"] > 50
