@@ -142,7 +142,8 @@ def rows(config: Config) -> dict[str, Config]:
   """All rows; learning rates are those of `rates`. `base` has one step, which changes nothing."""
   rate = lambda name: config.rates.get(name, config.learning_rate)
   result = {
-    name: dataclasses.replace(config, row=name, learning_rate=rate(name)) for name in PARADIGMS
+    name: dataclasses.replace(config, row=name, learning_rate=rate(name))  # type: ignore[arg-type]
+    for name in PARADIGMS
   }
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}

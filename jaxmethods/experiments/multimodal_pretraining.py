@@ -59,21 +59,26 @@ def pretrained(
 ) -> dict[str, Any]:
   """The parameters of the model, trained on the training part of easy-VQA or read from the cache."""
   about = [FORMAT, repr((model, desk, vocabulary.words)).encode(), *_bytes_of(data)]
-  tower = cached("desk_towers", about, lambda: flatten(_train_tower(model, data, desk)))
+  tower = cached("desk_towers", about, lambda: _arrays(_train_tower(model, data, desk)))
   whole = cached(
     "desk_models",
     [b"language", *about],
-    lambda: flatten(_train_language(model, data, vocabulary, desk, unflatten(tower))),
+    lambda: _arrays(_train_language(model, data, vocabulary, desk, unflatten(tower))),
   )
   return unflatten(whole)
 
 
 def features_of(model: DeskMLLM, params: dict[str, Any], images: np.ndarray) -> np.ndarray:
   """What the frozen tower makes of images: (n, N, F) float32, by the cache."""
-  depends = [FORMAT, repr(model.config).encode(), *flatten(params["vision"]).values(), images]
+  depends = [FORMAT, repr(model.config).encode(), *_arrays(params["vision"]).values(), images]
   return cached(
     "desk_features", depends, lambda: {"x": _features(model, params["vision"], images)}
   )["x"]
+
+
+def _arrays(params: dict[str, Any]) -> dict[str, np.ndarray]:
+  """The tree by path, on the host."""
+  return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
 
 def _bytes_of(data: QuestionData) -> Iterable[bytes | np.ndarray]:

@@ -122,8 +122,8 @@ class DeskMLLM(nn.Module):
       (B * K, ...). Values at the prompt's places are left out of the logits only.
     """
     *lead, length = ids.shape
-    flat = lambda x: None if x is None else x.reshape(-1, length)
-    embeddings, mask = self.language.embed_tokens(flat(ids)), flat(mask)
+    embeddings = self.language.embed_tokens(ids.reshape(-1, length))
+    mask = None if mask is None else mask.reshape(-1, length)
     extra = 0
     if prompt is not None:
       extra = len(prompt)

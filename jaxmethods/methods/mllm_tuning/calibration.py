@@ -29,7 +29,8 @@ def input_moments(
     targets: regular expression on kernel paths.
   """
   layers = [owner(path) for path in linear_targets(params, targets)]
-  flat, moments = flatten(params), {}
+  flat = flatten(params)
+  moments: dict[str, jax.Array] = {}
   # The projector sees the images once; the language model sees images, and then texts.
   for calls in (1, 2):
     chosen = [path for path in layers if bool(re.search(PROJECTOR, f"{path}/")) == (calls == 1)]

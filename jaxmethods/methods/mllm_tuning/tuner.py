@@ -22,7 +22,7 @@ from jaxmethods.adapters.targets import ATTENTION, BLOCK, MLP, flatten, matching
 from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.federated import paths
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 
 # Parameters by what they belong to, as regular expressions on their paths.
 PROJECTOR = r"^projector/"
@@ -186,7 +186,7 @@ def init_state(
 class RateState(NamedTuple):
   """Steps done, and the peak rate of every group: data, so that one program serves all rates."""
 
-  count: jax.Array
+  steps: jax.Array
   rates: dict[str, jax.Array]
 
 
@@ -218,9 +218,9 @@ def adamw(
 
   def update(updates: Tree, state: RateState, trainable: Tree | None = None):
     del trainable
-    scale = lambda update, label: -shape(state.count) * state.rates[label] * update
+    scale = lambda update, label: -shape(state.steps) * state.rates[label] * update
     updates = jax.tree.map(scale, updates, labels(updates))
-    return updates, state._replace(count=state.count + 1)
+    return updates, state._replace(steps=state.steps + 1)
 
   return optax.chain(optax.scale_by_adam(), optax.GradientTransformation(init, update))
 
