@@ -78,6 +78,7 @@ def features_of(model: DeskMLLM, params: dict[str, Any], images: np.ndarray) -> 
 
 
 def _host(params: dict[str, Any]) -> dict[str, np.ndarray]:
+  """The tree by path, on the host."""
   return jax.tree.map(np.asarray, flatten(params))
 
 
