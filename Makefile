@@ -2,6 +2,8 @@
 
 METHOD ?= fedssp
 ARGS ?=
+# What `make bench` times; the other modules of benchmarks/ take hours, a subcommand or a peer of their own.
+BENCH ?= fedavg gin ggeur_generation acgkd_generation
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ format: $(READY)  ## Format the code
 
 bench: $(READY)  ## Time us beside the peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	for file in benchmarks/*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done
+	for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
 
 clean:  ## Remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
