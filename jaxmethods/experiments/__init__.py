@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     title="LoRASculpt",
     paper="Liang et al., CVPR 2025, arXiv 2503.16843",
     summary="low-rank tuning of a multimodal model, pruned early so that it forgets less",
-    embedded_run="2 min",
+    embedded_run="2 min, after 10 min of pretraining once",
   ),
   "mllm_tuning": Method(
     title="Keeping Yourself",
@@ -80,13 +80,13 @@ METHODS: dict[str, Method] = {
     title="SPIDER",
     paper="Huang et al., ICML 2025, arXiv 2411.10928",
     summary="tunes only what the task needs more than pretraining did",
-    embedded_run="2 min",
+    embedded_run="2 min, after 10 min of pretraining once",
   ),
   "thanora": Method(
     title="ThanoRA",
     paper="Liang et al., 2025, arXiv 2505.18640",
     summary="one mergeable low-rank update for several tasks (inferred in parts: no code exists)",
-    embedded_run="2 min",
+    embedded_run="2 min, after 10 min of pretraining once",
   ),
 }
 
