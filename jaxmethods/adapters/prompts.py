@@ -30,7 +30,7 @@ def init_prompt(key: jax.Array, params: Params, length: int = 20) -> Tree:
   flat = flatten(params)
   (path,) = matching(flat, r"\bembed/embedding$")
   tokens = jax.random.randint(key, (length,), 0, flat[path].shape[0])
-  return {"prompt": flat[path][tokens].astype(jnp.float32)}
+  return {"prompt": jnp.asarray(flat[path])[tokens].astype(jnp.float32)}
 
 
 def init_prefix(key: jax.Array, config: CausalLMConfig, length: int = 20) -> Tree:

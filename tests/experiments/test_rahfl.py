@@ -105,7 +105,7 @@ def test_a_client_that_returns_nan_is_rejected_by_name_and_the_round_goes_on(run
   assert np.isfinite(metrics["loss"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.peers[0].params))
   result = experiment.evaluate(after, experiment.test)
-  assert result["clean_accuracy/mobile.0"] == 0 and result["clean_accuracy/resnet.0"] > 0.8
+  assert result["clean_accuracy/mobile.0"] == 0 and result["clean_accuracy/resnet.0"] > 0.6
 
 
 def test_the_same_key_gives_the_same_round(run):
