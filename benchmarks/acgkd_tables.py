@@ -223,7 +223,9 @@ def main() -> int:
   about = {
     "name": args.name,
     "data": config.data,
-    "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]),
+    "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]).replace(
+      str(args.workdir), "DIR"
+    ),
     "about": acgkd.build(config).about,
     "settings": dataclasses.asdict(config),
     "rows": list(rows),

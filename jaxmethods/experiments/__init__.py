@@ -24,7 +24,9 @@ class Method(NamedTuple):
   title: str
   paper: str
   summary: str
-  embedded_run: str  # how long `python -m train.run --method NAME` takes on two CPU cores
+  embedded_run: (
+    str  # how long `python -m train.run --method NAME` takes on two CPU cores; ~: estimated
+  )
 
 
 METHODS: dict[str, Method] = {
@@ -32,19 +34,19 @@ METHODS: dict[str, Method] = {
     title="ACGKD",
     paper="Jia et al., 2025, arXiv 2504.00540",
     summary="a graph network distilled without any graph (a reconstruction)",
-    embedded_run="1 min",
+    embedded_run="~1 min",
   ),
   "bye": Method(
     title="BYE",
     paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
     summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
-    embedded_run="3 min, after 10 min of pretraining once",
+    embedded_run="~3 min, after 7 min of pretraining once",
   ),
   "cot_kinetics": Method(
     title="CoT-Kinetics",
     paper="Bi et al., 2025, arXiv 2505.13408",
     summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
-    embedded_run="5 min",
+    embedded_run="~5 min",
   ),
   "fedssp": Method(
     title="FedSSP",
@@ -62,31 +64,31 @@ METHODS: dict[str, Method] = {
     title="LoRASculpt",
     paper="Liang et al., CVPR 2025, arXiv 2503.16843",
     summary="low-rank tuning of a multimodal model, pruned early so that it forgets less",
-    embedded_run="2 min, after 10 min of pretraining once",
+    embedded_run="~2 min, after 7 min of pretraining once",
   ),
   "mllm_tuning": Method(
     title="Keeping Yourself",
     paper="Huang et al., 2025, arXiv 2503.04543",
     summary="ways to tune a multimodal model without forgetting: 39 rows, one model, one budget",
-    embedded_run="2 min, after 10 min of pretraining once",
+    embedded_run="~2 min, after 7 min of pretraining once",
   ),
   "rahfl": Method(
     title="RAHFL",
     paper="Fang et al., TPAMI 2025, arXiv 2503.09206",
     summary="clients of different networks and corrupted images that learn from better ones' answers",
-    embedded_run="3 min",
+    embedded_run="~3 min",
   ),
   "spider": Method(
     title="SPIDER",
     paper="Huang et al., ICML 2025, arXiv 2411.10928",
     summary="tunes only what the task needs more than pretraining did",
-    embedded_run="2 min, after 10 min of pretraining once",
+    embedded_run="~2 min, after 7 min of pretraining once",
   ),
   "thanora": Method(
     title="ThanoRA",
     paper="Liang et al., 2025, arXiv 2505.18640",
     summary="one mergeable low-rank update for several tasks (inferred in parts: no code exists)",
-    embedded_run="2 min, after 10 min of pretraining once",
+    embedded_run="~2 min, after 7 min of pretraining once",
   ),
 }
 

@@ -9,7 +9,7 @@ and neither this nor any clean data.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from etils import epy
 
@@ -20,7 +20,7 @@ with epy.lazy_imports():
   from jaxmethods.experiments import backdoor
 
 Trigger = Literal["patch", "random", "dual", "multi", "blend", "sig", "wanet", "ftrojan"]
-TRIGGERS: tuple[Trigger, ...] = Trigger.__args__  # type: ignore[attr-defined]
+TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 # Those of the second line tune once: what they remove does not depend on a tuned model.
 Defence = Literal[
   "bye", "kmeans", "threshold", "all_layers", "fixed", "loss", "spectral", "clustering",

@@ -135,8 +135,8 @@ def reader(
     for row, (tokens, start) in enumerate(texts):
       ids[row, 0, : len(tokens) - 1] = tokens[:-1]
       labels[row, 0, start - 1 : len(tokens) - 1] = tokens[start:]
-    colour = tuple(checkpoint.padding)
-    images = [open_square(question.image, colour) for question in questions]  # type: ignore[arg-type]
+    red, green, blue = checkpoint.padding
+    images = [open_square(question.image, (red, green, blue)) for question in questions]
     return {"features": process(images), "ids": ids, "labels": labels}
 
   return batch

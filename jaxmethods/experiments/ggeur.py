@@ -8,7 +8,7 @@ that is trained on a part of every domain which is then set aside: neither clien
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from etils import epy
 
@@ -20,7 +20,7 @@ with epy.lazy_imports():
 Algorithm = Literal[
   "fedavg", "fedprox", "scaffold", "moon", "feddyn", "fedadam", "fedntd", "local", "centralised"
 ]
-ALGORITHMS: tuple[Algorithm, ...] = Algorithm.__args__  # type: ignore[attr-defined]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

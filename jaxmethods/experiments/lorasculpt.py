@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from etils import epy
 
-from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.experiments.tuning_config import TuningConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
@@ -91,8 +91,4 @@ def rows(config: Config) -> dict[str, Config]:
     "frozen_projector": {"row": "lorasculpt", "connector": "frozen"},
     **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
   }
-  rate = lambda name: config.rates.get(name, config.learning_rate)
-  return {
-    name: dataclasses.replace(config, learning_rate=rate(name), **change)
-    for name, change in changes.items()
-  }
+  return at_their_rates(config, changes)

@@ -19,7 +19,7 @@ from jaxmethods.adapters.targets import flatten, owner
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import multimodal, tuning
 from jaxmethods.experiments.multimodal import Benchmark
-from jaxmethods.experiments.questions import Split, accuracies
+from jaxmethods.experiments.questions import Split, accuracies, shuffled_rows
 from jaxmethods.methods import thanora as method
 from jaxmethods.methods.mllm_tuning import posterior
 from jaxmethods.methods.mllm_tuning import tuner as tuners
@@ -86,9 +86,12 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
     key = jax.random.wrap_key_data(state.key)
     if task is not None or config.sampler == "balanced":
       tasks = range(len(config.tasks)) if task is None else [task]
-      rows = [_rows(key, state.step, train.start[t], train.start[t + 1], sizes[t]) for t in tasks]
+      rows = [
+        train.start[t] + shuffled_rows(key, state.step, int(train.sizes[t]), sizes[t])
+        for t in tasks
+      ]
     else:
-      rows = [_rows(key, state.step, 0, train.start[-1], config.batch_size)]
+      rows = [shuffled_rows(key, state.step, int(train.start[-1]), config.batch_size)]
     return {name: x[jnp.concatenate(rows)] for name, x in data._asdict().items()}
 
   def step(state: TuningState, data: Split) -> tuple[TuningState, dict[str, jax.Array]]:
@@ -117,9 +120,9 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
     }
 
   source = jax.device_put(getattr(benchmark.upstream, config.split))
-  before = compiler.jit(
-    lambda params, split: multimodal.evaluate(model, params, split, benchmark.upstream.families)
-  )(benchmark.params, source)
+  before = tuning.pretrained_scores(
+    benchmark, {"source": source}, {"source": benchmark.upstream.families}
+  )["source"]
   test = {
     "tasks": jax.device_put(tests.questions),
     "source": source,
@@ -185,13 +188,6 @@ def batch_sizes(config: Config, train: Mixture) -> list[int]:
   if config.batch_size > train.start[-1]:
     raise InputError(f"batch_size: {config.batch_size} is more than the {train.start[-1]} examples")
   return sizes.tolist()
-
-
-def _rows(key: jax.Array, step: jax.Array, start: int, end: int, size: int) -> jax.Array:
-  """Rows of batch `step` of a run over start..end that is shuffled anew in every epoch."""
-  each = (end - start) // size
-  order = jax.random.permutation(jax.random.fold_in(key, step // each), int(end - start))
-  return start + jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
 
 
 # --- rows ---------------------------------------------------------------------------------------

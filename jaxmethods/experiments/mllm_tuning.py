@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from etils import epy
 
-from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.experiments.tuning_config import TuningConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
@@ -140,8 +140,6 @@ def build(config: Config, mesh=None) -> Experiment:
 
 def rows(config: Config) -> dict[str, Config]:
   """All rows; learning rates are those of `rates`. `base` has one step, which changes nothing."""
-  rate = lambda name: config.rates.get(name, config.learning_rate)
-  of = lambda name: dataclasses.replace(config, row=name, learning_rate=rate(name))
-  result = {name: of(name) for name in PARADIGMS}
+  result = at_their_rates(config, {name: {"row": name} for name in PARADIGMS})
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}

@@ -59,7 +59,16 @@ def pretrained(
 ) -> dict[str, Any]:
   """The parameters of the model, trained on the training part of easy-VQA or read from the cache."""
   about = [FORMAT, repr((model, desk, vocabulary.words)).encode(), *_bytes_of(data)]
-  tower = cached("desk_towers", about, lambda: _host(_train_tower(model, data, desk)))
+  # Neither words nor language model: a new task must not train the tower again.
+  recipe = (
+    model.config.tower,
+    model.config.image_size,
+    desk.tower_steps,
+    desk.tower_rate,
+    desk.seed,
+  )
+  tower_about = [FORMAT, repr(recipe).encode(), *_bytes_of(data)]
+  tower = cached("desk_towers", tower_about, lambda: _host(_train_tower(model, data, desk)))
   whole = cached(
     "desk_models",
     [b"language", *about],

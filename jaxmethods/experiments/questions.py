@@ -85,11 +85,15 @@ def draw(split: Split, key: jax.Array, step: jax.Array | int, size: int) -> dict
     features (size, N, F), ids (size, K, T), labels (size, K, T), family (size, K).
   """
   check_size(split, size)
-  count = len(split.ids)
+  rows = shuffled_rows(key, step, len(split.ids), size)
+  return {name: jnp.asarray(x)[rows] for name, x in split._asdict().items()}
+
+
+def shuffled_rows(key: jax.Array, step: jax.Array | int, count: int, size: int) -> jax.Array:
+  """Rows (size,) of batch `step` over `count` examples, which every epoch shuffles anew; see `draw`."""
   each = count // size
   order = jax.random.permutation(jax.random.fold_in(key, step // each), count)
-  rows = jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
-  return {name: jnp.asarray(x)[rows] for name, x in split._asdict().items()}
+  return jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
 
 
 def check_size(split: Split, size: int) -> None:

@@ -7,11 +7,11 @@ same benchmark under low-rank updates.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from etils import epy
 
-from jaxmethods.experiments.tuning_config import TuningConfig
+from jaxmethods.experiments.tuning_config import TuningConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
@@ -21,7 +21,7 @@ Row = Literal[
   "spider", "spider_hard", "full", "half", "magnitude_mask", "random_mask", "grad_mask", "l2_sp", "dare",
   "grafting",
 ]  # fmt: skip
-ROWS: tuple[Row, ...] = Row.__args__  # type: ignore[attr-defined]
+ROWS: tuple[Row, ...] = get_args(Row)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,5 +67,4 @@ def build(config: Config, mesh=None) -> Experiment:
 
 def rows(config: Config) -> dict[str, Config]:
   """SPIDER, its ablation, and its rivals on the same layers; learning rates are those of `rates`."""
-  rate = lambda name: config.rates.get(name, config.learning_rate)
-  return {name: dataclasses.replace(config, row=name, learning_rate=rate(name)) for name in ROWS}
+  return at_their_rates(config, {name: {"row": name} for name in ROWS})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from etils import epy
 
-from jaxmethods.experiments.tuning_config import BudgetConfig
+from jaxmethods.experiments.tuning_config import BudgetConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
@@ -100,8 +100,4 @@ def rows(config: Config) -> dict[str, Config]:
       )
     },
   }  # fmt: skip
-  rate = lambda name: config.rates.get(name, config.learning_rate)
-  return {
-    name: dataclasses.replace(config, learning_rate=rate(name), **change)
-    for name, change in changes.items()
-  }
+  return at_their_rates(config, changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -190,6 +190,13 @@ def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
     "target": getattr(target, config.split),
   }
   families = {"source": benchmark.upstream.families, "target": target.families}
+  return jax.device_put({**splits, "before": pretrained_scores(benchmark, splits, families)})
+
+
+def pretrained_scores(
+  benchmark: Benchmark, splits: Mapping[str, Split], families: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+  """{split: {family: accuracy}} of the pretrained model, by the cache."""
 
   def scores() -> dict[str, np.ndarray]:
     each = compiler.jit(
@@ -203,8 +210,9 @@ def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
     }
 
   depends = [b"scores 1", repr(benchmark.model).encode(), *jax.tree.leaves(benchmark.params)]
-  before = cached("desk_scores", [*depends, *jax.tree.leaves(splits)], scores)
-  return jax.device_put({**splits, "before": unflatten(before)})
+  return unflatten(
+    cached("desk_scores", [*depends, *map(np.asarray, jax.tree.leaves(splits))], scores)
+  )
 
 
 def table(run: Any, benchmark: Benchmark, config: TuningConfig, test: Any) -> dict[str, jax.Array]:

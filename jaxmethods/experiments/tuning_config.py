@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from jaxmethods.errors import InputError, nearest
 from jaxmethods.runtime.experiment import RunConfig
 
 Target = Literal["digits", "counting", "captions", "checking"]
@@ -108,3 +110,19 @@ class TuningConfig(BudgetConfig):
   """The same for one target."""
 
   target: Target = "digits"
+
+
+def at_their_rates(config: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """Rows of a comparison: the config with the changes of each, at its learning rate in `config.rates`.
+
+  Raises:
+    InputError: `rates` names no row.
+  """
+  for name in config.rates:
+    if name not in changes:
+      raise InputError(f"rates: {name!r} is no row, the nearest is {nearest(name, changes)}")
+  rate = lambda name: config.rates.get(name, config.learning_rate)
+  return {
+    name: dataclasses.replace(config, learning_rate=rate(name), **change)
+    for name, change in changes.items()
+  }

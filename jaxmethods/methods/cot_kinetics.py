@@ -11,7 +11,7 @@ Chain-of-Embedding (Wang et al., ICLR 2025, arXiv 2410.13640), the rival on the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxmethods.models.probe import masked_mean
 
 Form = Literal["turning", "turning_sq", "quadratic", "quadratic_plus"]
-FORMS: tuple[Form, ...] = Form.__args__  # type: ignore[attr-defined]
+FORMS: tuple[Form, ...] = get_args(Form)
 GAMMA = 0.8  # (secondary: the setting of a later paper's baseline)
 
 # Distances below this count as none: no division by less, and `Path.ok` says so.

@@ -98,14 +98,18 @@ def test_a_client_that_returns_nan_is_rejected_by_name_and_the_round_goes_on(run
   experiment, step, state, _ = run
   first, second = state.peers
   broken = second._replace(params=jax.tree.map(lambda a: a * jnp.nan, second.params))
-  after, metrics = step(state._replace(peers=(first, broken)), next(experiment.batches(8)))
+  batches = experiment.batches(8)
+  after, metrics = step(state._replace(peers=(first, broken)), next(batches))
   assert (
     metrics["rejected"] == 1 and metrics["rejected/mobile.0"] and not metrics["rejected/resnet.0"]
   )
   assert np.isfinite(metrics["loss"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.peers[0].params))
+  # On these few images one round moves a client as much beside a healthy peer: look a round on.
+  after, metrics = step(after, next(batches))
+  assert metrics["rejected"] == 1
   result = experiment.evaluate(after, experiment.test)
-  assert result["clean_accuracy/mobile.0"] == 0 and result["clean_accuracy/resnet.0"] > 0.6
+  assert result["clean_accuracy/mobile.0"] == 0 and result["clean_accuracy/resnet.0"] > 0.8
 
 
 def test_the_same_key_gives_the_same_round(run):
