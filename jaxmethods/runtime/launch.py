@@ -18,6 +18,7 @@ from jaxmethods.errors import InputError
 
 with epy.lazy_imports():
   import jax
+  from jax.experimental import multihost_utils
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -88,7 +89,10 @@ def start(args: argparse.Namespace) -> Mesh | None:
     jax.distributed.initialize(args.coordinator, processes, args.process_id)
   if jax.process_count() > 1 and not axes:
     raise InputError("--mesh: is needed with several processes, e.g. --mesh clients=8")
-  return _make_mesh(axes) if axes else None
+  mesh = _make_mesh(axes) if axes else None
+  if mesh and jax.process_count() > 1:
+    _connect(mesh)
+  return mesh
 
 
 def replicate(tree, mesh: Mesh | None):
@@ -115,6 +119,23 @@ def replicate(tree, mesh: Mesh | None):
     return x
 
   return jax.tree.map(place, tree)
+
+
+def _connect(mesh: Mesh) -> None:
+  """Opens the connections of the groups of devices that reduce together, while processes are in step.
+
+  On CPU a group connects at its first collective, and gives up when a process comes 30 s later than
+  the others (no flag changes that): compiling the first step on a busy machine can take longer.
+  """
+  axes = mesh.axis_names
+  groups = {axes, *((axis,) for axis in axes)}
+
+  def reduce():
+    return [jax.lax.psum(jax.lax.axis_index(group), group) for group in sorted(groups)]
+
+  multihost_utils.sync_global_devices("start")  # the group that has one device of each process
+  everywhere = jax.shard_map(reduce, mesh=mesh, in_specs=(), out_specs=jax.P(), check_vma=False)
+  jax.block_until_ready(jax.jit(everywhere)())
 
 
 def _on_cpu() -> bool:
