@@ -2,8 +2,9 @@
 
 Workload of `lora_peft.py` in the shared bench folder: vocabulary 4096, width 256, 10 layers, 8 heads,
 MLP 688, untied head; rank 8 on all seven projections; 4 x 128 tokens; AdamW; float32. Both sides run in
-turn in fresh processes, with default pages and with huge pages (an allocator setting that has to be
-there when a process starts). The peer needs its own environment (`pip install torch peft`).
+turn in fresh processes, with default pages, with huge pages, and with huge pages and memory kept
+between calls (allocator settings that have to be there when a process starts). The peer needs its own
+environment (`pip install torch peft`).
 
   python -m benchmarks.lora --bench ../shared/bench --peer_python /path/to/peft-venv/bin/python
 """
@@ -19,9 +20,16 @@ import sys
 import time
 from pathlib import Path
 
+from jaxmethods.runtime import launch
+
 STEPS = int(os.environ.get("BENCH_STEPS", 20))
 RESULTS = Path(__file__).parent / "results"
-PAGES = {"default": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+# "kept" is what `train.run` and the other entry points set for themselves.
+PAGES = {
+  "default": {},
+  "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+  "kept": {"GLIBC_TUNABLES": launch.tunables()},
+}
 FIELDS = ("median_ms", "min_ms", "cpu_median_ms", "cpu_min_ms")
 MALLOC = ("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
 

@@ -51,12 +51,17 @@ def set_allocator() -> None:
     return
   if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
     return
-  tunables = _TUNABLES if _has_huge_pages() else _KEEP
-  settings = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{k}={v}" for k, v in tunables.items())}
+  settings = {"GLIBC_TUNABLES": tunables()}
   described = " ".join(f"{name}={value}" for name, value in settings.items())
   environment = {**os.environ, **settings, _SWITCH: described}
   sys.stdout.flush()
   os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def tunables() -> str:
+  """What `set_allocator` sets, as glibc reads it from $GLIBC_TUNABLES."""
+  values = _TUNABLES if _has_huge_pages() else _KEEP
+  return ":".join(f"glibc.malloc.{name}={value}" for name, value in values.items())
 
 
 def start(args: argparse.Namespace) -> Mesh | None:
