@@ -202,17 +202,23 @@ def scores(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[s
   return {name: every[name] for name in names}
 
 
-def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[str, jax.Array]:
+def judge(
+  evidence: Evidence, names: tuple[str, ...], config: Config, chosen: jax.Array | None = None
+) -> dict[str, jax.Array]:
   """How well every score ranks the answers to the test problems; means over temperatures.
 
   Args:
     evidence: (G, N, ...) of G temperatures, answers to the calibration problems first.
     names: which scores.
-    config: `score` is what the first metrics are about.
+    config: of the run.
+    chosen: index of the score that the first metrics are about; None: `config.score`. As an array it
+      lets the rows of a comparison share one compiled program.
 
   Returns:
     Metrics. A ranking is NaN where all answers are right, or all wrong.
   """
+  if chosen is None:
+    chosen = jnp.int32(names.index(config.score))
   matrix, facts = test_scores(evidence, names, config)
   weight = facts.real.astype(jnp.float32)
 
@@ -223,7 +229,6 @@ def judge(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[st
     return jax.tree.map(jnp.mean, found)
 
   right, wrong = (jax.vmap(lambda s, sign=sign: metrics(s, sign))(matrix) for sign in (1, -1))
-  chosen = names.index(config.score)
   share = lambda values: (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
   ok = evidence.paths[config.states].ok[:, config.calibration :, SEGMENTS.index(config.segment)]
   return {

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import corrupted_clients
 from jaxmethods.experiments.corrupted_clients import Clients, client_names
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
   from jaxmethods.experiments.rahfl import Config
 
 _EVALUATED = 256  # images a forward pass of an evaluation
+_REPORT_EVERY = 5  # epochs alone
+_FORMAT = b"trained alone 1"  # changes when training alone changes
+# What training alone depends on, beside the clients' images and the key.
+_PRETRAINING = (
+  "pretrain", "architectures", "clients_per_architecture", "narrow", "stages", "batch_size",
+  "learning_rate",
+)  # fmt: skip
 
 
 class State(NamedTuple):
@@ -80,18 +88,22 @@ def network_of(net: Classifier) -> Network:
 def new_peer(
   net: Classifier,
   random: np.random.Generator,
+  projectors: np.random.Generator,
   side: int,
   optimizer: optax.GradientTransformation,
   config: Config,
 ) -> Peer:
-  """A client before its first step, for images of `side` pixels."""
+  """A client before its first step, for images of `side` pixels.
+
+  FedProto's projectors come from a generator of their own: the networks of all rows start alike.
+  """
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   drawn = draw_on_host(jax.eval_shape(net.init, jax.random.key(0), image), random)
   params = {"net": drawn["params"]}
   if config.exchange == "fedproto":
     width = drawn["params"]["head"]["kernel"].shape[0]
     shape = {"kernel": jax.ShapeDtypeStruct((width, config.fedproto_width), jnp.float32)}
-    params["projector"] = draw_on_host(shape, random)["kernel"]
+    params["projector"] = draw_on_host(shape, projectors)["kernel"]
   return Peer(params, drawn["batch_stats"], optimizer.init(params))
 
 
@@ -275,12 +287,15 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def init(key) -> State:
     *_, seed = np.asarray(jax.random.key_data(key))
-    random = np.random.default_rng(seed)
+    random, projectors = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     held = corrupted_clients.draw_clients(random, data, config)
     peers = tuple(
       jax.tree.map(
         lambda *a: jnp.stack(a),
-        *(new_peer(net, random, data.pool.shape[1], optimizer, config) for _ in range(each)),
+        *(
+          new_peer(net, random, projectors, data.pool.shape[1], optimizer, config)
+          for _ in range(each)
+        ),
       )
       for net in nets
     )
@@ -430,6 +445,40 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       "corruptions": corrupted_clients.sample_images(data),
     }
 
+  advance = compiler.jit(step, donate_argnums=0)
+
+  def pretrained(key) -> State:
+    """The state after the epochs alone, in which all rows agree: computed once, then cached."""
+    state = init(key)
+    learned = lambda state: [(p.params["net"], p.model_state) for p in state.peers]
+
+    def compute() -> dict[str, np.ndarray]:
+      reached, stream = init(key), batches(0)
+      for epoch in range(1, config.pretrain + 1):
+        reached, metrics = advance(reached, next(stream))
+        if epoch % _REPORT_EVERY == 0:
+          loss = metrics["loss"]
+          print(f"training alone: {epoch} of {config.pretrain}, loss {loss:.3f}", flush=True)
+      return {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(learned(reached)))}
+
+    settings = [repr((name, getattr(config, name))).encode() for name in _PRETRAINING]
+    arrays = [np.asarray(x) for x in (data.pool, state.held.rows, state.held.y)]
+    stored = cached(
+      "trained_alone", [_FORMAT, *settings, *arrays, np.asarray(jax.random.key_data(key))], compute
+    )
+    leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
+    nets = jax.tree.unflatten(jax.tree.structure(learned(state)), leaves)
+    peers = tuple(
+      peer._replace(params=peer.params | {"net": net}, model_state=model_state)
+      for peer, (net, model_state) in zip(state.peers, nets, strict=True)
+    )
+    return state._replace(peers=peers, round=jnp.int32(config.pretrain))
+
+  if config.reuse:
+    rounds = lambda step: batches(config.pretrain + step)
+    return Experiment(
+      pretrained, rounds, step, evaluate, data.test, figures, config.steps, data.about
+    )
   total = config.pretrain + config.steps
   return Experiment(init, batches, step, evaluate, data.test, figures, total, data.about)
 

@@ -56,6 +56,7 @@ class Config(RunConfig):
   exchange: Exchange = "asym"
   batch_size: int = 256  # private and public; incomplete batches are dropped
   learning_rate: float = 1e-3  # of Adam
+  reuse: bool = False  # start after `pretrain`, from the cache: what eval.compare does
   adam_state: Literal["reset", "keep"] = "reset"  # reset: anew at each public step and local phase
   lambda_jsd: float = 12.0
   beta: float = 1.0  # of distribution matching
@@ -89,6 +90,10 @@ class Config(RunConfig):
     if len(set(self.architectures)) < len(self.architectures):
       raise ValueError("architectures: a name repeats; clients_per_architecture says how many")
     clients = len(self.architectures) * self.clients_per_architecture
+    if self.reuse and self.adam_state == "keep":
+      raise ValueError(
+        "reuse: Adam's state of the time alone is not kept, adam_state must be reset"
+      )
     if clients < 1 or (clients < 2 and self.exchange != "none"):
       raise ValueError("architectures: one client has nobody to learn from")
 
@@ -99,10 +104,11 @@ def build(config: Config, mesh=None) -> Experiment:
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """RAHFL, its ablations, and its rivals."""
+  """RAHFL, its ablations, and its rivals; the epochs alone, equal in all rows, are done once a seed."""
+  reuse = config.adam_state == "reset"
 
   def row(local: Any, exchange: Any) -> Config:
-    return dataclasses.replace(config, local=local, exchange=exchange)
+    return dataclasses.replace(config, local=local, exchange=exchange, reuse=reuse)
 
   return {
     "rahfl": row("dcl", "asym"),

@@ -7,6 +7,7 @@ answers at every temperature, reads them again and judges all scores, in one com
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,13 +136,11 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     stored = cached(
       "reasoners", [FORMAT.encode(), settings, np.asarray(jax.random.key_data(key))], compute
     )
-    shapes = jax.eval_shape(lambda key: question(init(key).params, key, exam), key)
     leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.unflatten(_structure(_what_answers_depend_on(config)), leaves)
 
-  def judged(evidence: Evidence, test):
-    del test
-    return answer_trust.judge(evidence, names, config)
+  def judged(evidence: Evidence, chosen: jax.Array):
+    return answer_trust.judge(evidence, names, config, chosen)
 
   def nothing(evidence: Evidence, batch):
     del batch
@@ -153,7 +152,8 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       yield ()
 
   figures, files = reported(lambda evidence: evidence)
-  return Experiment(trained, no_batches, nothing, judged, (), figures, 1, about, files)
+  chosen = jnp.int32(names.index(config.score))
+  return Experiment(trained, no_batches, nothing, judged, chosen, figures, 1, about, files)
 
 
 def make_model(config: Config) -> CausalLM:
@@ -291,6 +291,18 @@ def gather(model: CausalLM, params: Any, key: jax.Array, exam: Exam, config: Con
   found = jax.lax.map(of_chunk, (rows, jnp.arange(chunks)))
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :count]
   return jax.tree.map(join, found)
+
+
+@functools.cache
+def _structure(config: Config) -> Any:
+  """Of the evidence that `gather` gives; traced once for all rows and seeds."""
+
+  def evidence(key: jax.Array) -> Evidence:
+    model = make_model(config)
+    params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return gather(model, params, key, make_exam(config), config)
+
+  return jax.tree.structure(jax.eval_shape(evidence, jax.random.key(0)))
 
 
 def _what_answers_depend_on(config: Config) -> Config:

@@ -1,9 +1,11 @@
 """The RAHFL experiment with two one-block networks: rounds, rules, uploads, bad input."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,24 @@ def test_the_same_key_gives_the_same_round(run):
     np.testing.assert_array_equal(one, other)
 
 
+def test_rows_share_the_time_alone(folder, tmp_path, monkeypatch):
+  """Computed once; and every row starts with the networks that a run of its own would have by then."""
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  rows = rahfl.rows(config(folder, pretrain=1, architectures=["resnet", "mobile"]))
+  key = jax.random.key(3)
+  nets = lambda state: [(peer.params["net"], peer.model_state) for peer in state.peers]
+
+  alone = heterogeneous_images.build(dataclasses.replace(rows["fedproto"], reuse=False))
+  expected, _ = jax.jit(alone.step)(alone.init(key), next(alone.batches(0)))
+  for name in ("fedproto", "rahfl"):
+    experiment = heterogeneous_images.build(rows[name])
+    state = experiment.init(key)
+    chex.assert_trees_all_close(nets(state), nets(expected), atol=1e-6)
+    assert state.round == expected.round == 1
+    assert "public" in next(experiment.batches(0)) and experiment.num_steps == 4
+    assert len(list((tmp_path / "trained_alone").iterdir())) == 1
+
+
 # The leaves that leave a client after its own training, beside its answers to public images and, in
 # RAHFL, its accuracy.
 UPLOADS = {
@@ -135,7 +155,7 @@ def test_what_leaves_a_client(folder, name):
   settings = rows[name]
   net, optimizer = convnets.classifier("resnet", C), optax.adam(1e-3)
   random = np.random.default_rng(0)
-  client = heterogeneous_images.new_peer(net, random, SIDE, optimizer, settings)
+  client = heterogeneous_images.new_peer(net, random, random, SIDE, optimizer, settings)
   algorithm = heterogeneous_images.private_training(
     heterogeneous_images.network_of(net), settings, optimizer
   )
@@ -155,7 +175,7 @@ def test_what_leaves_a_client(folder, name):
 @pytest.mark.parametrize("name", ["aughfl", "fedproto", "rhfl", "local_augmix"])
 def test_a_round_of_other_rows_fits_together(folder, name):
   """Traced, not compiled: RAHFL's own round is run above."""
-  settings = rahfl.rows(config(folder))[name]
+  settings = dataclasses.replace(rahfl.rows(config(folder))[name], reuse=False)
   experiment = heterogeneous_images.build(settings)
   state = experiment.init(jax.random.key(0))
   batch = next(experiment.batches(settings.pretrain))
@@ -260,7 +280,7 @@ def test_impossible_settings(folder, changes, message):
 def test_configs(name):
   file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
   loaded = config_lib.load(rahfl.Config, file, method="rahfl")
-  assert rahfl.rows(loaded)["rahfl"] == loaded
+  assert dataclasses.replace(rahfl.rows(loaded)["rahfl"], reuse=False) == loaded
 
 
 # --- the commands ---------------------------------------------------------------------------------
@@ -289,7 +309,7 @@ def test_train_eval_and_compare(cli, folder, tmp_path):
 
   result = cli(
     "eval.compare", "--method", "rahfl", "--workdir", "compare", "--rows", "fedmd", "--seeds", 2,
-    *command(folder),
+    *command(folder), JAXMETHODS_CACHE=str(tmp_path / "cache"),
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   (row,) = json.loads((tmp_path / "compare/compare.json").read_text())["rows"]
