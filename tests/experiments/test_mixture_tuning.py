@@ -47,10 +47,10 @@ def test_nothing_changes_at_the_start_and_merging_changes_nothing(tuned):
   settings, experiment, state = tuned
   split = benchmark().targets["digits"].test
   merged, unmerged, before = logits(settings, experiment.init(jax.random.key(5)), split)
-  np.testing.assert_allclose(unmerged, before, atol=1e-4)
-  np.testing.assert_allclose(merged, unmerged, atol=1e-4)
+  np.testing.assert_allclose(unmerged, before, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(merged, unmerged, rtol=1e-5, atol=1e-5)
   merged, unmerged, _ = logits(settings, state, split)
-  np.testing.assert_allclose(merged, unmerged, atol=1e-4)
+  np.testing.assert_allclose(merged, unmerged, rtol=1e-5, atol=1e-5)
   assert np.abs(unmerged - before).max() > 1e-2
 
 

@@ -117,7 +117,7 @@ def started(ranks=(2, 3), shared=2, **options):
 def test_a_block_of_full_rank_is_the_weight():
   kernel, parts, _ = started()
   a, b = thanora.oriented_block(parts[0], OUT, gain=1.0)
-  np.testing.assert_allclose(a.T @ b, kernel, atol=1e-4)
+  np.testing.assert_allclose(a.T @ b, kernel, atol=1e-5)
   last, _ = thanora.oriented_block(parts[0], 2, which="last")
   np.testing.assert_allclose(last, thanora.oriented_block(parts[0], OUT)[0][-2:], rtol=1e-5)
   with pytest.raises(ValueError, match="rank 9 of a matrix with 8 components"):
@@ -128,7 +128,7 @@ def test_nothing_changes_at_the_start():
   kernel, _, layer = started()
   x = draw(6, IN, seed=9)
   y = x @ layer.kernel + low_rank.low_rank(x, layer.a, layer.b, 2.0)
-  np.testing.assert_allclose(y, x @ kernel, atol=1e-4)
+  np.testing.assert_allclose(y, x @ kernel, atol=1e-5)
   assert jnp.abs(layer.kernel - kernel).max() > 0.1
   common = layer.owner == thanora.COOPERATIVE
   assert not layer.b[common].any()
@@ -143,10 +143,10 @@ def test_merging_is_adding_and_blocks_have_no_order():
   x = draw(6, IN, seed=9)
   merged = layer.kernel + 2.0 * layer.a.T @ layer.b
   y = x @ layer.kernel + low_rank.low_rank(x, layer.a, layer.b, 2.0)
-  np.testing.assert_allclose(x @ merged, y, atol=1e-4)
+  np.testing.assert_allclose(x @ merged, y, atol=1e-5)
   order = np.random.default_rng(0).permutation(len(layer.owner))
   turned = low_rank.low_rank(x, layer.a[order], layer.b[order], 2.0)
-  np.testing.assert_allclose(x @ layer.kernel + turned, y, atol=1e-4)
+  np.testing.assert_allclose(x @ layer.kernel + turned, y, atol=1e-5)
 
 
 def blocks(ranks=(2, 3, 1), shared=2):
