@@ -32,12 +32,15 @@ class Config(RunConfig):
   batch_size: int = 64
   nan_at: int = 0  # step whose features are NaN; 0 for none
   pause: float = 0.0  # seconds before each batch: time for a test to kill the run
+  late: float = 0.0  # seconds that the second process needs longer to begin
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
 def build(config: Config, mesh=None) -> Experiment:
   if config.data != "digits":
     raise InputError(f"data: no source {config.data!r}, the nearest is 'digits'")
+  if config.late and jax.process_index() == 1:
+    time.sleep(config.late)
   x, y = datasets.load_digits(return_X_y=True)
   x = (x / 16).astype(np.float32)
   y = y.astype(np.int32)

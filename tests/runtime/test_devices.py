@@ -53,7 +53,7 @@ def test_devices_and_processes_agree(cli, spawn, tmp_path):
       JAX_NUM_PROCESSES="2",
       JAX_PROCESS_ID="1",
     )
-    outputs = [process.communicate(timeout=200) for process in (first, second)]
+    outputs = [process.communicate(timeout=400) for process in (first, second)]
     assert first.returncode == second.returncode == 0, outputs
     return outputs
 
@@ -65,6 +65,17 @@ def test_devices_and_processes_agree(cli, spawn, tmp_path):
   assert "tests.tiny" not in silent  # one process speaks for all
   assert_close(metrics(tmp_path / "two"), one)
   assert (tmp_path / "two/report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_process_may_be_late(spawn, tmp_path):
+  """By more than the 30 s that the collectives on CPU wait for each other at first."""
+  arguments = ("--steps", 2, "--mesh", "clients=8", "--late", 40, "--workdir", "late")
+  cluster = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--process_id")
+  processes = [spawn(*COMMAND, *arguments, *cluster, i) for i in range(2)]
+  outputs = [process.communicate(timeout=400) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert (tmp_path / "late/report.html").exists()
 
 
 @pytest.mark.parametrize(
