@@ -134,7 +134,7 @@ def test_rows_share_the_time_alone(folder, tmp_path, monkeypatch):
   for name in ("fedproto", "rahfl"):
     experiment = heterogeneous_images.build(rows[name])
     state = experiment.init(key)
-    chex.assert_trees_all_close(nets(state), nets(expected), atol=1e-6)
+    chex.assert_trees_all_close(nets(state), nets(expected), atol=1e-4)
     assert state.round == expected.round == 1
     assert "public" in next(experiment.batches(0)) and experiment.num_steps == 4
     assert len(list((tmp_path / "trained_alone").iterdir())) == 1
