@@ -77,7 +77,8 @@ def step(architectures: list[str]) -> list[str]:
   for name in architectures:
     # A ResNet outside of a loop is better off with lax.conv (`models.conv`).
     net = classifier(name, 10, patches=False if name.startswith("resnet") else None)
-    client = heterogeneous_images.new_peer(net, np.random.default_rng(0), SIDE, optimizer, config)
+    random = np.random.default_rng(0)
+    client = heterogeneous_images.new_peer(net, random, random, SIDE, optimizer, config)
     loss = heterogeneous_images.make_loss(heterogeneous_images.network_of(net), config, ())
 
     def one(client, batch, loss=loss):
