@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SEGMENTS = ("reasoning", "output", "answer")
 _OUTPUT = SEGMENTS.index("output")
 # Among these the one of temperature scaling is chosen on the calibration problems (ours).
-SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+_HIGHEST, _POWERS = 4.0, (8, 6, 4, 3, 2, 1)
+SCALES = tuple(_HIGHEST / k for k in _POWERS)
 
 
 class Facts(NamedTuple):
@@ -94,9 +95,8 @@ def gather(
   """
 
   def per_token(logits, tokens):
-    plain = confidence.token_statistics(logits, tokens)
-    scaled = [confidence.token_statistics(logits, tokens, s).max_log_prob for s in SCALES]
-    return plain, jnp.exp(jnp.stack(scaled, -1))
+    scaled = jnp.exp(confidence.max_log_probs(logits, _HIGHEST, _POWERS))
+    return confidence.token_statistics(logits, tokens), scaled
 
   read = reading.read(
     model, variables, text, per_token, fold=method.follow_tokens,

@@ -34,7 +34,7 @@ from jaxmethods.stats import confidence
 if TYPE_CHECKING:
   from jaxmethods.experiments.cot_kinetics import Config
 
-FORMAT = "answers 1"  # changes when training, or what evidence is made of, changes
+FORMAT = "answers 2"  # changes when training, or what evidence is made of, changes
 _CHUNK = 500  # problems that are answered together
 _WARM_UP = 0.05
 _REPORT_EVERY = 200

@@ -90,7 +90,7 @@ def read(
     model: the model.
     variables: its collections.
     text: the texts.
-    per_token: (logits (B, c, V), tokens (B, c)) -> what to keep of them, (B, c, ...) each.
+    per_token: (logits (..., V), tokens (...)) -> what to keep of them, (..., more) each.
     fold: of the `Probe`.
     official_first_token: see `predicting`.
     chunk: c; logits of so many tokens exist at a time.
@@ -113,9 +113,18 @@ def read(
     0,
   )
   parts = split(out.hidden[:, -size - 1 : -1]), split(text.ids[:, -size:])
-  kept = jax.lax.map(
-    lambda part: per_token(apply(variables, part[0], method="logits"), part[1]), parts
-  )
+
+  def of_part(part):
+    hidden, tokens = part
+    logits = apply(variables, hidden, method="logits")
+    # On CPU token by token: a row of logits stays in the cache while everything is computed of it
+    # (SmolLM2, all scores beside the plain pass: 1.26 and 1.11 of its time).
+    rows = 1 if jax.default_backend() == "cpu" else tokens.size
+    flat = lambda x: x.reshape(-1, rows, *x.shape[2:])
+    found = jax.lax.map(lambda row: per_token(*row), (flat(logits), flat(tokens)))
+    return jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[2:]), found)
+
+  kept = jax.lax.map(of_part, parts)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]
   states = jnp.moveaxis(out.states, 0, 2)
   return Reading(states, out.final, out.folded, jax.tree.map(join, kept), weights)

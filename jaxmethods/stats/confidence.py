@@ -60,6 +60,24 @@ def token_statistics(
   return TokenStatistics(-log_total, written - log_total, entropy, temperature * (peak + log_total))
 
 
+def max_log_probs(logits: jax.Array, base: float, powers: tuple[int, ...]) -> jax.Array:
+  """Of p = softmax(logits / tau), log max p at the temperatures tau = base / k, k of `powers`.
+
+  One exponential for all: the others are its powers.
+
+  Args:
+    logits: (..., V).
+    base: the highest temperature, at k = 1.
+    powers: k, positive.
+
+  Returns:
+    (..., len(powers)).
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  weight = jnp.exp((logits - logits.max(-1, keepdims=True)) / base)
+  return -jnp.log(jnp.stack([jax.lax.integer_pow(weight, k).sum(-1) for k in powers], -1))
+
+
 def mean_over(values: jax.Array, mask: jax.Array) -> jax.Array:
   """Mean over the last axis where the mask is true; 0 where it never is."""
   return jnp.where(mask, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)

@@ -40,6 +40,15 @@ def test_masked_tokens_do_not_matter(logits):
   assert means[3] == 0
 
 
+def test_many_temperatures_are_each_alone(logits):
+  tokens = jnp.zeros(logits.shape[:-1], int)
+  every = confidence.max_log_probs(logits, 4.0, (8, 3, 1))
+  assert every.shape == (*logits.shape[:-1], 3)
+  for column, power in enumerate((8, 3, 1)):
+    alone = confidence.token_statistics(logits, tokens, 4.0 / power).max_log_prob
+    np.testing.assert_allclose(every[..., column], alone, rtol=1e-5, atol=1e-6)
+
+
 def test_self_consistency():
   answers = jnp.array([[4, 4, 2, 1], [3, 2, 1, 0], [5, 5, 5, 5], [2, 1, 1, 2]])
   majority, share = confidence.self_consistency(answers)
