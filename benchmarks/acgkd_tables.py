@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmethods.data.files import data_dir
 from jaxmethods.experiments import acgkd, graph_free
 from jaxmethods.runtime import compiler, launch, seeds
 from jaxmethods.runtime import config as config_lib
@@ -226,7 +227,7 @@ def main() -> int:
     "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]).replace(
       str(args.workdir), "DIR"
     ),
-    "about": acgkd.build(config).about,
+    "about": acgkd.build(config).about.replace(str(data_dir()), "$JAXMETHODS_DATA"),
     "settings": dataclasses.asdict(config),
     "rows": list(rows),
     "xi": xi,

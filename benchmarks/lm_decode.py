@@ -199,6 +199,8 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
   return "\n".join(
     [
       "# SmolLM2-135M-Instruct: answers, prefill and greedy decode, one pinned core",
+      f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.lm_decode`.",
+      "",
       f"Weights: {about['source']}, dequantised to float32. Prompt {PROMPT} tokens, {NEW} more after "
       f"the first; tokens per second. Prefill is the call for one token, decode the rest of a call for "
       f"{NEW + 1}. {TIMES} calls in {len(sides['jaxmethods'])} fresh processes of each side, taken in "

@@ -196,6 +196,9 @@ def write(runs: dict[str, dict[str, list[dict]]], repeats: int) -> None:
   text = "\n".join(
     [
       "# LoRA training step, one pinned core",
+      f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.lora --repeats {repeats}`, "
+      f"jax {mine['jax']}.",
+      "",
       f"Llama of {mine['params']:,} parameters, {mine['lora_params']:,} trained, 4 x 128 tokens, "
       f"float32, layers {mine['form']}. Each side: {STEPS} steps in {repeats} fresh processes, taken in "
       f"turn; figures of the quietest one. Machine load {min(loads)} to {max(loads)}.{disturbed}",

@@ -9,7 +9,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -46,6 +48,21 @@ def cached(
   with contextlib.suppress(OSError):
     _write(path, arrays)
   return arrays
+
+
+def cached_tree(
+  kind: str,
+  depends_on: Iterable[bytes | np.ndarray],
+  structure: Any,
+  compute: Callable[[], Any],
+) -> Any:
+  """`cached` for any tree of arrays; its structure, which the file does not hold, is given."""
+
+  def leaves() -> dict[str, np.ndarray]:
+    return {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(compute()))}
+
+  stored = cached(kind, depends_on, leaves)
+  return jax.tree.unflatten(structure, [jax.numpy.asarray(stored[name]) for name in sorted(stored)])
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

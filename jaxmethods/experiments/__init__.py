@@ -24,9 +24,8 @@ class Method(NamedTuple):
   title: str
   paper: str
   summary: str
-  embedded_run: (
-    str  # how long `python -m train.run --method NAME` takes on two CPU cores; ~: estimated
-  )
+  # How long `python -m train.run --method NAME` takes on two CPU cores; ~: estimated.
+  embedded_run: str
 
 
 METHODS: dict[str, Method] = {

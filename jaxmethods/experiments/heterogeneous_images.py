@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxmethods.data.array_cache import cached
+from jaxmethods.data.array_cache import cached_tree
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import corrupted_clients
 from jaxmethods.experiments.corrupted_clients import Clients, client_names
@@ -445,29 +445,27 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       "corruptions": corrupted_clients.sample_images(data),
     }
 
-  advance = compiler.jit(step, donate_argnums=0)
+  advance = compiler.jit(step)
 
   def pretrained(key) -> State:
     """The state after the epochs alone, in which all rows agree: computed once, then cached."""
     state = init(key)
     learned = lambda state: [(p.params["net"], p.model_state) for p in state.peers]
 
-    def compute() -> dict[str, np.ndarray]:
-      reached, stream = init(key), batches(0)
+    def compute() -> Any:
+      reached, stream = state, batches(0)
       for epoch in range(1, config.pretrain + 1):
         reached, metrics = advance(reached, next(stream))
         if epoch % _REPORT_EVERY == 0:
           loss = metrics["loss"]
           print(f"training alone: {epoch} of {config.pretrain}, loss {loss:.3f}", flush=True)
-      return {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(learned(reached)))}
+      return learned(reached)
 
     settings = [repr((name, getattr(config, name))).encode() for name in _PRETRAINING]
     arrays = [np.asarray(x) for x in (data.pool, state.held.rows, state.held.y)]
-    stored = cached(
-      "trained_alone", [_FORMAT, *settings, *arrays, np.asarray(jax.random.key_data(key))], compute
-    )
-    leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
-    nets = jax.tree.unflatten(jax.tree.structure(learned(state)), leaves)
+    arrays.append(np.asarray(jax.random.key_data(key)))
+    depends: list[bytes | np.ndarray] = [_FORMAT, *settings, *arrays]
+    nets = cached_tree("trained_alone", depends, jax.tree.structure(learned(state)), compute)
     peers = tuple(
       peer._replace(params=peer.params | {"net": net}, model_state=model_state)
       for peer, (net, model_state) in zip(state.peers, nets, strict=True)

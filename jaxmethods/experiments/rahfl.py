@@ -89,11 +89,11 @@ class Config(RunConfig):
       raise ValueError(f"corruption: must be from 0 to 1, got {self.corruption}")
     if len(set(self.architectures)) < len(self.architectures):
       raise ValueError("architectures: a name repeats; clients_per_architecture says how many")
-    clients = len(self.architectures) * self.clients_per_architecture
     if self.reuse and self.adam_state == "keep":
       raise ValueError(
         "reuse: Adam's state of the time alone is not kept, adam_state must be reset"
       )
+    clients = len(self.architectures) * self.clients_per_architecture
     if clients < 1 or (clients < 2 and self.exchange != "none"):
       raise ValueError("architectures: one client has nobody to learn from")
 

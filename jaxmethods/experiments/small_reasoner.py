@@ -19,7 +19,7 @@ import optax
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.data import arithmetic
-from jaxmethods.data.array_cache import cached
+from jaxmethods.data.array_cache import cached_tree
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import answer_trust, trust_report
 from jaxmethods.experiments.answer_trust import Evidence, Facts
@@ -123,21 +123,18 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     """Evidence of the model that `config.steps` steps make of this key, cached."""
     advance = compiler.jit(step, donate_argnums=0)
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute() -> Evidence:
       state, stream = init(key), batches(0)
       for k in range(1, config.steps + 1):
         state, metrics = advance(state, next(stream))
         if k % _REPORT_EVERY == 0:
           print(f"training: step {k} of {config.steps}, loss {metrics['loss']:.3f}", flush=True)
-      leaves = jax.tree.leaves(examine(state.params, state.key, exam))
-      return {f"{i:03d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+      return examine(state.params, state.key, exam)
 
-    settings = repr(_what_answers_depend_on(config)).encode()
-    stored = cached(
-      "reasoners", [FORMAT.encode(), settings, np.asarray(jax.random.key_data(key))], compute
-    )
-    leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
-    return jax.tree.unflatten(_structure(_what_answers_depend_on(config)), leaves)
+    settings = _what_answers_depend_on(config)
+    drawn_from = np.asarray(jax.random.key_data(key))
+    depends: list[bytes | np.ndarray] = [FORMAT.encode(), repr(settings).encode(), drawn_from]
+    return cached_tree("reasoners", depends, _structure(settings), compute)
 
   def judged(evidence: Evidence, chosen: jax.Array):
     return answer_trust.judge(evidence, names, config, chosen)

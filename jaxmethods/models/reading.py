@@ -117,8 +117,7 @@ def read(
   def of_part(part):
     hidden, tokens = part
     logits = apply(variables, hidden, method="logits")
-    # On CPU token by token: a row of logits stays in the cache while everything is computed of it
-    # (SmolLM2, all scores beside the plain pass: 1.26 and 1.11 of its time).
+    # On CPU token by token: a row of logits stays in the cache while everything is computed of it.
     rows = 1 if jax.default_backend() == "cpu" else tokens.size
     flat = lambda x: x.reshape(-1, rows, *x.shape[2:])
     found = jax.lax.map(lambda row: per_token(*row), (flat(logits), flat(tokens)))

@@ -130,7 +130,8 @@ def _connect(mesh: Mesh) -> None:
   """Opens the connections of the groups of devices that reduce together, while processes are in step.
 
   On CPU a group connects at its first collective, and gives up when a process comes 30 s later than
-  the others (no flag changes that): compiling the first step on a busy machine can take longer.
+  the others (`xla_cpu_collective_timeout_seconds` does not change that): compiling the first step on
+  a busy machine can take longer.
   """
   axes = mesh.axis_names
   groups = {axes, *((axis,) for axis in axes)}

@@ -252,10 +252,8 @@ def test_bad_input_is_one_line(cli, tmp_path, case):
 
 
 def test_train_then_evaluate(cli, tmp_path):
-  # Half of the compilation is of answers drawn again, and with dropout, which is tested above.
-  one_pass = ("--samples", 0, "--dropout_passes", 0)
   quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-  result = cli("train.run", *METHOD, *FLAGS, *one_pass, "--workdir", "w", **quick)
+  result = cli("train.run", *METHOD, *FLAGS, "--workdir", "w", **quick)
   assert result.returncode == 0, result.stderr
   assert "CoT-Kinetics is our reconstruction" in result.stdout
   result = cli("eval.run", *METHOD, "--workdir", "w", **quick)

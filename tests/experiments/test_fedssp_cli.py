@@ -191,9 +191,8 @@ def test_eight_devices_agree(cli, tmp_path, tiny_graphs_environment):
   assert_close(metrics(tmp_path / "eight"), metrics(tmp_path / "one"))
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_of_four_devices_agree(cli, spawn, tmp_path, tiny_graphs_environment):
-  """Minutes of compilation; that processes agree is tested without FedSSP too."""
   environment = tiny_graphs_environment | QUICKLY
   result = cli(*ON_DEVICES, "--workdir", "one", **environment)
   assert result.returncode == 0, result.stderr
