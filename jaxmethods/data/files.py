@@ -23,6 +23,13 @@ def data_dir() -> Path:
   return Path(os.environ.get("JAXMETHODS_DATA") or "~/.cache/jaxmethods").expanduser()
 
 
+def local_path(name: str) -> Path:
+  """A user's file or folder; a relative path that is not here is looked for in the data folder."""
+  path = Path(name).expanduser()
+  inside = data_dir() / path
+  return inside if not path.exists() and inside.exists() else path
+
+
 def wheel_file(package: str, path: str, sha256: str) -> tuple[bytes, str]:
   """Reads a file out of an installed wheel without importing the package.
 

@@ -12,18 +12,18 @@
 | `folder:PATH` | images as class/file or domain/class/file |
 | `npz:PATH` | arrays: `x`, `y` or `train_x`, `train_y`, ... |
 
-`$JAXMETHODS_DATA` (default `~/.cache/jaxmethods`) is the local data folder. A missing source says what
+`$JAXMETHODS_DATA` (default `~/.cache/jaxmethods`) is the local data folder; a relative PATH that is not
+below the working directory is looked for there. A missing source says what
 to do about it; nothing falls back to other data.
 """
 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 
 import numpy as np
 
-from jaxmethods.data import embedded, local, tu
+from jaxmethods.data import embedded, files, local, tu
 from jaxmethods.data.records import ArrayData, GraphData
 from jaxmethods.data.tu_format import Features
 from jaxmethods.errors import InputError
@@ -88,9 +88,9 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
 
     return tfds_sources.load_arrays(rest)
   if kind == "folder" and rest:
-    return local.load_folder(Path(rest).expanduser(), image_size)
+    return local.load_folder(files.local_path(rest), image_size)
   if kind == "npz" and rest:
-    return local.load_npz(Path(rest).expanduser())
+    return local.load_npz(files.local_path(rest))
   raise _unknown(name, "arrays", (*_ARRAY_NAMES, "tfds:NAME", "folder:PATH", "npz:PATH"))
 
 

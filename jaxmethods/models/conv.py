@@ -9,11 +9,17 @@ core of a busy machine, CPU ms, median of 12), patches against lax.conv: ResNet 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
+
+_FEW_GROUPS = 4  # up to so many, one product with zeros in it is faster than one for each group
+_CHUNK = 1 << 20  # bytes of patches
 
 
 class Conv(nn.Module):
@@ -77,16 +83,102 @@ def convolve_patches(
 ) -> jax.Array:
   """The same as `convolve_lax` by products of matrices, without an operation called convolution."""
   size, _, inputs, features = kernel.shape
-  if inputs == 1 and features == groups:  # depthwise: one multiply-add per shift
-    shifts = shifted(x, size, stride, padding)
-    return sum(s * k for s, k in zip(shifts, kernel.reshape(size * size, features), strict=True))
-  if groups == 1:
-    return patches(x, size, stride, padding) @ kernel.reshape(-1, features)
+  if inputs == 1 and features == groups:
+    convolve = _depthwise
+  elif groups > _FEW_GROUPS:
+    convolve = functools.partial(_grouped, groups=groups)
+  else:
+    convolve, kernel = _dense, block_diagonal(kernel, groups) if groups > 1 else kernel
+  # The patches of a chunk stay in the cache, and the sums of the kernel's gradient cost less than they.
+  limit = max(_CHUNK, 4 * kernel.nbytes) // max(size**2 * x[0].nbytes, 1)
+  chunk = max(n for n in range(1, max(min(limit, len(x)), 1) + 1) if len(x) % n == 0)
+  if stride >= size or chunk == len(x):  # no neighbourhoods that overlap, or few
+    return convolve(x, kernel, stride, padding)
+  return _in_chunks(functools.partial(convolve, stride=stride, padding=padding), chunk, x, kernel)
+
+
+def _dense(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+  return product(patches(x, len(kernel), stride, padding), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+  shifts = shifted(x, len(kernel), stride, padding)  # one multiply-add for each
+  return sum(s * k for s, k in zip(shifts, kernel.reshape(len(shifts), -1), strict=True))
+
+
+def _grouped(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+  size, _, inputs, features = kernel.shape
   split = jnp.stack(shifted(x, size, stride, padding), axis=-2)
   split = split.reshape(*split.shape[:-1], groups, inputs)
   kernel = kernel.reshape(size * size, inputs, groups, features // groups)
   y = jnp.einsum("bhwkgc,kcgf->bhwgf", split, kernel)
   return y.reshape(*y.shape[:-2], features)
+
+
+def block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
+  """A grouped kernel (size, size, channels / groups, features) over all channels, with zeros."""
+  size, _, inputs, features = kernel.shape
+  blocks = kernel.reshape(size, size, inputs, groups, features // groups)
+  full = jnp.einsum("abigf,gh->abhigf", blocks, jnp.eye(groups, dtype=kernel.dtype))
+  return full.reshape(size, size, groups * inputs, features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(
+  convolve: Callable[[jax.Array, jax.Array], jax.Array], chunk: int, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  """Computes `convolve(x, kernel)` for `chunk` images at a time, forward and backward.
+
+  Patches are made again for the backward pass rather than kept, and what they are made from is
+  computed once: XLA would otherwise repeat it inside of each shift.
+  """
+  y = jax.lax.map(lambda part: convolve(part, kernel), _chunks(x, chunk))
+  return y.reshape(-1, *y.shape[2:])
+
+
+def _in_chunks_backward(convolve, chunk, residuals, dy):
+  x, kernel = residuals
+
+  def few(total, part):
+    x, dy = part
+    dx, dkernel = jax.vjp(convolve, x, kernel)[1](dy)
+    return total + dkernel, dx
+
+  parts = _chunks(x, chunk), _chunks(dy, chunk)
+  dkernel, dx = jax.lax.scan(few, jnp.zeros_like(kernel), parts)
+  return dx.reshape(x.shape), dkernel
+
+
+_in_chunks.defvjp(
+  lambda convolve, chunk, x, kernel: (_in_chunks(convolve, chunk, x, kernel), (x, kernel)),
+  _in_chunks_backward,
+)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+  return x.reshape(-1, chunk, *x.shape[1:])
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Product of x (..., n) and kernel (n, m), with a gradient that is cheap on CPU."""
+  return x @ kernel
+
+
+def _product_backward(residuals, dy):
+  # The factor that comes first is transposed, and what it is computed from is computed again column
+  # by column: the narrow one goes first. Autodiff has `dy` there always.
+  x, kernel = residuals
+  x_rows, dy_rows = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+  over_rows = (((0,), (0,)), ((), ()))
+  if x_rows.shape[1] <= dy_rows.shape[1]:
+    gradient = jax.lax.dot_general(x_rows, dy_rows, over_rows)
+  else:
+    gradient = jax.lax.dot_general(dy_rows, x_rows, over_rows).T
+  return dy @ kernel.T, gradient
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 def patches(x: jax.Array, size: int, stride: int = 1, padding: int = 0) -> jax.Array:
