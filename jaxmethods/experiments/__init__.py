@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     title="BYE",
     paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",
     summary="poisoned tuning data of a multimodal model, found by the collapse of its attention",
-    embedded_run="~3 min, after 7 min of pretraining once",
+    embedded_run="~9 min, after 7 min of pretraining once",
   ),
   "cot_kinetics": Method(
     title="CoT-Kinetics",
