@@ -72,6 +72,21 @@ def test_npz_spellings(tmp_path):
   assert data.num_classes == 4
 
 
+def test_a_relative_path_is_looked_for_here_and_then_in_the_data_folder(tmp_path, monkeypatch):
+  here, data = tmp_path / "here", tmp_path / "data"
+  for folder, rows in ((here, 3), (data, 5)):
+    folder.mkdir()
+    np.savez(folder / "a.npz", x=np.zeros((rows, 2), np.float32), y=np.zeros(rows, np.int32))
+  monkeypatch.setenv("JAXMETHODS_DATA", str(data))
+  monkeypatch.chdir(here)
+  rows = lambda: sum(len(x) for x, _ in load_arrays("npz:a.npz").splits.values())
+  assert rows() == 3
+  (here / "a.npz").unlink()
+  assert rows() == 5
+  with pytest.raises(InputError, match="npz:b.npz: no such file"):
+    load_arrays("npz:b.npz")
+
+
 def test_npz_of_encoded_images(tmp_path):
   encoded = []
   for value in (10, 200):
