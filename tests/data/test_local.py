@@ -83,7 +83,7 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_data_folder(tmp_path
   assert rows() == 3
   (here / "a.npz").unlink()
   assert rows() == 5
-  with pytest.raises(InputError, match="npz:b.npz: no such file"):
+  with pytest.raises(InputError, match=r"npz:b\.npz: no such file"):
     load_arrays("npz:b.npz")
 
 
