@@ -16,11 +16,12 @@ import itertools
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-DETECTORS = (
-  "bye", "kmeans", "threshold", "all_layers", "fixed", "loss", "spectral", "clustering",
-)  # fmt: skip
+from jaxmethods.experiments.bye import ONCE, Defence
+from jaxmethods.runtime import launch
+
+DETECTORS = [name for name in get_args(Defence) if name not in ONCE]
 
 
 def configured(changes: dict[str, str]) -> Any:
@@ -102,11 +103,7 @@ def main() -> None:
   read = lambda: [json.loads(line) for line in args.file.read_text().splitlines()]
   runs = read() if args.file.exists() else []
   if not args.table:
-    import jax
-
-    from jaxmethods.data.array_cache import cache_folder
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    launch.keep_compiled_programs()
     values = [getattr(args, name).split(",") for name in lists]
     for *chosen, seed in itertools.product(*values, range(1, args.seeds + 1)):
       changes = dict(zip(lists, chosen, strict=True)) | {"seed": str(seed)}
@@ -121,7 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  from jaxmethods.runtime import launch
-
   launch.set_allocator()
   main()

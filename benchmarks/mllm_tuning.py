@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,9 @@ def main() -> None:
 def search(args: argparse.Namespace) -> None:
   """Three rates for every row on the validation part, seed 1."""
   runner = Runner(args, "validation")
-  for name in chosen_rows(args):
-    if name != "base":
-      for rate in rates_to_try(name):
-        runner.run(name, rate, seed=1)
+  names = [name for name in chosen_rows(args) if name != "base"]
+  for run in in_order((name, rate, 1) for name in names for rate in rates_to_try(name)):
+    runner.run(*run)
   rates = best_rates(args)
   (args.folder / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
   print(json.dumps(rates, indent=1))
@@ -73,13 +72,21 @@ def search(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
   """Every row at its chosen rate on the test part."""
-  runner, rates = Runner(args, "test"), best_rates(args)
+  runner, rates = Runner(args, "test"), {"base": 0.0} | best_rates(args)
   if args.unsearched:
     rates = {name: rates_to_try(name)[len(FACTORS) // 2] for name in chosen_rows(args)} | rates
-  for seed in range(1, args.seeds + 1):
-    for name in chosen_rows(args):
-      if name == "base" or name in rates:
-        runner.run(name, 0.0 if name == "base" else rates[name], seed)
+  names = [name for name in chosen_rows(args) if name in rates]
+  seeds = range(1, args.seeds + 1)
+  for run in in_order((name, rates[name], seed) for name in names for seed in seeds):
+    runner.run(*run)
+
+
+def in_order(runs: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
+  """Posterior rows last, and those of one rate and seed together: they share the run they edit."""
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  edits = lambda run: PARADIGMS[run[0]] == "posterior"
+  return sorted(runs, key=lambda run: (True, *run[1:]) if edits(run) else (False,))
 
 
 def chosen_rows(args: argparse.Namespace) -> list[str]:
@@ -116,13 +123,10 @@ class Runner:
   """Trains rows on one benchmark; keeps what is done."""
 
   def __init__(self, args: argparse.Namespace, split: str):
-    import jax
-
-    from jaxmethods.data.array_cache import cache_folder
     from jaxmethods.experiments import mllm_tuning, multimodal
     from jaxmethods.runtime import config as config_lib
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    launch.keep_compiled_programs()
     file = Path(__file__).parents[1] / "configs" / "mllm_tuning.yaml"
     config = config_lib.load(mllm_tuning.Config, file)
     self.args, self.split = args, split

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 
 from jaxmethods import experiments
-from jaxmethods.data.array_cache import cache_folder
 from jaxmethods.runtime import command, launch, loop
 from jaxmethods.runtime import config as config_lib
 from jaxmethods.runtime.experiment import Experiment
@@ -31,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
   """Runs the command line."""
-  jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+  launch.keep_compiled_programs()
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--method", required=True)
   parser.add_argument("--rows", help="default: all")

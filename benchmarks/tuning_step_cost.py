@@ -41,9 +41,7 @@ def main() -> None:
   args = parser.parse_args()
   import jax
 
-  from jaxmethods.data.array_cache import cache_folder
-
-  jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+  launch.keep_compiled_programs()
   target = RESULTS / "tuning_step_cost.json"
   found = json.loads(target.read_text()) if target.exists() else {}
   for name in args.methods.split(","):

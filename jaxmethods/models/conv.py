@@ -42,8 +42,9 @@ class Conv(nn.Module):
     groups: of channels that do not see each other; as many as channels: depthwise.
     use_bias: whether there is a bias.
     kernel_init: initialiser of the kernel.
-    patches: multiply patches by the kernel (True) or call `lax.conv` (False); None: True on CPU,
-      where the patches are few shifts of the image or, stride = size, a mere reshape of it.
+    patches: multiply patches by the kernel (True; no forward-mode derivatives) or call `lax.conv`
+      (False); None: True on CPU, where the patches are few shifts of the image or, stride = size, a
+      mere reshape.
     dtype: of the computation; None: that of input and parameters.
   """
 
@@ -99,10 +100,10 @@ def convolve_patches(
   else:
     convolve, kernel = _dense, block_diagonal(kernel, groups) if groups > 1 else kernel
   # The patches of a chunk stay in the cache, and the sums of the kernel's gradient cost less than they.
-  limit = max(_CHUNK, 4 * kernel.nbytes) // max(size**2 * x[0].nbytes, 1)
-  chunk = max(n for n in range(1, max(min(limit, len(x)), 1) + 1) if len(x) % n == 0)
-  if stride >= size or chunk == len(x):  # no neighbourhoods that overlap, or few
+  fitting = max(_CHUNK, 4 * kernel.nbytes) * len(x) // max(size**2 * x.nbytes, 1)
+  if stride >= size or fitting >= len(x):  # no neighbourhoods that overlap, or few
     return convolve(x, kernel, stride, padding)
+  chunk = max((n for n in range(1, fitting + 1) if len(x) % n == 0), default=1)
   return _in_chunks(functools.partial(convolve, stride=stride, padding=padding), chunk, x, kernel)
 
 

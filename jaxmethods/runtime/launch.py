@@ -81,7 +81,7 @@ def start(args: argparse.Namespace) -> Mesh | None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
   jax.config.update("jax_enable_compilation_cache", not args.no_cache)
   if not args.no_cache:
-    _keep_compiled_programs()
+    keep_compiled_programs()
 
   size = math.prod(axes.values())
   if size > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -160,7 +160,8 @@ def _has_huge_pages() -> bool:
   return "[never]" not in mode and version >= (2, 35)
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
+  """Keeps compiled programs in `$JAX_COMPILATION_CACHE_DIR`, by default with our other caches."""
   default = Path.home() / ".cache" / "jaxmethods" / "xla"
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(default))
