@@ -4,6 +4,7 @@
 
 Every row is trained once at every rate, from one seed, and the rate with the best headline metric on
 validation wins (H for one target, the mean over tasks for mixtures); the test split is never looked at.
+Where the best rate is the lowest or the highest, the next one outwards is tried too, twice at most.
 What is done is kept in benchmarks/results/NAME_rates.json and not done again; the best rates are printed
 in the form in which a config has them.
 """
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.runtime.workdir import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
+FURTHER = 2  # rates tried beyond the given ones, where the best is at the edge
 
 
 def main() -> None:
@@ -51,9 +54,9 @@ def main() -> None:
   for name in chosen:
     of_row = done.setdefault(name, {})
     programs = None  # the rate is part of the state: one compilation serves all
-    for rate in rates:
-      if str(rate) in of_row:
-        continue
+    todo = [rate for rate in rates if str(rate) not in of_row]
+    while todo:
+      rate = todo.pop(0)
       row = dataclasses.replace(rows[name], learning_rate=rate)
       experiment = loop.ordered(method.build(row))
       state = experiment.init(jax.random.key(row.seed))
@@ -61,9 +64,25 @@ def main() -> None:
       of_row[str(rate)] = measure(experiment, state, *programs)
       write_json(target, done)
       print(name, rate, of_row[str(rate)], flush=True)
+      if not todo and len(of_row) < len(rates) + FURTHER:
+        todo = outwards({float(tried): headline(found) for tried, found in of_row.items()})
   best = {name: max(of, key=lambda rate, of=of: headline(of[rate])) for name, of in done.items()}
   print("rates:", *(f"  {name}: {rate}" for name, rate in best.items()), sep="\n")
   write_text(target.with_suffix(".md"), table(done, best, config))
+
+
+def outwards(scores: Mapping[float, float]) -> list[float]:
+  """The rate beyond the best one, if that is the lowest or the highest; else none.
+
+  Args:
+    scores: rate -> what it is chosen by, at rates that grow by a constant factor.
+  """
+  rates = sorted(scores)
+  best = max(rates, key=lambda rate: (scores[rate], -rate))
+  if best not in (rates[0], rates[-1]) or len(rates) < 2:
+    return []
+  factor = rates[1] / rates[0]
+  return [float(f"{best / factor if best == rates[0] else best * factor:.1e}")]
 
 
 def measure(experiment: Experiment, state: Any, step: Any, evaluate: Any) -> dict[str, float]:

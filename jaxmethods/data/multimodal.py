@@ -36,6 +36,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+_MARKS = ("<pad>", "<bos>", "<ans>")
 _VALIDATION_IMAGES = 400  # the last of easy-VQA's training images
 _PUBLISHED = {"train": 4000, "test": 1000}
 _SHA256 = {
@@ -202,6 +203,11 @@ class Vocabulary(NamedTuple):
   words: tuple[str, ...]
 
   @property
+  def spoken(self) -> tuple[str, ...]:
+    """The words without <pad>, <bos> and <ans>."""
+    return self.words[len(_MARKS) :]
+
+  @property
   def pad(self) -> int:
     return self.words.index("<pad>")
 
@@ -237,7 +243,7 @@ def vocabulary(sets: Sequence[QuestionData], extra: Sequence[str] = ()) -> Vocab
   for data in sets:
     for text in {*data.question.tolist(), *data.answer.tolist()}:
       words.update(text.split())
-  return Vocabulary(("<pad>", "<bos>", "<ans>", *sorted(words)))
+  return Vocabulary((*_MARKS, *sorted(words)))
 
 
 def _family(question: str, answer: str) -> str:

@@ -3,6 +3,10 @@
 First the image tower alone learns shape and colour, which are told by the training questions, and is
 frozen; then projector and language model learn to answer the questions. A tower of patches trained end
 to end with the language model stays at chance on shapes for as long.
+
+A language model that sees images has read texts before. Ours repeats single words meanwhile, every word
+of the vocabulary: one that it has never said has an output vector near zero, and as long as that is
+frozen no adapter can make the word likely.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data import multimodal
 from jaxmethods.data.array_cache import cached
@@ -191,6 +196,7 @@ def _train_language(
   split = Split(both, *texts)
   optimiser, key = _adam(desk.learning_rate, desk.steps, 0.01), jax.random.key(desk.seed + 1)
   size = min(_IMAGES, len(images))
+  repeats = _repeats(vocabulary, split.ids.shape[-1])
 
   def loss(params, batch):
     run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
@@ -203,6 +209,9 @@ def _train_language(
     one = split._replace(features=split.features[mirrored])
     batch = draw(one, key, i, size)
     batch = choose_questions(batch, keys[1], _QUESTIONS)
+    said = jax.random.choice(jax.random.fold_in(keys[1], 1), len(repeats[0]), (size, desk.words))
+    for name, texts in zip(("ids", "labels"), repeats, strict=True):
+      batch[name] = jnp.concatenate([batch[name], texts[said]], axis=1)
     value, gradients = jax.value_and_grad(loss)(params, batch)
     updates, opt_state = optimiser.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
@@ -211,3 +220,15 @@ def _train_language(
   start = {name: start[name] for name in ("projector", "language")}
   params = _run("pretraining 2/2: language", desk.steps, step, start, optimiser, split)
   return params | {"vision": vision}
+
+
+def _repeats(vocabulary: Vocabulary, length: int) -> tuple[jax.Array, jax.Array]:
+  """Every word as a question that it answers itself: ids and labels (W, length), as in `Split`."""
+  words = vocabulary.spoken
+  ids = np.full((len(words), length), vocabulary.pad, np.int32)
+  labels = np.full_like(ids, IGNORED)
+  for row, word in enumerate(words):
+    prompt = vocabulary.prompt(word)
+    ids[row, : len(prompt)] = prompt
+    labels[row, len(prompt) - 1] = prompt[1]
+  return jnp.asarray(ids), jnp.asarray(labels)

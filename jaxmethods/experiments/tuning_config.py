@@ -27,12 +27,15 @@ class Desk:
   tower_rate: float = 2e-3
   steps: int = 800  # of 16 images with 8 questions each
   learning_rate: float = 1e-3
+  words: int = (
+    2  # further questions an image: one word, answered by that word; 0: unknown words stay so
+  )
   seed: int = 0
   limit: int = 0  # images kept of every part of every data set; 0: all
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
-      least = 0 if field.name in ("seed", "limit") else 1
+      least = 0 if field.name in ("words", "seed", "limit") else 1
       value = getattr(self, field.name)
       if field.type == "int" and value < least:
         raise ValueError(f"desk.{field.name}: must be at least {least}, got {value}")
