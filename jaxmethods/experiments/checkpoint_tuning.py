@@ -6,7 +6,8 @@ of the desk benchmark: exactly right if greedy decoding says every token of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,10 @@ BEFORE = (
 AFTER = " ASSISTANT:"
 
 
+# Questions -> a batch: {"features", "ids", "labels"}.
+Reader = Callable[[Sequence[Question]], dict[str, np.ndarray]]
+
+
 class Answering(MLLM):
   """An `MLLM` with the interface of the desk model: (ids (B, K, T), features=pixels)."""
 
@@ -51,7 +56,8 @@ class Answering(MLLM):
     batch, count, length = ids.shape
     pixels = jnp.repeat(features, count, axis=0)
     out = super().__call__(ids.reshape(-1, length), pixels, **keywords)
-    assert out.logits is not None
+    if out.logits is None:
+      return out
     return out._replace(logits=out.logits.reshape(batch, count, length, -1))
 
 
@@ -70,7 +76,7 @@ class Material(NamedTuple):
   params: dict[str, Any]
   train: list[Question]
   tests: dict[str, list[Question]]
-  batch: Callable[[Sequence[Question]], dict[str, np.ndarray]]
+  batch: Reader
   about: str
 
 
@@ -87,6 +93,21 @@ def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
   tests = {name: read_questions(Path(file).expanduser()) for name, file in files.items()}
   for name, questions in tests.items():
     check_disjoint(train, questions, name)
+  model, params, batch = open_model(checkpoint, mesh)
+  tested = ", ".join(f"{len(q)} of {name}" for name, q in tests.items())
+  trained = f"{len(train)} training questions from {checkpoint.train}"
+  about = f"{checkpoint.model}; {trained}; tested on {tested}"
+  return Material(model, params, train, tests, batch, about)
+
+
+def open_model(
+  checkpoint: Checkpoint, mesh: Any = None
+) -> tuple[Answering, dict[str, Any], Reader]:
+  """The model of a checkpoint, its parameters, and what turns questions into its batches.
+
+  Raises:
+    InputError: missing or malformed files, or no LLaVA-style model.
+  """
   loaded = load_model(
     checkpoint.model,
     mesh=mesh,
@@ -99,15 +120,10 @@ def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
   old = loaded.model
   model = Answering(old.config, old.scan_layers, old.dtype, old.param_dtype, old.remat)
   batch = reader(model, loaded.files.tokenizer(), image_processor(loaded.files), checkpoint)
-  tested = ", ".join(f"{len(q)} of {name}" for name, q in tests.items())
-  trained = f"{len(train)} training questions from {checkpoint.train}"
-  about = f"{checkpoint.model}; {trained}; tested on {tested}"
-  return Material(model, loaded.params, train, tests, batch, about)
+  return model, loaded.params, batch
 
 
-def reader(
-  model: Answering, tokenizer: Any, process: Callable, checkpoint: Checkpoint
-) -> Callable[[Sequence[Question]], dict[str, np.ndarray]]:
+def reader(model: Answering, tokenizer: Any, process: Callable, checkpoint: Checkpoint) -> Reader:
   """Questions -> features (B, height, width, 3), ids (B, 1, T), labels (B, 1, T).
 
   T is the multiple of 32 that the longest text needs: few lengths, few programs.
@@ -164,18 +180,11 @@ def build(
   optimiser = adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)
   tests = {
-    name: _split(material.batch, questions[: config.checkpoint.test_questions])
+    name: split_of(material.batch, questions[: config.checkpoint.test_questions])
     for name, questions in material.tests.items()
   }
-
-  def scores(run: Any, tests: dict[str, Split]) -> dict[str, jax.Array]:
-    return {
-      name: accuracies(run, split, (name,), config.checkpoint.chunk)[name]
-      for name, split in tests.items()
-    }
-
-  plain = lambda params: lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
-  before = compiler.jit(lambda params, tests: scores(plain(params), tests))(material.params, tests)
+  scores = functools.partial(accuracies_of, chunk=config.checkpoint.chunk)
+  before = pretrained_scores(model, material.params, tests, config.checkpoint.chunk)
 
   def init(key: jax.Array) -> TuningState:
     probe = jax.device_put(material.batch(train[: min(config.probe_size, len(train))]))
@@ -210,6 +219,25 @@ def build(
   )
 
 
-def _split(batch: Callable, questions: Sequence[Question]) -> Split:
+def split_of(batch: Reader, questions: Sequence[Question]) -> Split:
+  """Questions ready to be answered."""
   arrays = batch(questions)
   return Split(**arrays, family=np.zeros(arrays["ids"].shape[:2], np.int32))
+
+
+def accuracies_of(run: Any, tests: Mapping[str, Split], chunk: int) -> dict[str, jax.Array]:
+  """Accuracy of a model on every set by its name, in percent; `chunk` questions at once."""
+  return {name: accuracies(run, split, (name,), chunk)[name] for name, split in tests.items()}
+
+
+def pretrained_scores(
+  model: Answering, params: dict[str, Any], tests: Mapping[str, Split], chunk: int
+) -> dict[str, jax.Array]:
+  """The same of the model as it is in the checkpoint."""
+
+  @compiler.jit
+  def scores(params, tests):
+    run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+    return accuracies_of(run, tests, chunk)
+
+  return scores(params, tests)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -53,8 +54,6 @@ class Mixture(NamedTuple):
 
 def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
-  if config.checkpoint.model:
-    raise InputError("checkpoint.model: mixtures are tuned on the desk model only so far")
   benchmark = benchmark or multimodal.load(config.desk, config.tasks)
   tuning.check_finite(benchmark.params)
   pad = benchmark.vocabulary.pad
@@ -65,8 +64,8 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   tuner, model = tuner_of(config), benchmark.model
   optimiser = tuners.adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuners.tuning_step(tuner, model, optimiser, tuners.answer_loss, clip=config.clip)
-  moments = moments_of(config, benchmark, train) if _needs_preview(config) else {}
-  sizes = batch_sizes(config, train)
+  moments: dict[str, Any] = moments_of(config, benchmark, train) if needs_preview(config) else {}
+  sizes = batch_sizes(config, train.sizes)
   data = jax.device_put(train.questions)
 
   def init(key: jax.Array) -> TuningState:
@@ -168,25 +167,29 @@ def mixed(parts: list[Split], names: list[str], pad: int) -> Mixture:
   return Mixture(Split(*map(np.concatenate, zip(*whole, strict=True))), start)
 
 
-def batch_sizes(config: Config, train: Mixture) -> list[int]:
+def batch_sizes(config: Config, counts: np.ndarray) -> list[int]:
   """Examples of every task in a batch: its share of the mixture, or equal parts.
+
+  Args:
+    config: the tasks, the batch.
+    counts: examples of every task.
 
   Raises:
     InputError: a task is smaller than its part, or its part is empty.
   """
-  shares = train.sizes / train.sizes.sum()
+  shares = counts / counts.sum()
   if config.sampler == "balanced":
     shares = np.full(len(shares), 1 / len(shares))
   sizes = np.floor(config.batch_size * shares).astype(int)
-  for name, size, count in zip(config.tasks, sizes, train.sizes, strict=True):
+  for name, size, count in zip(config.tasks, sizes, counts, strict=True):
     apart = config.row in SEPARATE or config.sampler == "balanced"
     if size > count or (apart and size == 0):
       raise InputError(
         f"task {name}: {count} examples give it {size} of a batch of {config.batch_size}; "
         "change batch_size or sampler"
       )
-  if config.batch_size > train.start[-1]:
-    raise InputError(f"batch_size: {config.batch_size} is more than the {train.start[-1]} examples")
+  if config.batch_size > counts.sum():
+    raise InputError(f"batch_size: {config.batch_size} is more than the {counts.sum()} examples")
   return sizes.tolist()
 
 
@@ -262,42 +265,68 @@ def put_together(config: Config, before: Any, tuned: list[Any], key: jax.Array) 
 # --- preview ------------------------------------------------------------------------------------
 
 
-def _needs_preview(config: Config) -> bool:
+def needs_preview(config: Config) -> bool:
+  """Whether the row starts from data."""
   return config.row == "corda" or (config.row == "thanora" and config.start == "preview")
 
 
-def moments_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, jax.Array]:
-  """Second moments of the inputs of every layer, by its path: (T, in, in), or (1, in, in) for corda.
+def moments_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, np.ndarray]:
+  """Second moments of what every layer is fed by the first `preview` training questions of a task."""
+  model, pad = benchmark.model, benchmark.vocabulary.pad
 
-  Of the first `preview` training questions of every task, all tokens but padding.
+  def read(params, part: Split):
+    text = (part.ids != pad) & (part.family >= 0)[..., None]
+    masks = [None, text.reshape(-1, text.shape[-1])]  # the image first, then the texts about it
+    run = lambda: model.apply({"params": params}, part.ids, features=part.features, logits="none")
+    return run, masks
+
+  def chunks(start: int, end: int) -> Iterator[Split]:
+    end = min(end, start + config.preview)
+    for first in range(start, end, _PREVIEW_CHUNK):
+      yield Split(*(x[first : min(first + _PREVIEW_CHUNK, end)] for x in train.questions))
+
+  tasks = [chunks(*ends) for ends in itertools.pairwise(train.start.tolist())]
+  return second_moments(config, benchmark.params, tasks, read)
+
+
+def second_moments(
+  config: Config,
+  params: Any,
+  tasks: Iterable[Iterable[Any]],
+  read: Callable[[Any, Any], tuple[Callable[[], Any], list[jax.Array | None]]],
+  begin: Callable[[int], method.Moment] = method.no_inputs,
+) -> dict[str, np.ndarray]:
+  """Second moments of the inputs of every layer, all tokens but padding.
+
+  Args:
+    config: the layers, and whether tasks are kept apart.
+    params: of the model.
+    tasks: the batches of every task.
+    read: (params, batch) -> (what applies the model, masks of the calls of a layer), as `preview` wants.
+    begin: width -> the moment before anything was seen.
+
+  Returns:
+    By the path of the layer (T, in, in), or (1, in, in) for corda; on the host.
   """
   targets = config.targets or tuners.LINEARS
-  model, params, pad = benchmark.model, benchmark.params, benchmark.vocabulary.pad
   flat = flatten(params)
   widths = {owner(path): flat[path].shape[0] for path in preview.linear_targets(params, targets)}
 
-  @compiler.jit
-  def add(params, summaries, part: Split):
-    run = lambda: model.apply({"params": params}, part.ids, features=part.features, logits="none")
-    text = (part.ids != pad) & (part.family >= 0)[..., None]
-    masks = [None, text.reshape(-1, text.shape[-1])]  # the image first, then the texts about it
+  @functools.partial(compiler.jit, donate_argnums=1)
+  def add(params, summaries, batch):
+    run, masks = read(params, batch)
     return preview.linear_inputs(run, params, targets, method.add_inputs, summaries, masks)
 
-  tasks = []
-  for start, end in zip(train.start[:-1], train.start[1:], strict=True):
-    count = min(config.preview, end - start)
-    summaries = {path: method.no_inputs(width) for path, width in widths.items()}
-    for rows in np.split(
-      np.arange(start, start + count), range(_PREVIEW_CHUNK, count, _PREVIEW_CHUNK)
-    ):
-      summaries = add(params, summaries, Split(*(x[rows] for x in train.questions)))
-    tasks.append(summaries)
+  seen = []
+  for batches in tasks:
+    summaries = {path: begin(width) for path, width in widths.items()}
+    for batch in batches:
+      summaries = add(params, summaries, batch)
+    seen.append(jax.device_get(summaries))
   if config.row == "corda":
-    tasks = [jax.tree.map(lambda *x: sum(x), *tasks)]
-  return {
-    path: jnp.stack([method.second_moment(summaries[path]) for summaries in tasks])
-    for path in widths
-  }
+    seen = [jax.tree.map(lambda *x: sum(x), *seen)]
+  second = lambda moment: np.asarray(method.second_moment(moment))
+  return {path: np.stack([second(summaries[path]) for summaries in seen]) for path in widths}
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ThanoRA-style tuning on mixtures of tasks, and its rivals, on the desk benchmark.
+"""ThanoRA-style tuning on mixtures of tasks, and its rivals, on the desk benchmark or a checkpoint.
 
 No code of the paper was published and its body could not be read: what is marked (inferred) below is our
 reading. One model, pretrained on easy-VQA, is tuned on several targets at once; what is compared is the
@@ -16,7 +16,7 @@ from jaxmethods.experiments.tuning_config import BudgetConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
-  from jaxmethods.experiments import mixture_tuning
+  from jaxmethods.experiments import checkpoint_mixtures, mixture_tuning
 
 Row = Literal[
   "thanora", "lora", "dora", "corda", "hydralora", "loramoe", "single", "average", "dare", "ties"
@@ -32,6 +32,12 @@ class Config(BudgetConfig):
     default_factory=dict
   )  # learning_rate by row, for compare
   tasks: list[str] = dataclasses.field(default_factory=lambda: ["digits", "counting"])
+  train: dict[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # of a checkpoint: task -> file of its training questions
+  test: dict[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # task -> file of its test questions
   sampler: Literal["proportional", "balanced"] = "proportional"  # to the size of the tasks, or not
   learning_rate: float = 2e-5  # corda's, for starts from data; the others: 2e-4
   projector_rate: float = 2e-5
@@ -58,6 +64,10 @@ class Config(BudgetConfig):
     super().__post_init__()
     if not self.tasks or len(set(self.tasks)) < len(self.tasks):
       raise ValueError(f"tasks: must be one or more different tasks, got {self.tasks}")
+    if (self.train or self.test) and not self.checkpoint.model:
+      raise ValueError("train, test: files of questions need checkpoint.model")
+    if self.checkpoint.train or self.checkpoint.test:
+      raise ValueError("checkpoint.train, checkpoint.test: a mixture takes train and test, by task")
     if self.rank < len(self.tasks) + 1:
       raise ValueError(
         f"rank: {self.rank} is too small for {len(self.tasks)} tasks and a cooperative block"
@@ -79,8 +89,9 @@ class Config(BudgetConfig):
 
 
 def build(config: Config, mesh=None) -> Experiment:
-  """Loads the benchmark and composes the experiment."""
-  del mesh
+  """Loads the benchmark or the checkpoint and composes the experiment."""
+  if config.checkpoint.model:
+    return checkpoint_mixtures.build(config, mesh)
   return mixture_tuning.build(config)
 
 

@@ -14,11 +14,20 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data import question_files
 from jaxmethods.data.vision_sources import load_model
 from jaxmethods.data.weights_files import save_checkpoint
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import checkpoint_tuning, mllm_tuning, tuning, tuning_rows
+from jaxmethods.experiments import (
+  checkpoint_mixtures,
+  checkpoint_tuning,
+  mixture_tuning,
+  mllm_tuning,
+  thanora,
+  tuning,
+  tuning_rows,
+)
 from jaxmethods.experiments.tuning_config import Checkpoint
 from jaxmethods.methods.mllm_tuning.tuner import adamw, answer_loss, init_state, tuning_step
 from jaxmethods.models.mllm import MLLMConfig, table
@@ -177,6 +186,103 @@ def test_bad_input(folder, tmp_path):
     question_files.open_square(tmp_path / "broken.png", (0, 0, 0))
   with pytest.raises(InputError, match="prefix works on the desk model only"):
     tuning_rows.build(config(folder, row="prefix"))
+
+
+def mixture(folder, **changes):
+  checkpoint = dataclasses.replace(config(folder).checkpoint, train="", test="", scan_layers=False)
+  small = {
+    "tasks": ["cups", "others"], "steps": 30, "batch_size": 4, "rank": 4, "alpha": 8.0,
+    "dropout": 0.0, "preview": 3, "learning_rate": 0.1, "projector_rate": 0.1,
+    "train": {"cups": str(folder / "train.jsonl"), "others": str(folder / "test.jsonl")},
+    "test": {"cups": str(folder / "other.jsonl"), "others": str(folder / "other.jsonl")},
+    "checkpoint": dataclasses.replace(checkpoint, upstream={}),
+  }  # fmt: skip
+  return thanora.Config(**(small | changes))
+
+
+@pytest.fixture(scope="module")
+def mixture_material(folder):
+  material = checkpoint_mixtures.load(mixture(folder))
+  # The output vectors of a random model are too small for any word to become likely.
+  flat = flatten(material.params)
+  flat["language/head/kernel"] *= 25
+  return material._replace(params=unflatten(flat))
+
+
+def test_a_mixture_is_tuned(folder, mixture_material):
+  """Nothing changes at the start; the mixture is learnt; batches follow the step."""
+  settings = mixture(folder)
+  experiment = checkpoint_mixtures.build(settings, material=mixture_material)
+  state, batches = experiment.init(jax.random.key(0)), experiment.batches(0)
+  batch = next(batches)
+  model, tuner = mixture_material.model, mixture_tuning.tuner_of(settings)
+  before = model.apply(
+    {"params": mixture_material.params}, batch["ids"], features=batch["features"]
+  )
+  after = tuner.apply(model, *state.tuner, batch["ids"], features=batch["features"])
+  np.testing.assert_allclose(after.logits, before.logits, atol=1e-5)
+  step, losses = quick_jit(experiment.step), []
+  for _ in range(settings.steps):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["task_loss"]))
+    batch = next(batches)
+  assert losses[-1] < 0.6 * losses[0]
+  result = quick_jit(experiment.evaluate)(state, experiment.test)
+  assert set(result) == {"Mean", "cups", "others"}
+  assert result["Mean"] == (result["cups"] + result["others"]) / 2
+  np.testing.assert_array_equal(next(experiment.batches(settings.steps))["ids"], batch["ids"])
+  assert set(experiment.figures(state)) == {"ranks", "entropy"}
+
+
+def test_the_preview_of_a_checkpoint(folder, mixture_material):
+  """It does not depend on how many questions are read at once, and padding does not count."""
+  settings = mixture(folder)
+  moments = checkpoint_mixtures.moments_of(settings, mixture_material)
+  assert moments["language/layers_0/attention/query"].shape == (2, 8, 8)
+  # The inputs of the first layer have mean square 1, but for the norm's epsilon.
+  first = np.trace(moments["language/layers_0/attention/query"], axis1=1, axis2=2)
+  np.testing.assert_allclose(first, 8, rtol=0.05)
+  single = dataclasses.replace(settings.checkpoint, chunk=1)
+  padded = lambda batch: {
+    "features": batch["features"],
+    "ids": np.pad(batch["ids"], ((0, 0), (0, 0), (0, 5))),
+    "labels": np.pad(batch["labels"], ((0, 0), (0, 0), (0, 5)), constant_values=IGNORED),
+  }
+  other = mixture_material._replace(batch=lambda shown: padded(mixture_material.batch(shown)))
+  again = checkpoint_mixtures.moments_of(dataclasses.replace(settings, checkpoint=single), other)
+  for path, moment in moments.items():
+    np.testing.assert_allclose(again[path], moment, rtol=1e-4, atol=1e-5)
+  mesh = jax.make_mesh((1,), ("data",))
+  spread = checkpoint_mixtures.moments_of(settings, mixture_material, mesh)
+  for path, moment in moments.items():
+    np.testing.assert_allclose(spread[path], moment, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["proportional", "balanced"])
+def test_rows_of_mixtures_trace(folder, mixture_material, sampler):
+  for name in ("lora", "corda", "hydralora", "spr_only"):
+    row = thanora.rows(mixture(folder, sampler=sampler))[name]
+    experiment = checkpoint_mixtures.build(row, material=mixture_material)
+    state, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
+    assert len(batch["ids"]) == 4
+    after, _ = jax.eval_shape(experiment.step, state, batch)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+
+
+def test_bad_mixtures(folder):
+  good = mixture(folder)
+  test = str(folder / "test.jsonl")
+  upstream = dataclasses.replace(good.checkpoint, upstream={"cups": test})
+  scanned = dataclasses.replace(good.checkpoint, scan_layers=True)
+  for changes, message in (
+    ({"train": {"cups": test}}, r"train: must name a file for each of \['cups', 'others'\]"),
+    ({"test": {"cups": test, "others": test}}, "cups: 2 of its images are in the training data"),
+    ({"checkpoint": upstream}, "checkpoint.upstream: 'cups' is a task too"),
+    ({"row": "single"}, "row: single trains one model per task"),
+    ({"checkpoint": scanned}, "a preview needs layers that are not scanned"),
+  ):
+    with pytest.raises(InputError, match=message):
+      checkpoint_mixtures.build(dataclasses.replace(good, **changes))
 
 
 def test_published_size_traces():

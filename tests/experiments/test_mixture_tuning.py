@@ -130,13 +130,13 @@ def test_tasks_of_very_different_size(sampler):
   parts = [uneven.targets[name].train for name in settings.tasks]
   train = mixture_tuning.mixed(parts, settings.tasks, uneven.vocabulary.pad)
   assert train.sizes.tolist() == [20, 200]
-  sizes = mixture_tuning.batch_sizes(settings, train)
+  sizes = mixture_tuning.batch_sizes(settings, train.sizes)
   assert sizes == ([1, 10] if sampler == "proportional" else [5, 5])
   assert "digits 20, counting 200" in mixture_tuning.build(settings, uneven).about
   if sampler == "proportional":
     small = config(row="single", batch_size=8)
     with pytest.raises(InputError, match=r"task digits: 20 examples give it 0 of a batch of 8"):
-      mixture_tuning.batch_sizes(small, train)
+      mixture_tuning.batch_sizes(small, train.sizes)
 
 
 def test_an_empty_task_is_refused():
