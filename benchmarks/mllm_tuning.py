@@ -188,12 +188,13 @@ class Runner:
     """The state before the first step, at this rate."""
     import jax
 
-    from jaxmethods.experiments import tuning
+    from jaxmethods.experiments import mllm_tuning, tuning
     from jaxmethods.methods.mllm_tuning.tuner import adamw
 
     experiment, tuner = self.build(name)
     state = experiment.init(jax.random.key(seed))
-    rates = tuning.rates_of(dataclasses.replace(self.config, learning_rate=rate or 1.0))
+    row = mllm_tuning.rows(dataclasses.replace(self.config, rates={name: rate or 1.0}))[name]
+    rates = tuning.rates_of(row)
     optimiser = adamw(rates, tuner.rates, self.config.steps, warmup=self.config.warmup)
     return state._replace(opt_state=optimiser.init(state.tuner.trainable))
 
@@ -315,7 +316,7 @@ def introduction(args: argparse.Namespace, lines: list[dict[str, Any]]) -> str:
   text = (
     f"{datetime.date.today()}, jax {jax.__version__}, `python -m benchmarks.mllm_tuning search`, "
     f"`table`, `report`: the desk model (pretrained on easy-VQA), target {args.target}, {args.steps} "
-    "steps of 32 images, projector at 1e-3 in every row that trains something. Scores are percent of "
+    "steps of 32 images, projector at 1e-3 in every row that trains something else too. Scores are percent of "
     "greedy answers that are exactly right, on the official test questions and the target's test part; "
     "mean ± sample standard deviation over seeds (data order and starts; one pretrained model). Rates "
     "are the best of three by H on the validation parts, seed 1 (of up to five, where the best was at "

@@ -139,7 +139,13 @@ def build(config: Config, mesh=None) -> Experiment:
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """All rows; learning rates are those of `rates`. `base` has one step, which changes nothing."""
-  result = at_their_rates(config, {name: {"row": name} for name in PARADIGMS})
+  """All rows; learning rates are those of `rates`. `base` has one step, which changes nothing.
+
+  The rate of `projector` is that of the projector, which the other rows train at `projector_rate`.
+  """
+  changes: dict[str, dict[str, Any]] = {name: {"row": name} for name in PARADIGMS}
+  if "projector" in config.rates:
+    changes["projector"]["projector_rate"] = config.rates["projector"]
+  result = at_their_rates(config, changes)
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}
