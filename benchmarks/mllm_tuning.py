@@ -316,7 +316,7 @@ def introduction(args: argparse.Namespace, lines: list[dict[str, Any]]) -> str:
   text = (
     f"{datetime.date.today()}, jax {jax.__version__}, `python -m benchmarks.mllm_tuning search`, "
     f"`table`, `report`: the desk model (pretrained on easy-VQA), target {args.target}, {args.steps} "
-    "steps of 32 images, projector at 1e-3 in every row that trains something else too. Scores are percent of "
+    "steps of 32 images, projector at 1e-3 beside whatever else is trained. Scores are percent of "
     "greedy answers that are exactly right, on the official test questions and the target's test part; "
     "mean ± sample standard deviation over seeds (data order and starts; one pretrained model). Rates "
     "are the best of three by H on the validation parts, seed 1 (of up to five, where the best was at "
