@@ -13,6 +13,7 @@ from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
 from jaxmethods.models.mllm import MLLM, MLLMConfig
+from jaxmethods.runtime.checkpoints import Checkpoints
 from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
 
 LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}
@@ -117,6 +118,33 @@ def test_spider_moves_what_is_selected_and_nothing_else():
   before = flatten(benchmark().params)  # frozen means frozen
   for path, x in flatten(state.tuner.frozen).items():
     np.testing.assert_array_equal(x, before[path])
+
+
+@pytest.mark.parametrize("method", [lorasculpt, spider])
+def test_a_run_goes_on_with_its_masks_and_importances(method, tmp_path):
+  """Interrupted behind the pruning step, restored and finished: bit for bit as without."""
+  settings = config(method)
+  make = low_rank_tuning.build if method is lorasculpt else selective_tuning.build
+  experiment = make(settings, benchmark=benchmark())
+  step, batches = quick_jit(experiment.step), experiment.batches(0)
+  state = experiment.init(jax.random.key(settings.seed))
+  with Checkpoints(tmp_path / "whole") as whole, Checkpoints(tmp_path / "without") as without:
+    for k in range(settings.steps):
+      state, _ = step(state, next(batches))
+      if k + 1 == settings.steps - 1:
+        whole.save(k + 1, state)
+        without.save(k + 1, state._replace(tuner=state.tuner._replace(extra={})))
+  fresh = experiment.init(jax.random.key(settings.seed + 1))
+  with Checkpoints(tmp_path / "whole", read_only=True) as whole:
+    done, again = whole.restore(fresh)
+  again, _ = step(again, next(experiment.batches(done)))
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+  # A checkpoint that has lost them is refused: a run that began to learn anew what to keep is another.
+  with (
+    Checkpoints(tmp_path / "without", read_only=True) as without,
+    pytest.raises(InputError, match="no checkpoint can be read"),
+  ):
+    without.restore(fresh)
 
 
 def test_half_of_the_tensors_rest():
