@@ -196,7 +196,7 @@ def _train_language(
   split = Split(both, *texts)
   optimiser, key = _adam(desk.learning_rate, desk.steps, 0.01), jax.random.key(desk.seed + 1)
   size = min(_IMAGES, len(images))
-  repeats = _repeats(vocabulary, split.ids.shape[-1])
+  echoes = repeats(vocabulary, split.ids.shape[-1])
 
   def loss(params, batch):
     run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
@@ -209,9 +209,9 @@ def _train_language(
     one = split._replace(features=split.features[mirrored])
     batch = draw(one, key, i, size)
     batch = choose_questions(batch, keys[1], _QUESTIONS)
-    said = jax.random.choice(jax.random.fold_in(keys[1], 1), len(repeats[0]), (size, desk.words))
-    for name, texts in zip(("ids", "labels"), repeats, strict=True):
-      batch[name] = jnp.concatenate([batch[name], texts[said]], axis=1)
+    chosen = jax.random.choice(jax.random.fold_in(keys[1], 1), len(echoes[0]), (size, desk.words))
+    for name, texts in zip(("ids", "labels"), echoes, strict=True):
+      batch[name] = jnp.concatenate([batch[name], texts[chosen]], axis=1)
     value, gradients = jax.value_and_grad(loss)(params, batch)
     updates, opt_state = optimiser.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
@@ -222,7 +222,7 @@ def _train_language(
   return params | {"vision": vision}
 
 
-def _repeats(vocabulary: Vocabulary, length: int) -> tuple[jax.Array, jax.Array]:
+def repeats(vocabulary: Vocabulary, length: int) -> tuple[jax.Array, jax.Array]:
   """Every word as a question that it answers itself: ids and labels (W, length), as in `Split`."""
   words = vocabulary.spoken
   ids = np.full((len(words), length), vocabulary.pad, np.int32)

@@ -12,7 +12,14 @@ import pytest
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import multimodal as data
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import mllm_tuning, multimodal, questions, tuning, tuning_rows
+from jaxmethods.experiments import (
+  mllm_tuning,
+  multimodal,
+  multimodal_pretraining,
+  questions,
+  tuning,
+  tuning_rows,
+)
 from jaxmethods.experiments.tuning_config import Desk
 from jaxmethods.methods.mllm_tuning import tuner as tuners
 from jaxmethods.runtime import compiler, loop
@@ -54,6 +61,17 @@ def test_questions_are_encoded_with_their_answers(benchmark):
   kept = multimodal.limited(source, DESK.limit)
   assert (asked.family >= 0).sum() == (kept.split == "test").sum()
   assert ((asked.labels != IGNORED).sum(-1) == (asked.family >= 0)).all()
+
+
+def test_every_word_is_repeated(benchmark):
+  """The texts of the pretraining's repeats: a word, and the same word as its answer."""
+  words = benchmark.vocabulary
+  ids, labels = (np.asarray(x) for x in multimodal_pretraining.repeats(words, 6))
+  assert sorted(words.decode(row[1:2]) for row in ids) == sorted(words.spoken)
+  assert not set(words.spoken) & {"<pad>", "<bos>", "<ans>"}
+  for row, label in zip(ids, labels, strict=True):
+    assert row.tolist() == [words.begin, row[1], words.answer, *[words.pad] * 3]
+    assert label.tolist() == [IGNORED, IGNORED, row[1], *[IGNORED] * 3]
 
 
 def test_batches_are_an_epoch_and_follow_the_key(benchmark):
