@@ -8,7 +8,7 @@ and the list of methods could be read: the rows are the definitions of the cited
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from etils import epy
 
@@ -18,55 +18,30 @@ from jaxmethods.runtime.experiment import Experiment
 with epy.lazy_imports():
   from jaxmethods.experiments import tuning_rows
 
-# Row -> paradigm of the survey.
-PARADIGMS = {
-  "base": "reference",
-  "joint": "reference",
-  "full": "reference",
-  "full_no_head": "selective",
-  "last_layers": "selective",
-  "projector": "selective",
-  "bitfit": "selective",
-  "attention": "selective",
-  "gate_up": "selective",
-  "magnitude_mask": "selective",
-  "gradient_mask": "selective",
-  "random_mask": "selective",
-  "l2_sp": "selective",
-  "ewc": "selective",
-  "spider": "selective",
-  "dare": "posterior",
-  "grafting": "posterior",
-  "half": "posterior",
-  "wise": "posterior",
-  "ties": "posterior",
-  "tailor": "posterior",
-  "serial_adapter": "additive",
-  "parallel_adapter": "additive",
-  "ia3": "additive",
-  "prompt": "additive",
-  "prefix": "additive",
-  "lora": "reparameterised",
-  "lora_plus": "reparameterised",
-  "rslora": "reparameterised",
-  "dora": "reparameterised",
-  "vera": "reparameterised",
-  "moslora": "reparameterised",
-  "pissa": "reparameterised",
-  "milora": "reparameterised",
-  "corda": "reparameterised",
-  "adalora": "reparameterised",
-  "oft": "reparameterised",
-  "loramoe": "reparameterised",
-  "lorasculpt": "reparameterised",
-}
-Row = Literal[
-  "base", "joint", "full", "full_no_head", "last_layers", "projector", "bitfit", "attention",
-  "gate_up", "magnitude_mask", "gradient_mask", "random_mask", "l2_sp", "ewc", "spider", "dare",
-  "grafting", "half", "wise", "ties", "tailor", "serial_adapter", "parallel_adapter", "ia3",
-  "prompt", "prefix", "lora", "lora_plus", "rslora", "dora", "vera", "moslora", "pissa", "milora",
-  "corda", "adalora", "oft", "loramoe", "lorasculpt",
+# The rows, by paradigm of the survey.
+Reference = Literal["base", "joint", "full"]
+Selective = Literal[
+  "full_no_head", "last_layers", "projector", "bitfit", "attention", "gate_up", "magnitude_mask",
+  "gradient_mask", "random_mask", "l2_sp", "ewc", "spider",
 ]  # fmt: skip
+Posterior = Literal["dare", "grafting", "half", "wise", "ties", "tailor"]
+Additive = Literal["serial_adapter", "parallel_adapter", "ia3", "prompt", "prefix"]
+Reparameterised = Literal[
+  "lora", "lora_plus", "rslora", "dora", "vera", "moslora", "pissa", "milora", "corda", "adalora",
+  "oft", "loramoe", "lorasculpt",
+]  # fmt: skip
+Row = Literal[Reference, Selective, Posterior, Additive, Reparameterised]
+PARADIGMS: dict[Row, str] = {
+  row: paradigm
+  for paradigm, rows in {
+    "reference": Reference,
+    "selective": Selective,
+    "posterior": Posterior,
+    "additive": Additive,
+    "reparameterised": Reparameterised,
+  }.items()
+  for row in get_args(rows)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
