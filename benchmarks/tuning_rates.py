@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,8 @@ def main() -> None:
   for name in chosen:
     of_row = done.setdefault(name, {})
     programs = None  # the rate is part of the state: one compilation serves all
-    todo = [rate for rate in rates if str(rate) not in of_row]
-    while todo:
-      rate = todo.pop(0)
+    while todo := untried(rates, of_row):
+      rate = todo[0]
       row = dataclasses.replace(rows[name], learning_rate=rate)
       experiment = loop.ordered(method.build(row))
       state = experiment.init(jax.random.key(row.seed))
@@ -64,11 +63,18 @@ def main() -> None:
       of_row[str(rate)] = measure(experiment, state, *programs)
       write_json(target, done)
       print(name, rate, of_row[str(rate)], flush=True)
-      if not todo and len(of_row) < len(rates) + FURTHER:
-        todo = outwards({float(tried): headline(found) for tried, found in of_row.items()})
   best = {name: max(of, key=lambda rate, of=of: headline(of[rate])) for name, of in done.items()}
   print("rates:", *(f"  {name}: {rate}" for name, rate in best.items()), sep="\n")
   write_text(target.with_suffix(".md"), table(done, best, config))
+
+
+def untried(rates: Sequence[float], of_row: Mapping[str, Mapping[str, float]]) -> list[float]:
+  """What is left to be tried of a row: the given rates, then what lies beyond an extreme best."""
+  if left := [rate for rate in rates if str(rate) not in of_row]:
+    return left
+  if len(of_row) >= len(rates) + FURTHER:
+    return []
+  return outwards({float(rate): headline(found) for rate, found in of_row.items()})
 
 
 def outwards(scores: Mapping[float, float]) -> list[float]:
