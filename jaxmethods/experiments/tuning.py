@@ -166,11 +166,10 @@ def num_parameters(params: Any) -> int:
 
 
 def num_trainable(state: TunerState) -> jax.Array:
-  """Trained entries; what a mask of an adapter holds fixed does not count."""
-  held = sum(
-    (jnp.sum(~leaf) for path, leaf in flatten(state.frozen).items() if path.endswith("/mask")),
-    start=jnp.zeros((), int),
-  )
+  """Trained entries, without those that a mask holds: fixed (of an adapter), at zero (of LoRASculpt)."""
+  masks = [leaf for path, leaf in flatten(state.frozen).items() if path.endswith("/mask")]
+  masks += jax.tree.leaves(state.extra.get("masks", {}))
+  held = sum((jnp.sum(~mask) for mask in masks), start=jnp.zeros((), int))
   return num_parameters(state.trainable) - held
 
 

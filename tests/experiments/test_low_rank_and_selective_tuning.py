@@ -44,6 +44,10 @@ def test_masks_hold_in_what_is_shipped(sculpted):
     assert mask.sum() == math.floor(settings.keep_ratio * mask.size)
     np.testing.assert_array_equal(factors[path][~mask], 0)
   assert any(f[masks[path]].any() for path, f in factors.items() if path.endswith("/b"))
+  kept, projector = sum(mask.sum() for mask in masks.values()), state.tuner.trainable["params"]
+  assert tuning.num_trainable(state.tuner) == kept + tuning.num_parameters(projector)
+  start = experiment.init(jax.random.key(0)).tuner
+  assert tuning.num_trainable(start) == tuning.num_parameters(start.trainable)
   assert not any(path.startswith(("projector", "vision")) for path in factors)
   assert set(experiment.figures(state)) == {"accuracy", "update_density"}
 
