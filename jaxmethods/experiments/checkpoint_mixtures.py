@@ -92,10 +92,10 @@ def build(config: Config, mesh: Any = None, material: Material | None = None) ->
   def init(key: jax.Array) -> TuningState:
     return tuners.init_state(tuner, optimiser, key, material.params, moments)
 
-  def shuffled(name: int, count: int, k: int, size: int) -> np.ndarray:
+  def shuffled(task: int, count: int, k: int, size: int) -> np.ndarray:
     """Places of batch `k` among `count` questions, which every epoch shuffles anew."""
     epoch, place = divmod(k, count // size)
-    order = np.random.default_rng((config.seed, name, epoch)).permutation(count)
+    order = np.random.default_rng((config.seed, task, epoch)).permutation(count)
     return order[place * size : (place + 1) * size]
 
   def batches(k: int) -> Iterator[dict[str, np.ndarray]]:
