@@ -5,8 +5,8 @@ frozen; then projector and language model learn to answer the questions. A tower
 to end with the language model stays at chance on shapes for as long.
 
 A language model that sees images has read texts before. Ours repeats single words meanwhile, every word
-of the vocabulary: one that it has never said has an output vector near zero, and as long as that is
-frozen no adapter can make the word likely.
+of the vocabulary: the output vectors of words that are never said all move alike and end up nearly
+parallel, and LoRA beside a frozen head hardly learns to tell such words apart.
 """
 
 from __future__ import annotations

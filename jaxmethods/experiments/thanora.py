@@ -32,12 +32,9 @@ class Config(BudgetConfig):
     default_factory=dict
   )  # learning_rate by row, for compare
   tasks: list[str] = dataclasses.field(default_factory=lambda: ["digits", "counting"])
-  train: dict[str, str] = dataclasses.field(
-    default_factory=dict
-  )  # of a checkpoint: task -> file of its training questions
-  test: dict[str, str] = dataclasses.field(
-    default_factory=dict
-  )  # task -> file of its test questions
+  # Of a checkpoint: task -> file of its questions.
+  train: dict[str, str] = dataclasses.field(default_factory=dict)
+  test: dict[str, str] = dataclasses.field(default_factory=dict)
   sampler: Literal["proportional", "balanced"] = "proportional"  # to the size of the tasks, or not
   learning_rate: float = 2e-5  # corda's, for starts from data; the others: 2e-4
   projector_rate: float = 2e-5

@@ -27,9 +27,7 @@ class Desk:
   tower_rate: float = 2e-3
   steps: int = 800  # of 16 images with 8 questions each
   learning_rate: float = 1e-3
-  words: int = (
-    2  # further questions an image: one word, answered by that word; 0: unknown words stay so
-  )
+  words: int = 2  # further questions an image: a word that answers itself
   seed: int = 0
   limit: int = 0  # images kept of every part of every data set; 0: all
 
