@@ -1,5 +1,6 @@
 """Properties of SPIDER's scores, masks and steps."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,10 @@ def train(params, x, y, loss, steps=5, **options):
   recompute = options.pop("recompute_importance", False)
   state = spider.start(params, recompute_importance=recompute, update_every=every)
 
+  chex.clear_trace_counter()
+
   @jax.jit
+  @chex.assert_max_traces(n=1)
   def step(t, params, state, moments, x, y):
     gradients = jax.grad(loss)(params, x, y)
     updates, moments = optimiser.update(gradients, moments, params)
@@ -88,7 +92,6 @@ def train(params, x, y, loss, steps=5, **options):
     params, state, mask, moments = step(t, params, state, moments, x[t % 3], y[t % 3])
     path.append(params)
     masks.append(mask)
-  assert step._cache_size() == 1
   return path, masks, state
 
 
