@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,7 @@ def brief(metrics: dict[str, float]) -> str:
 
 def report(args: argparse.Namespace) -> None:
   """The table, the search behind it, and the picture."""
+  from jaxmethods.experiments import tuning_figures
   from jaxmethods.experiments.mllm_tuning import PARADIGMS
 
   chosen = best_rates(args)
@@ -278,13 +279,14 @@ def report(args: argparse.Namespace) -> None:
   of = {name: [line for line in lines if line["row"] == name] for name in rows}
   tasks = [m for m in lines[0]["metrics"] if m not in (*COLUMNS, "params_percent", "mergeable")]
   header = [
-    "paradigm", "method", "seeds", "rate", "params %", *tasks, *COLUMNS, "ms/step", "mergeable"
+    "paradigm", "method", "seeds", "rate", "params %", *tasks, *COLUMNS, "step / LoRA", "MB", "mergeable"
   ]  # fmt: skip
+  cost = json.loads((RESULTS / "tuning_step_cost.json").read_text())["mllm_tuning"]
   body = []
   for name in rows:
     runs = of[name]
     cell = lambda metric, runs=runs: spread([run["metrics"][metric] for run in runs])
-    step = np.median([run["step_ms"] for run in runs])
+    trained = SHARED if PARADIGMS[name] == "posterior" else name
     body.append(
       [
         PARADIGMS[name],
@@ -294,7 +296,11 @@ def report(args: argparse.Namespace) -> None:
         f"{runs[0]['metrics']['params_percent']:.1f}",
         *map(cell, tasks),
         *map(cell, COLUMNS),
-        f"{step:.0f}",
+        *(
+          ("-", "-")
+          if name == "base"
+          else (f"{cost['ratio'][trained]:.2f}", f"{cost['step_bytes'][trained] / 1e6:.0f}")
+        ),
         "yes" if runs[0]["metrics"]["mergeable"] else "no",
       ]
     )
@@ -304,7 +310,7 @@ def report(args: argparse.Namespace) -> None:
   head = "# Ways to tune one model\n" + introduction(args, lines)
   stem.with_suffix(".md").write_text("\n".join([head, *text]) + "\n")
   stem.with_suffix(".json").write_text(json.dumps(finished(args), indent=0) + "\n")
-  picture(of, PARADIGMS).savefig(stem.with_suffix(".png"), dpi=120)
+  tuning_figures.tradeoff(points(of), PARADIGMS).savefig(stem.with_suffix(".png"), dpi=120)
   print(f"wrote {stem}.md, .json and .png")
 
 
@@ -320,8 +326,9 @@ def introduction(args: argparse.Namespace, lines: list[dict[str, Any]]) -> str:
     "greedy answers that are exactly right, on the official test questions and the target's test part; "
     "mean ± sample standard deviation over seeds (data order and starts; one pretrained model). Rates "
     "are the best of three by H on the validation parts, seed 1 (of up to five, where the best was at "
-    "the edge). Milliseconds are wall time with a "
-    f"load of {np.median([line['load'] for line in lines]):.0f} on two cores (median): no benchmark.\n"
+    "the edge). Processor time of a step beside LoRA's and what it holds in memory: `python -m "
+    "benchmarks.tuning_step_cost --methods mllm_tuning`, rows in turns; those of posterior rows are "
+    f"`{SHARED}`'s.\n"
   )
   if unsearched:
     text += f"\n**Not searched** (middle rate of the three): {', '.join(unsearched)}.\n"
@@ -380,35 +387,10 @@ def searched(args: argparse.Namespace) -> str:
   return markdown(["method", *["rate: H (Target, F)"] * most], rows)
 
 
-def picture(of: dict[str, list[dict[str, Any]]], paradigms: dict[str, str]) -> Any:
-  """Target gain against forgetting, a point for every row."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-  colours = dict(zip(dict.fromkeys(paradigms.values()), plt.get_cmap("tab10").colors, strict=False))
-  seen: set[str] = set()
-  for name, gain, change in points(of):
-    paradigm = paradigms[name]
-    label = None if paradigm in seen else paradigm
-    seen.add(paradigm)
-    axes.plot(change, gain, "o", color=colours[paradigm], markersize=6, label=label)
-    axes.annotate(name, (change, gain), (4, 3), textcoords="offset points", fontsize=7)
-  axes.set(
-    xlabel="F: change on what it could before, points", ylabel="E: gain on the target, points"
-  )
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(alpha=0.25)
-  axes.legend(frameon=False, fontsize=8)
-  return figure
-
-
-def points(of: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, float, float]]:
-  for name, runs in of.items():
-    mean = lambda metric, runs=runs: float(np.mean([run["metrics"][metric] for run in runs]))
-    yield name, mean("E"), mean("F")
+def points(of: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, float]]:
+  """Row -> (E, F), means over seeds."""
+  mean = lambda metric, runs: float(np.mean([run["metrics"][metric] for run in runs]))
+  return {name: (mean("E", runs), mean("F", runs)) for name, runs in of.items()}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
   python -m benchmarks.tuning_step_cost
 
-LoRASculpt and ThanoRA beside LoRA, SPIDER beside full tuning of the same layers, on the desk model, at
-equal batches. Rows take turns within one process, a few steps each, and processor time is counted, not
-the clock: other work on the machine then slows all alike. Printed are medians over the turns; SPIDER's
-further copies of the trained part are counted too.
+LoRASculpt and ThanoRA beside LoRA, SPIDER beside full tuning of the same layers, and every row of the
+suite beside LoRA, on the desk model, at equal batches. Rows take turns within one process, a few steps
+each, and processor time is counted, not the clock: other work on the machine then slows all alike.
+Printed are medians over the turns, and what a step holds in memory by XLA's account (weights, optimiser,
+the training data, temporaries); SPIDER's further copies of the trained part are counted too.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from jaxmethods.runtime import command, launch
 from jaxmethods.runtime import config as config_lib
 
 RESULTS = Path(__file__).parent / "results"
-# Method -> rows, the plain one first; and the ratio that is aimed at.
-GROUPS = {
+# Method -> rows, the plain one first (None: all that train); and the ratio that is aimed at.
+GROUPS: dict[str, tuple[tuple[str, ...] | None, float | None]] = {
   "lorasculpt": (("lora", "lorasculpt", "no_cmr", "dora"), 1.15),
   "spider": (("full", "spider"), 1.3),
   "thanora": (("lora", "thanora", "hydralora", "loramoe"), 1.1),
+  "mllm_tuning": (None, None),
 }
 STEPS = 3
 
@@ -46,6 +48,7 @@ def main() -> None:
   found = json.loads(target.read_text()) if target.exists() else {}
   for name in args.methods.split(","):
     rows, aim = GROUPS[name]
+    rows = rows or rows_of_suite()
     programs = {row: Program(name, row) for row in rows}
     times: dict[str, list[float]] = {row: [] for row in rows}
     for _ in range(args.turns):
@@ -58,11 +61,20 @@ def main() -> None:
     }
     found[name] = {
       "cpu_ms_per_step": medians, "ratio": ratios, "aim": aim, "turns": args.turns,
+      "step_bytes": {row: run.num_bytes() for row, run in programs.items()},
       "load": os.getloadavg()[0], "jax": jax.__version__, "machine": platform.processor(),
       "copies": copies(programs) if name == "spider" else None,
     }  # fmt: skip
     print(name, {row: f"{medians[row]:.1f} ms, {ratios[row]:.2f}" for row in rows}, flush=True)
     target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def rows_of_suite() -> tuple[str, ...]:
+  """LoRA, and all other rows that train; posterior ones share the steps of one of them."""
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  trained = [row for row, kind in PARADIGMS.items() if kind != "posterior" and row != "base"]
+  return tuple(sorted(trained, key=lambda row: row != "lora"))
 
 
 class Program:
@@ -90,6 +102,11 @@ class Program:
       self.state, metrics = self.step(self.state, next(self.batches))
       jax.block_until_ready(metrics)
     return (time.process_time() - clock) / STEPS
+
+  def num_bytes(self) -> int | None:
+    from jaxmethods.runtime import compiler
+
+    return compiler.num_bytes(self.step, self.state, next(self.batches))
 
 
 def copies(programs: dict[str, Any]) -> float:

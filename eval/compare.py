@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not about:
           print(experiment.about, flush=True)
       try:
-        values, seconds = seeds.train(
+        trained = seeds.train(
           experiment,
           row,
           running,
@@ -82,8 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       except loop.Stopped as stopped:
         print(stopped, flush=True)
         return stopped.status
-      metrics = {metric: seeds.summarize(numbers) for metric, numbers in values.items()}
-      result = {"name": name, "metrics": metrics, "seconds": round(seconds, 3)}
+      metrics = {metric: seeds.summarize(numbers) for metric, numbers in trained.values.items()}
+      result = {
+        "name": name,
+        "metrics": metrics,
+        "seconds": round(trained.seconds, 3),
+        "step_seconds": trained.step_seconds,
+        "step_bytes": trained.step_bytes,
+      }
       about = experiment.about
       del experiment  # its data, before the next row loads its own
       if writer:
@@ -100,13 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{args.method}: {args.seeds} seeds, mean ± 95 % interval"
     header, lines = _table(results)
     report.print_table(title, header, lines)
+    intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)
+    own = method.comparison(results) if hasattr(method, "comparison") else {}
     page = report.write_comparison(
       workdir,
       title=title,
       about=about,
       header=header,
       rows=lines,
-      figure=report.intervals(results, _headline(results)[:2], highlight=args.method),
+      figures={"comparison": intervals} | own,
     )
     print(f"see {page}")
   return 0
@@ -143,17 +151,22 @@ def _headline(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-  """Returns header and lines: the first metric with its seeds, then the others."""
+  """Returns header and lines: the first metric with its seeds, then the others, then the cost."""
   names = _headline(results)
-  header = ["", names[0], "each seed", *names[1:], "seconds"]
+  header = ["", names[0], "each seed", *names[1:], "ms/step", "MB", "seconds"]
   lines = []
   for row in results:
     first, *others = (row["metrics"].get(name) for name in names)
     each = " ".join("nan" if value is None else f"{value:.4g}" for value in first["values"])
-    lines.append(
-      [row["name"], _interval(first), each, *map(_interval, others), f"{row['seconds']:.1f}"]
-    )
+    cost = [_scaled(row, "step_seconds", 1e3), _scaled(row, "step_bytes", 1e-6)]
+    seconds = f"{row['seconds']:.1f}"
+    lines.append([row["name"], _interval(first), each, *map(_interval, others), *cost, seconds])
   return header, lines
+
+
+def _scaled(row: Mapping[str, Any], name: str, factor: float) -> str:
+  value = row.get(name)
+  return "-" if value is None else f"{value * factor:.3g}"
 
 
 def _interval(result: Mapping[str, Any] | None) -> str:

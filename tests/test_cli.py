@@ -223,7 +223,8 @@ def test_compare(cli, tmp_path):
     assert len(accuracy["values"]) == 3
     assert accuracy["mean"] == pytest.approx(sum(accuracy["values"]) / 3)
     assert accuracy["ci95"] >= 0
-    assert row["seconds"] > 0
+    assert 0 < row["step_seconds"] < row["seconds"]
+    assert row["step_bytes"] > 0
     assert row["name"] in result.stdout
   assert_report(tmp_path / "c", ["comparison.png"])
 

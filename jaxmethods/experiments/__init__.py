@@ -7,6 +7,7 @@ module is imported by name when it is asked for; it provides
   build(config, mesh=None)       -> Experiment
   rows(config)                   -> {row name: config}: the method and its baselines for eval.compare
   untrained(config)              -> whether there is nothing to train; optional, see eval.run
+  comparison(rows)               -> {name: figure} of the rows in the JSON of eval.compare; optional
 
 A method of one's own is any importable module with these three names: `--method package.module`.
 """

@@ -8,7 +8,8 @@ and the list of methods could be read: the rows are the definitions of the cited
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from etils import epy
 
@@ -16,7 +17,10 @@ from jaxmethods.experiments.tuning_config import TuningConfig, at_their_rates
 from jaxmethods.runtime.experiment import Experiment
 
 with epy.lazy_imports():
-  from jaxmethods.experiments import tuning_rows
+  from jaxmethods.experiments import tuning_figures, tuning_rows
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 # The rows, by paradigm of the survey.
 Reference = Literal["base", "joint", "full"]
@@ -124,3 +128,10 @@ def rows(config: Config) -> dict[str, Config]:
   result = at_their_rates(config, changes)
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+  """The trade-off: what every row gains on the target against what it loses of before."""
+  mean = lambda row: tuple(row["metrics"][metric]["mean"] for metric in ("E", "F"))
+  points = {row["name"]: mean(row) for row in results if None not in mean(row)}
+  return {"tradeoff": tuning_figures.tradeoff(points, PARADIGMS)}

@@ -7,15 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import multimodal
+from jaxmethods.experiments import multimodal, tuning_figures
 from jaxmethods.experiments.multimodal import Benchmark, Task
 from jaxmethods.experiments.questions import (
   Split,
@@ -121,7 +119,9 @@ def build(
     step=step,
     evaluate=evaluate,
     test=test,
-    figures=lambda state: {"accuracy": before_and_after(compiler.jit(evaluate)(state, test), test)},
+    figures=lambda state: {
+      "accuracy": tuning_figures.before_and_after(compiler.jit(evaluate)(state, test), test)
+    },
     num_steps=config.steps,
     about=benchmark.about,
   )
@@ -226,20 +226,3 @@ def table(run: Any, benchmark: Benchmark, config: TuningConfig, test: Any) -> di
     stack(before["source"]), stack(after), before["target"][config.target], reached
   )
   return {"H": summary.pop("H"), **{name: after[name] for name in families}, **summary}
-
-
-def before_and_after(after: Any, test: Any) -> Figure:
-  """Accuracy on every task of the pretrained and of the tuned model."""
-  before = {**test["before"]["source"], **test["before"]["target"]}
-  names = [*test["before"]["source"], "target"]
-  old, new = [float(x) for x in before.values()], [float(after[n]) for n in names[:-1]]
-  new.append(float(after["Target"]))
-  figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-  places = np.arange(len(names))
-  axes.bar(places - 0.2, old, 0.38, color="#c9c9c9", label="pretrained")
-  axes.bar(places + 0.2, new, 0.38, color="#1f6f8b", label="tuned")
-  axes.set_xticks(places, names)
-  axes.set(ylabel="accuracy, %", ylim=(0, 100))
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.15))
-  return figure

@@ -20,6 +20,19 @@ def jit(function: Callable, **options: Any) -> Callable:
   return jax.jit(function, compiler_options=_compiler_options(), **options)
 
 
+def num_bytes(function: Any, *args: Any) -> int | None:
+  """Bytes a device holds while a jitted function runs: arguments, results, temporaries.
+
+  Nothing is compiled if the function has been called with such arguments. None where the backend does
+  not tell.
+  """
+  found = function.lower(*args).compile().memory_analysis()
+  if found is None:
+    return None
+  kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  return kept + found.temp_size_in_bytes
+
+
 @functools.cache
 def _compiler_options() -> dict[str, str] | None:
   if jax.default_backend() != "cpu":

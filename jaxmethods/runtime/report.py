@@ -85,10 +85,10 @@ def write_comparison(
   about: str,
   header: Sequence[str],
   rows: Iterable[Sequence[str]],
-  figure: Figure,
+  figures: Mapping[str, Figure],
 ) -> Path:
-  """Writes the page of a comparison: its table, and `comparison.png`."""
-  body = [_table(header, rows), _picture(directory, "comparison", figure)]
+  """Writes the page of a comparison: its table, and its pictures as PNGs."""
+  body = [_table(header, rows), *(_picture(directory, *named) for named in figures.items())]
   return _page(directory, title, about, body)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,28 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import special
 
-from jaxmethods.runtime import loop
+from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime.checkpoints import Checkpoints
 from jaxmethods.runtime.experiment import Experiment, RunConfig, State
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display
+
+
+class Trained(NamedTuple):
+  """What a row of a comparison came to.
+
+  Attributes:
+    values: metric -> value of each seed.
+    seconds: wall time, with compilation and evaluation.
+    step_seconds: median wall time of one step of one seed; None if there were too few to tell.
+    step_bytes: what a device holds during a step (of all seeds, where they run in one program); None
+      where the backend does not tell.
+  """
+
+  values: dict[str, list[float]]
+  seconds: float
+  step_seconds: float | None
+  step_bytes: int | None
 
 
 def train(
@@ -29,8 +47,8 @@ def train(
   seed_map: str,
   title: str,
   mesh: Mesh | None = None,
-) -> tuple[dict[str, list[float]], float]:
-  """Trains `seeds` copies and returns what they reach, per seed, and the seconds it took.
+) -> Trained:
+  """Trains `seeds` copies and returns what they reach, per seed, and what it cost.
 
   Every metric is the mean over the last `config.average_last` evaluations. A killed call continues
   from its last checkpoint in `directory`.
@@ -46,9 +64,6 @@ def train(
     title: name beside the progress bar.
     mesh: devices to use; None for one.
 
-  Returns:
-    ({metric: [value of each seed]}, seconds).
-
   Raises:
     loop.Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
@@ -57,7 +72,7 @@ def train(
   shapes = jax.eval_shape(experiment.evaluate, copies[0], experiment.test)
   names = [name for name, value in shapes.items() if value.shape == ()]
   sums = {name: np.zeros(seeds) for name in names}
-  state, step, evaluate = _over_seeds(experiment, copies, seed_map, mesh)
+  state, step, evaluate, num_bytes = _over_seeds(experiment, copies, seed_map, mesh)
   del copies
   evaluated = [last - i * config.eval_every for i in range(config.average_last)]
   evaluated = [k for k in evaluated if k > 0]
@@ -71,16 +86,21 @@ def train(
     state, sums = kept["state"], kept["sums"]
     earlier, clock = float(kept["seconds"][0]), time.perf_counter()
     del kept
+    batch, since, times = None, (start, clock), []
     with Display(title, start, last, quiet=not writer) as display:
       batches = experiment.batches(start)
       for k in range(start + 1, last + 1):
-        state, metrics = step(state, next(batches))
+        batch = next(batches)
+        state, metrics = step(state, batch)
         if k in evaluated:
           measured = _fetch(evaluate(state, experiment.test))
           sums = {name: sums[name] + measured[name] for name in sums}
         logged = k % config.log_every == 0 or k == last
         if logged:
           display.update(k, {"loss": float(np.mean(_fetch(metrics)["loss"]))})
+          now = (k, time.perf_counter())
+          times.append((now[1] - since[1]) / (now[0] - since[0]) / seeds)
+          since = now
         stop = signals.received(agree=logged)
         seconds = earlier + time.perf_counter() - clock
         if stop or k % config.checkpoint_every == 0 or k == last:
@@ -90,7 +110,12 @@ def train(
           checkpoints.wait()
           raise loop.Stopped(stop.name, 128 + stop, k)
   values = {name: (np.asarray(sums[name]) / len(evaluated)).tolist() for name in names}
-  return values, earlier + time.perf_counter() - clock
+  return Trained(
+    values,
+    seconds=earlier + time.perf_counter() - clock,
+    step_seconds=float(np.median(times[1:])) if len(times) > 1 else None,  # the first one compiles
+    step_bytes=num_bytes(state, batch) if start < last else None,
+  )
 
 
 def summarize(values: Sequence[float]) -> dict[str, Any]:
@@ -107,8 +132,8 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
 
 def _over_seeds(
   experiment: Experiment, copies: list[State], seed_map: str, mesh: Mesh | None
-) -> tuple[State, Callable, Callable]:
-  """Returns (state, step, evaluate) of all seeds; they share the batches and the test."""
+) -> tuple[State, Callable, Callable, Callable]:
+  """Returns (state, step, evaluate, bytes of a step) of all seeds; batches and test are shared."""
   if seed_map == "loop":
     states = replicate(copies, mesh)
     one_step, one_evaluate = loop.compile_experiment(experiment, states[0], mesh)
@@ -117,7 +142,12 @@ def _over_seeds(
       done = [one_step(state, batch) for state in states]
       return [state for state, _ in done], [metrics for _, metrics in done]
 
-    return states, step, lambda states, test: [one_evaluate(state, test) for state in states]
+    return (
+      states,
+      step,
+      lambda states, test: [one_evaluate(state, test) for state in states],
+      lambda states, batch: compiler.num_bytes(one_step, states[0], batch),
+    )
 
   def mapped(function: Callable) -> Callable:
     if seed_map == "vmap":
@@ -126,7 +156,8 @@ def _over_seeds(
 
   together = experiment._replace(step=mapped(experiment.step), evaluate=mapped(experiment.evaluate))
   state = replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies), mesh)
-  return state, *loop.compile_experiment(together, state, mesh)
+  every_step, evaluate = loop.compile_experiment(together, state, mesh)
+  return state, every_step, evaluate, functools.partial(compiler.num_bytes, every_step)
 
 
 def _fetch(metrics: Any) -> dict[str, np.ndarray]:

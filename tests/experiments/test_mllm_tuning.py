@@ -237,3 +237,6 @@ def test_the_command(cli, tmp_path):
   assert next(iter(base)) == "H"
   assert base["F"]["mean"] == base["E"]["mean"] == base["params_percent"]["mean"] == 0
   assert full["params_percent"]["mean"] > 50
+  assert rows[1]["step_bytes"] > 1.5 * rows[0]["step_bytes"]  # gradients, two moments of Adam
+  (folder,) = (tmp_path / "runs/mllm_tuning").glob("compare-*")
+  assert (folder / "tradeoff.png").stat().st_size > 10_000
