@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxmethods import experiments
 from jaxmethods.errors import InputError, nearest
 from jaxmethods.runtime import command, launch
 
@@ -23,25 +24,13 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit status."""
-  args, overrides = command.parse(_parser(), argv)
-
-  from jaxmethods import experiments
-
-  if args.list:
-    print(experiments.listing())
+  given = command.read(_parser(), argv, experiments)
+  if given is None:
     return 0
+  args, method, config, file = given
 
-  from jaxmethods.runtime import config as config_lib
   from jaxmethods.runtime import workdir as workdir_lib
 
-  method = experiments.load(args.method)
-  file = command.config_file(args)
-  config = config_lib.load(
-    method.Config, file, short=args.short, overrides=overrides, method=args.method
-  )
-  if args.print_config:
-    print(config_lib.to_yaml(config, method=args.method), end="")
-    return 0
   rows = _chosen(method.rows(config), args.rows)
   if args.seeds < 1:
     raise InputError(f"--seeds: must be at least 1, got {args.seeds}")

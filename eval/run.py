@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from jaxmethods import experiments
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import command, launch
 
@@ -17,8 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit status."""
   parser = command.parser("eval.run", "Evaluates the last checkpoint of a run and shows it.")
   args, overrides = command.parse(parser, argv)
-
-  from jaxmethods import experiments
 
   if args.list:
     print(experiments.listing())

@@ -5,28 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from jaxmethods import experiments
 from jaxmethods.runtime import command, launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit status."""
   parser = command.parser("train.run", "Trains a method. The same command resumes a stopped run.")
-  args, overrides = command.parse(parser, argv)
-
-  from jaxmethods import experiments
-  from jaxmethods.runtime import config as config_lib
-
-  if args.list:
-    print(experiments.listing())
+  given = command.read(parser, argv, experiments)
+  if given is None:
     return 0
-  method = experiments.load(args.method)
-  file = command.config_file(args)
-  config = config_lib.load(
-    method.Config, file, short=args.short, overrides=overrides, method=args.method
-  )
-  if args.print_config:
-    print(config_lib.to_yaml(config, method=args.method), end="")
-    return 0
+  args, method, config, file = given
 
   from jaxmethods.runtime import workdir as workdir_lib
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import jraph
 from flax import linen as nn
 
-from jaxmethods.graphs.layers import GCN, GIN, pool
+from jaxmethods.graphs.layers import GCN, GIN
+from jaxmethods.models.gin import GINBackbone
 from jaxmethods.models.init import torch_linear
-from jaxmethods.stats.dropout import Generator, dropout
 
 
 class StructureBranch(nn.Module):
@@ -40,32 +40,19 @@ class StructureBranch(nn.Module):
     return states
 
 
-class FedStarBackbone(nn.Module):
+class FedStarBackbone(GINBackbone):
   """GIN over [features ; structure state] per layer, sum pooling, two linear layers.
 
   Parameters: `structure/...` is what FedStar shares; `embed`, `conv_0`, ..., `merge`, `readout` and
   `head` stay with the client. With `train=True` the rng stream "dropout" is read.
-
-  Attributes:
-    num_classes: width of the logits.
-    hidden: width H.
-    num_layers: layers of both branches.
-    dropout: rate.
-    generator: of the dropout masks; default by backend.
+  Attributes are those of `GINBackbone`; both branches have `num_layers` layers.
   """
-
-  num_classes: int
-  hidden: int = 64
-  num_layers: int = 3
-  dropout: float = 0.5
-  generator: Generator | None = None
 
   @nn.compact
   def __call__(self, batch: jraph.GraphsTuple, *, train: bool = False) -> jax.Array:
     """Logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
-    nodes = batch.nodes
     states = StructureBranch(self.hidden, self.num_layers, name="structure")(batch)
-    x = nodes["features"]
+    x = batch.nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)
     for layer in range(self.num_layers):
       conv = GIN(self.hidden, symmetric=True, name=f"conv_{layer}")
@@ -74,12 +61,4 @@ class FedStarBackbone(nn.Module):
       h = self._drop(nn.relu(h), train)
     h = jnp.concatenate([h, states[-1]], axis=-1)
     h = nn.Dense(self.hidden, name="merge", **torch_linear(2 * self.hidden))(h)
-    h = pool(h, nodes["graph"], batch.n_node.shape[0], nodes["mask"])
-    h = nn.relu(nn.Dense(self.hidden, name="readout", **torch_linear(self.hidden))(h))
-    h = self._drop(h, train)
-    return nn.Dense(self.num_classes, name="head", **torch_linear(self.hidden))(h)
-
-  def _drop(self, x: jax.Array, train: bool) -> jax.Array:
-    if not train or self.dropout == 0.0:
-      return x
-    return dropout(x, self.dropout, self.make_rng("dropout"), self.generator)
+    return self._classified(h, batch, train)

@@ -34,13 +34,17 @@ class GINBackbone(nn.Module):
   @nn.compact
   def __call__(self, batch: jraph.GraphsTuple, *, train: bool = False) -> jax.Array:
     """Logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
-    nodes = batch.nodes
-    x = nodes["features"]
+    x = batch.nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)
     for layer in range(self.num_layers):
       conv = GIN(self.hidden, symmetric=True, name=f"conv_{layer}")
       h = conv(h, batch.senders, batch.receivers, edge_mask=batch.edges["mask"])
       h = self._drop(nn.relu(h), train)
+    return self._classified(h, batch, train)
+
+  def _classified(self, h: jax.Array, batch: jraph.GraphsTuple, train: bool) -> jax.Array:
+    """(N, H) -> (G, num_classes)."""
+    nodes = batch.nodes
     h = pool(h, nodes["graph"], batch.n_node.shape[0], nodes["mask"])
     h = nn.relu(nn.Dense(self.hidden, name="readout", **torch_linear(self.hidden))(h))
     h = self._drop(h, train)

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 from jaxmethods.errors import InputError
 
@@ -75,6 +76,42 @@ def parse(
   if not args.method and not args.list:
     raise InputError("--method: is needed; --list shows the methods")
   return args, overrides
+
+
+class Given(NamedTuple):
+  """What a command line asks for: its flags, the method's module, the config and its file."""
+
+  args: argparse.Namespace
+  method: ModuleType
+  config: Any
+  file: Path | None
+
+
+def read(
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None, experiments: ModuleType
+) -> Given | None:
+  """Loads what the command line names; None if it wanted a list or a config, which is printed here.
+
+  Args:
+    parser: from `parser`.
+    argv: the words of the command line; None: of this process.
+    experiments: the registry, which knows `load(name)` and `listing()`.
+  """
+  args, overrides = parse(parser, argv)
+  from jaxmethods.runtime import config as config_lib
+
+  if args.list:
+    print(experiments.listing())
+    return None
+  method = experiments.load(args.method)
+  file = config_file(args)
+  config = config_lib.load(
+    method.Config, file, short=args.short, overrides=overrides, method=args.method
+  )
+  if args.print_config:
+    print(config_lib.to_yaml(config, method=args.method), end="")
+    return None
+  return Given(args, method, config, file)
 
 
 def config_file(args: argparse.Namespace) -> Path | None:
