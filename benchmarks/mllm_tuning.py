@@ -3,7 +3,7 @@
 First every row is tried at three learning rates, judged by H on the validation part (one seed), and
 beyond them where the best is at the edge; then the chosen rate runs on the test part from several seeds.
 Rows that edit the weights afterwards share the run they edit. What is finished is kept line by line:
-the same command continues.
+the same command continues, and a second one on the same folder (with other rows first) shares the work.
 
   python -m benchmarks.mllm_tuning search            # -> runs.jsonl
   python -m benchmarks.mllm_tuning table             # -> runs.jsonl
@@ -139,7 +139,6 @@ class Runner:
     self.args, self.split = args, split
     self.config = dataclasses.replace(config, steps=args.steps, target=args.target, split=split)
     self.benchmark = multimodal.load(config.desk, (args.target,))
-    self.done = {key_of(line) for line in finished(args)}
     self.programs: dict[str, Any] = {}
     self.shared: tuple[Any, Any] | None = None
 
@@ -151,7 +150,7 @@ class Runner:
       "row": name, "rate": rate, "seed": seed, "split": self.split, "steps": self.args.steps,
       "target": self.args.target,
     }  # fmt: skip
-    if key_of(line) in self.done:
+    if key_of(line) in map(key_of, finished(self.args)):  # also by another process on this folder
       return
     began = time.perf_counter()
     posterior = PARADIGMS[name] == "posterior"
@@ -168,7 +167,6 @@ class Runner:
     }
     with (self.args.folder / "runs.jsonl").open("a") as file:
       file.write(json.dumps(line) + "\n")
-    self.done.add(key_of(line))
     print(f"{name} rate {rate:g} seed {seed} {self.split}: " + brief(metrics), flush=True)
 
   def build(self, name: str) -> tuple[Any, Any]:
