@@ -19,7 +19,7 @@ FORMAT = b"generations 1"
 
 
 class Written(NamedTuple):
-  """Continuations of n prompts.
+  """Continuations of prompts, n in all; those of one prompt stand together.
 
   Attributes:
     ids, mask: (n, T + N), prompts padded on the left, continuations on the right.
@@ -67,7 +67,7 @@ class Writer:
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
-    draw: int = 0,
+    num_samples: int = 1,
     report: Callable[[str], None] = lambda line: None,
   ) -> Written:
     """Continues prompts.
@@ -76,7 +76,7 @@ class Writer:
       prompts: token ids.
       max_new_tokens: N.
       temperature: 0 is greedy.
-      draw: which of several draws; each has its own random numbers.
+      num_samples: continuations of every prompt.
       report: called with a line from time to time.
     """
     ids, mask = left_pad(prompts)
@@ -87,15 +87,15 @@ class Writer:
     def program(params, ids, mask, key):
       return generate(
         self.model, {"params": params}, ids, mask, max_new_tokens=max_new_tokens, key=key,
-        temperature=temperature, eos=self.eos,
+        temperature=temperature, eos=self.eos, num_samples=num_samples,
       )  # fmt: skip
 
-    settings = np.array([max_new_tokens, temperature, draw, *self.eos], np.float64)
+    settings = np.array([max_new_tokens, temperature, num_samples - 1, *self.eos], np.float64)
     parts, said = [], time.monotonic()
     for start in range(0, len(ids), self.batch_size):
       # The last batch is filled with repeats, so that one program serves all.
       rows = np.arange(start, start + self.batch_size) % len(ids)
-      key = jax.random.fold_in(jax.random.key(draw), start)
+      key = jax.random.fold_in(jax.random.key(0), start)
       prompt: list[np.ndarray] = [ids[rows], mask[rows]]
 
       def compute(prompt=prompt, key=key) -> dict[str, np.ndarray]:
@@ -106,7 +106,8 @@ class Writer:
       parts.append(cached("generations", depends, compute))
       if time.monotonic() - said > 20:
         said = time.monotonic()
-        report(f"{min(start + self.batch_size, len(ids))} of {len(ids)} texts written")
+        report(f"{min(start + self.batch_size, len(ids))} of {len(ids)} prompts answered")
+    ids, mask = (np.repeat(x, num_samples, axis=0) for x in (ids, mask))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     written, length, log_probs = (
       joined[name][: len(ids)] for name in ("tokens", "lengths", "log_probs")

@@ -185,19 +185,15 @@ def _finals(written: Written) -> list[str | None]:
 
 def _samples(writer: Writer, prompts, config: Config, say) -> tuple[np.ndarray, np.ndarray]:
   """Agreement, and length-normalised entropy, of several draws."""
-  answers, entropies = [], []
-  for draw in range(1, config.samples + 1):
-    say(f"sample {draw} of {config.samples}")
-    out = writer.write(
-      prompts, config.max_new_tokens, temperature=config.sample_temperature, draw=draw, report=say
-    )
-    answers.append(_finals(out))
-    entropies.append(-out.mean_log_prob)
+  written = writer.write(
+    prompts, config.max_new_tokens, temperature=config.sample_temperature,
+    num_samples=config.samples, report=lambda line: say(f"samples: {line}"),
+  )  # fmt: skip
   ids: dict[str, int] = {}
   name = lambda a: -1 if a is None else ids.setdefault(problem_sources.normalised(a), len(ids))
-  table = jnp.array([[name(a) for a in row] for row in zip(*answers, strict=True)], jnp.int32)
+  table = jnp.array([name(a) for a in _finals(written)], jnp.int32).reshape(len(prompts), -1)
   share = confidence.self_consistency(table, table >= 0)[1]
-  return np.asarray(share), np.mean(entropies, 0)
+  return np.asarray(share), -written.mean_log_prob.reshape(len(prompts), -1).mean(1)
 
 
 def _span(writer: Writer, written: Written, row: int, end: str, size: int) -> tuple[int, int]:

@@ -93,6 +93,14 @@ class Cache(NamedTuple):
   valid: jax.Array
   length: jax.Array | int
 
+  def repeated(self, n: int) -> Cache:
+    """Every row n times, one after the other: continuations that share what came before."""
+    each = functools.partial(jnp.repeat, repeats=n)
+    keys, values = (
+      jax.tree.map(lambda x: each(x, axis=1), part) for part in (self.keys, self.values)
+    )
+    return Cache(keys, values, each(self.valid, axis=0), self.length)
+
 
 class Output(NamedTuple):
   """What a forward pass gives.

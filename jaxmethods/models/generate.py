@@ -17,9 +17,9 @@ class Generated(NamedTuple):
   """New tokens of a batch.
 
   Attributes:
-    tokens: (B, N), padded after the end.
-    lengths: (B,), how many are real, the end token included.
-    log_probs: (B, N), of the tokens under the model itself: whatever the sampling, temperature 1.
+    tokens: (B n, N), padded after the end; n is the number of samples, 1 by default.
+    lengths: (B n,), how many are real, the end token included.
+    log_probs: (B n, N), of the tokens under the model itself: whatever the sampling, temperature 1.
   """
 
   tokens: jax.Array
@@ -40,6 +40,7 @@ def generate(
   top_p: float | None = None,
   eos: Sequence[int] = (),
   pad: int = 0,
+  num_samples: int = 1,
   cache_size: int | None = None,
   use_cache: bool = True,
   **prompt: Any,
@@ -58,6 +59,8 @@ def generate(
     top_p: draw among the likeliest that together reach this probability.
     eos: tokens that end a text.
     pad: what follows the end.
+    num_samples: n, continuations of every prompt, which is read once: rows b n to b n + n - 1 of the
+      result are those of prompt b.
     cache_size: slots of the cache; default: what is needed.
     use_cache: False recomputes the whole text for every token (slow; the reference).
     **prompt: what else the model reads with the prompt, such as the `pixels` of an `MLLM`.
@@ -73,6 +76,8 @@ def generate(
   size = total if cache_size is None else cache_size
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+  if num_samples < 1:
+    raise ValueError(f"num_samples: must be at least 1, got {num_samples}")
   if total > size:
     raise ValueError(
       f"a prompt of {length} tokens and {max_new_tokens} new ones are longer than the cache of {size}"
@@ -89,6 +94,15 @@ def generate(
   ids = jnp.asarray(ids, jnp.int32)
   ends = jnp.asarray(list(eos), jnp.int32)
   apply: Any = model.apply  # linen's own type allows for mutable collections, which are not used
+
+  slots = size if use_cache else None
+  read = apply(variables, ids, mask=mask, cache_size=slots, logits="last", **prompt)
+  first, cache = read.logits[:, 0], read.cache
+  if num_samples > 1:
+    each = lambda x: jnp.repeat(x, num_samples, axis=0)
+    first, ids, mask, prompt = jax.tree.map(each, (first, ids, mask, prompt))
+    cache = cache and cache.repeated(num_samples)
+    batch *= num_samples
 
   def choose(logits: jax.Array, step: jax.Array | int) -> jax.Array:
     if temperature == 0:
@@ -127,14 +141,10 @@ def generate(
     step, _, done, *_ = carry
     return (step < max_new_tokens) & ~done.all()
 
-  slots = size if use_cache else None
-  out = apply(variables, ids, mask=mask, cache_size=slots, logits="last", **prompt)
   tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
   log_probs = jnp.zeros((batch, max_new_tokens))
-  begun = write(tokens, log_probs, jnp.zeros(batch, bool), out.logits[:, 0], 0)
-  _, tokens, _, log_probs, _ = jax.lax.while_loop(
-    unfinished, body, (jnp.int32(1), *begun, out.cache)
-  )
+  begun = write(tokens, log_probs, jnp.zeros(batch, bool), first, 0)
+  _, tokens, _, log_probs, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), *begun, cache))
   ended = jnp.isin(tokens, ends)
   lengths = jnp.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens)
   real = jnp.arange(max_new_tokens) < lengths[:, None]

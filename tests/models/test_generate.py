@@ -70,6 +70,23 @@ def test_sampling(variables, greedy):
   ).all()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_several_samples_of_a_prompt(variables, greedy, use_cache):
+  """They are read once, and each is what the model would say: drawn apart, or greedily the same."""
+  options = {"num_samples": 3, "use_cache": use_cache}
+  np.testing.assert_array_equal(run(variables, **options).tokens, greedy.repeat(3, 0))
+  drawn = run(variables, key=jax.random.key(1), temperature=3.0, **options)
+  tokens = np.asarray(drawn.tokens).reshape(len(PROMPTS), 3, NEW)
+  assert (tokens[:, 0] != tokens[:, 1]).any(1).all()
+  # Their log-probabilities are those of a forward pass over prompt and continuation.
+  ids, mask = left_pad(
+    [p + row.tolist() for p, rows in zip(PROMPTS, tokens, strict=True) for row in rows]
+  )
+  logits = MODEL.apply(variables, ids, mask=mask).logits[:, -NEW - 1 : -1]
+  expected = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, -NEW:, None], -1)[..., 0]
+  np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_restrict():
   logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
   kept = lambda **k: np.isfinite(restrict(logits, k.get("top_k"), k.get("top_p")))[0].tolist()
@@ -87,6 +104,7 @@ def test_restrict():
   ("options", "message"),
   [
     ({"cache_size": 10}, "prompt of 5 tokens and 6 new ones are longer than the cache of 10"),
+    ({"num_samples": 0}, "num_samples: must be at least 1"),
     ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
     ({"temperature": 1.0}, "needs a key"),
     ({"temperature": -1.0}, "impossible sampling: temperature=-1.0"),
