@@ -273,7 +273,7 @@ def test_a_given_model_is_evaluated_without_training(cli, tmp_path):
   (tmp_path / "p.jsonl").write_text("\n".join(lines))
   command = (
     "eval.run", *METHOD, "--model", "tiny:stories260k", "--problems", "p.jsonl", "--calibration", 1,
-    "--batch_size", 2, "--max_new_tokens", 6, "--samples", 0, "--dropout_passes", 0, "--bootstrap", 20,
+    "--batch_size", 2, "--max_new_tokens", 6, "--samples", 3, "--dropout_passes", 0, "--bootstrap", 20,
     "--workdir", "w", "--verbalised", "false",
   )  # fmt: skip
   cache = {"JAXMETHODS_CACHE": str(tmp_path / "cache")}
