@@ -279,12 +279,10 @@ def report(args: argparse.Namespace) -> None:
   header = [
     "paradigm", "method", "seeds", "rate", "params %", *tasks, *COLUMNS, "step / LoRA", "MB", "mergeable"
   ]  # fmt: skip
-  cost = json.loads((RESULTS / "tuning_step_cost.json").read_text())["mllm_tuning"]
   body = []
   for name in rows:
     runs = of[name]
     cell = lambda metric, runs=runs: spread([run["metrics"][metric] for run in runs])
-    trained = SHARED if PARADIGMS[name] == "posterior" else name
     body.append(
       [
         PARADIGMS[name],
@@ -294,11 +292,7 @@ def report(args: argparse.Namespace) -> None:
         f"{runs[0]['metrics']['params_percent']:.1f}",
         *map(cell, tasks),
         *map(cell, COLUMNS),
-        *(
-          ("-", "-")
-          if name == "base"
-          else (f"{cost['ratio'][trained]:.2f}", f"{cost['step_bytes'][trained] / 1e6:.0f}")
-        ),
+        *cost_of(name),
         "yes" if runs[0]["metrics"]["mergeable"] else "no",
       ]
     )
@@ -310,6 +304,17 @@ def report(args: argparse.Namespace) -> None:
   stem.with_suffix(".json").write_text(json.dumps(finished(args), indent=0) + "\n")
   tuning_figures.tradeoff(points(of), PARADIGMS).savefig(stem.with_suffix(".png"), dpi=120)
   print(f"wrote {stem}.md, .json and .png")
+
+
+def cost_of(name: str) -> tuple[str, str]:
+  """A row's step beside LoRA's, and what it holds, in MB; posterior rows train like `SHARED`."""
+  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+
+  if name == "base":
+    return "-", "-"
+  found = json.loads((RESULTS / "tuning_step_cost.json").read_text())["mllm_tuning"]
+  trained = SHARED if PARADIGMS[name] == "posterior" else name
+  return f"{found['ratio'][trained]:.2f}", f"{found['step_bytes'][trained] / 1e6:.0f}"
 
 
 def introduction(args: argparse.Namespace, lines: list[dict[str, Any]]) -> str:
