@@ -4,9 +4,10 @@
 
 LoRASculpt and ThanoRA beside LoRA, SPIDER beside full tuning of the same layers, and every row of the
 suite beside LoRA, on the desk model, at equal batches. Rows take turns within one process, a few steps
-each, and processor time is counted, not the clock: other work on the machine then slows all alike.
-Printed are medians over the turns, and what a step holds in memory by XLA's account (weights, optimiser,
-the training data, temporaries); SPIDER's further copies of the trained part are counted too.
+each and a few of the plain one right after, and processor time is counted, not the clock: other work on
+the machine then slows both alike. Printed are medians over the turns, and what a step holds in memory
+by XLA's account (weights, optimiser, the training data, temporaries); SPIDER's further copies of the
+trained part are counted too.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def main() -> None:
     rows, aim = GROUPS[name]
     rows = rows or rows_of_suite()
     programs = {row: Program(name, row) for row in rows}
-    times: dict[str, list[float]] = {row: [] for row in rows}
+    plain = programs[rows[0]]
+    times: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
     for _ in range(args.turns):
       for row, run in programs.items():
-        times[row].append(run())
-    medians = {row: 1000 * statistics.median(values) for row, values in times.items()}
+        times[row].append((run(), plain()))
+    medians = {row: 1000 * statistics.median(own for own, _ in of) for row, of in times.items()}
     ratios = {
-      row: statistics.median(t / p for t, p in zip(values, times[rows[0]], strict=True))
-      for row, values in times.items()
+      row: statistics.median(own / beside for own, beside in of) for row, of in times.items()
     }
     found[name] = {
       "cpu_ms_per_step": medians, "ratio": ratios, "aim": aim, "turns": args.turns,
