@@ -55,7 +55,8 @@ def main() -> None:
     times: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
     for _ in range(args.turns):
       for row, run in programs.items():
-        times[row].append((run(), plain()))
+        own = run()
+        times[row].append((own, own if run is plain else plain()))
     medians = {row: 1000 * statistics.median(own for own, _ in of) for row, of in times.items()}
     ratios = {
       row: statistics.median(own / beside for own, beside in of) for row, of in times.items()

@@ -7,9 +7,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _COLUMNS = 2
+_LINE = 0.05  # height of a line of text, of a panel's
 
 
 def before_and_after(after: Any, test: Any) -> Figure:
@@ -40,25 +42,45 @@ def tradeoff(points: Mapping[str, tuple[float, float]], paradigms: Mapping[Any, 
   panels = [paradigm for paradigm in shown if paradigm != "reference"] or shown
   lines = -(-len(panels) // _COLUMNS)
   figure, axes = plt.subplots(
-    lines, _COLUMNS, figsize=(10.5, 4 * lines), sharex=True, sharey=True, squeeze=False,
+    lines, _COLUMNS, figsize=(11, 4 * lines), sharex=True, sharey=True, squeeze=False,
     layout="constrained",
   )  # fmt: skip
   for axis, panel in zip(axes.flat, panels, strict=False):
+    colors = {"reference": "#777777", panel: "#1f6f8b"}
     for name, (gain, change) in points.items():
-      own, reference = paradigms[name] == panel, paradigms[name] == "reference"
-      color = "#1f6f8b" if own else "#777777" if reference else "#d9d9d9"
-      axis.plot(change, gain, "s" if reference else "o", color=color, markersize=6, zorder=2 + own)
-      if own or reference:
-        axis.annotate(
-          name.replace("_", " "), (change, gain), (5, 3), textcoords="offset points", fontsize=7.5,
-          color=color,
-        )  # fmt: skip
-    axis.set_title(panel, fontsize=10)
+      color = colors.get(paradigms[name], "#dddddd")
+      mark = "s" if paradigms[name] == "reference" else "o"
+      axis.plot(change, gain, mark, color=color, markersize=5.5, zorder=2 + (color != "#dddddd"))
+    axis.set(title=panel, ylim=(-5, 105))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.margins(x=0.12)
+    _name_beside(
+      axis,
+      {n: (at, colors[paradigms[n]]) for n, at in points.items() if paradigms[n] in colors},
+    )
   for axis in axes.flat[len(panels) :]:
     axis.set_axis_off()
-  figure.supxlabel("F: change on what it could before, points", fontsize=9)
-  figure.supylabel("E: gain on the target, points", fontsize=9)
+  figure.supxlabel("F: change on what it could before, points", fontsize=10)
+  figure.supylabel("E: gain on the target, points", fontsize=10)
   return figure
+
+
+def _name_beside(axis: Axes, points: Mapping[str, tuple[tuple[float, float], str]]) -> None:
+  """Writes the names of points {name: ((y, x), color)} in a column on the right, with lines to them."""
+  low, high = axis.get_ylim()
+  names = sorted(points, key=lambda name: points[name][0][0])
+  wanted = [(points[name][0][0] - low) / (high - low) for name in names]
+  places = list(wanted)
+  for i in range(1, len(places)):  # upwards, none closer than a line of text to the one below
+    places[i] = max(places[i], places[i - 1] + _LINE)
+  top = 1.0
+  for i in reversed(range(len(places))):  # and back down from the top
+    places[i] = min(places[i], top)
+    top = places[i] - _LINE
+  for name, place in zip(names, places, strict=True):
+    (gain, change), color = points[name]
+    axis.annotate(
+      name.replace("_", " "), (change, gain), (1.03, place), textcoords="axes fraction",
+      fontsize=8, color=color, va="center", annotation_clip=False,
+      arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": color, "lw": 0.4, "alpha": 0.6},
+    )  # fmt: skip
