@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SEGMENTS = ("reasoning", "output", "answer")
 _OUTPUT = SEGMENTS.index("output")
 # Among these the one of temperature scaling is chosen on the calibration problems (ours).
-_HIGHEST, _POWERS = 4.0, (8, 6, 4, 3, 2, 1)
-SCALES = tuple(_HIGHEST / k for k in _POWERS)
+_POWERS = (8, 6, 4, 3, 2, 1)
+SCALES = tuple(confidence.HIGHEST / k for k in _POWERS)
 
 
 class Facts(NamedTuple):
@@ -95,8 +95,8 @@ def gather(
   """
 
   def per_token(logits, tokens):
-    scaled = jnp.exp(confidence.max_log_probs(logits, _HIGHEST, _POWERS))
-    return confidence.token_statistics(logits, tokens), scaled
+    plain, scaled = confidence.statistics_at_scales(logits, tokens, _POWERS)
+    return plain, jnp.exp(scaled)
 
   read = reading.read(
     model, variables, text, per_token, fold=method.follow_tokens,
@@ -122,7 +122,7 @@ def gather(
   return Evidence(
     facts,
     paths,
-    method.token_terms(read.folded, read.weights),
+    method.token_terms(read.folded, text.segments),
     jnp.stack([chain.real, chain.complex], -1),
     tokens,
     jax.vmap(mean, in_axes=2, out_axes=1)(scaled),

@@ -7,6 +7,7 @@ what generation gave token by token.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,36 +43,31 @@ class Reading(NamedTuple):
   Attributes:
     states: (B, S, L + 1, D), mean residual state of every segment after every layer.
     final: (B, S, D), the last of them after the final norm.
-    folded: of the `fold` that was asked for.
+    folded: of the `fold` that was asked for, which has seen the states of `predicting`.
     tokens: what `per_token` gave, (B, N, ...).
-    weights: (B, S, T), columns that predict each segment.
   """
 
   states: jax.Array
   final: jax.Array
   folded: Any
   tokens: Any
-  weights: jax.Array
 
 
-def predicting(text: Text, official_first_token: bool = False) -> jax.Array:
-  """Columns whose states predict the tokens of every segment, (B, S, T).
+def predicting(text: Text, states: jax.Array, official_first_token: bool = False) -> jax.Array:
+  """The states that predict the written tokens: (B, T, D) to (B, N, D).
 
   Args:
     text: the texts.
+    states: of all their columns.
     official_first_token: for the first token, take the state of the first prompt token instead of the
       last one (CoE code).
   """
-  batch, _, size = text.segments.shape
-  start = text.ids.shape[1] - size
-  room = jnp.zeros((*text.segments.shape[:2], text.ids.shape[1]), bool)
-  weights = room.at[:, :, start - 1 : -1].set(text.segments)
+  size = text.segments.shape[-1]
+  before = states[:, -size - 1 : -1]
   if official_first_token:
-    first = text.segments[:, :, 0]
-    weights = weights.at[:, :, start - 1].set(False)
-    rows = jnp.arange(batch)
-    weights = weights.at[rows, :, text.mask.argmax(1)].max(first)
-  return weights
+    first = jnp.take_along_axis(states, text.mask.argmax(1)[:, None, None], 1)
+    before = before.at[:, :1].set(first)
+  return before
 
 
 def read(
@@ -99,8 +95,11 @@ def read(
     See `Reading`.
   """
   apply: Any = model.apply
-  weights = predicting(text, official_first_token)
-  probe = Probe(states=masked_mean(weights), fold=fold)
+  # Prompts may be far longer than what is written after them: only the written part is reduced.
+  written = functools.partial(predicting, text, official_first_token=official_first_token)
+  mean = masked_mean(text.segments)
+  follow = None if fold is None else lambda folded, x: fold(folded, written(x))
+  probe = Probe(states=lambda x: mean(written(x)), fold=follow)
   out = apply(variables, text.ids, mask=text.mask, probe=probe, logits="none")
   size = text.segments.shape[-1]
   chunk = min(chunk, size)
@@ -126,7 +125,7 @@ def read(
   kept = jax.lax.map(of_part, parts)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]
   states = jnp.moveaxis(out.states, 0, 2)
-  return Reading(states, out.final, out.folded, jax.tree.map(join, kept), weights)
+  return Reading(states, out.final, out.folded, jax.tree.map(join, kept))
 
 
 def with_final_norm(reading: Reading) -> jax.Array:

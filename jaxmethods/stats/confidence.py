@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+HIGHEST = 4  # the highest temperature of `statistics_at_scales`
 
 
 class TokenStatistics(NamedTuple):
@@ -60,22 +63,42 @@ def token_statistics(
   return TokenStatistics(-log_total, written - log_total, entropy, temperature * (peak + log_total))
 
 
-def max_log_probs(logits: jax.Array, base: float, powers: tuple[int, ...]) -> jax.Array:
-  """Of p = softmax(logits / tau), log max p at the temperatures tau = base / k, k of `powers`.
+def statistics_at_scales(
+  logits: jax.Array, tokens: jax.Array, powers: tuple[int, ...]
+) -> tuple[TokenStatistics, jax.Array]:
+  """`token_statistics`, and log max p at the temperatures `HIGHEST` / k, k of `powers`.
 
-  One exponential for all: the others are its powers.
+  One exponential for everything: the others are its powers.
 
   Args:
     logits: (..., V).
-    base: the highest temperature, at k = 1.
+    tokens: (...) int, what was written.
     powers: k, positive.
 
   Returns:
-    (..., len(powers)).
+    The statistics, (...) each, and (..., len(powers)).
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  weight = jnp.exp((logits - logits.max(-1, keepdims=True)) / base)
-  return -jnp.log(jnp.stack([jax.lax.integer_pow(weight, k).sum(-1) for k in powers], -1))
+  peak = logits.max(-1)
+  shifted = logits - peak[..., None]
+  weight = _once(lambda x: jnp.exp(x / HIGHEST), shifted)
+  log_total = {k: jnp.log(jax.lax.integer_pow(weight, k).sum(-1)) for k in {*powers, HIGHEST}}
+  moment = (jax.lax.integer_pow(weight, HIGHEST) * shifted).sum(-1)
+  here = log_total[HIGHEST]
+  written = jnp.take_along_axis(shifted, tokens[..., None], -1)[..., 0]
+  plain = TokenStatistics(-here, written - here, here - moment / jnp.exp(here), peak + here)
+  return plain, -jnp.stack([log_total[k] for k in powers], -1)
+
+
+def _once(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+  """An elementwise function, evaluated once however many sums are taken of it.
+
+  XLA's CPU compiler evaluates it anew for every sum; it does not look across the end of a loop.
+  """
+  if x.shape[-1] % 2 or jax.default_backend() != "cpu":
+    return function(x)
+  halves = jnp.moveaxis(x.reshape(*x.shape[:-1], 2, -1), -2, 0)
+  return jnp.moveaxis(jax.lax.map(function, halves), 0, -2).reshape(x.shape)
 
 
 def mean_over(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,11 +216,9 @@ def test_reading_is_the_plain_forward_pass(params, text):
   for s in range(2):
     z = method.pool(hidden[:, :, before], text.segments[:, s])
     np.testing.assert_allclose(got.states[:, s], z, rtol=2e-4, atol=2e-4)
-  paths = functools.reduce(method.follow_tokens, jnp.moveaxis(hidden, 1, 0), None)
-  for a, b in zip(
-    method.token_terms(got.folded, got.weights), method.token_terms(paths, got.weights), strict=True
-  ):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+  paths = functools.reduce(method.follow_tokens, jnp.moveaxis(hidden[:, :, before], 1, 0), None)
+  both = (method.token_terms(found, text.segments) for found in (got.folded, paths))
+  chex.assert_trees_all_close(*both, rtol=1e-3, atol=1e-3)
   want = confidence.token_statistics(out.logits[:, before], text.ids[:, PROMPT:])
   real = np.asarray(text.mask[:, PROMPT:])
   for a, b in zip(got.tokens, want, strict=True):
@@ -237,10 +236,12 @@ def test_padding_does_not_matter(params, text):
 
 
 def test_the_official_first_token(params, text):
-  weights = reading.predicting(text)
-  official = reading.predicting(text, official_first_token=True)
-  moved = np.argwhere(np.asarray(weights != official)[:, 0])
-  np.testing.assert_array_equal(moved, [[0, 0], [0, PROMPT - 1], [1, 2], [1, PROMPT - 1]])
+  states = jnp.broadcast_to(jnp.arange(PROMPT + NEW)[:, None], (B, PROMPT + NEW, 1))
+  columns = lambda **options: np.asarray(reading.predicting(text, states, **options))[..., 0]
+  np.testing.assert_array_equal(columns(), [range(PROMPT - 1, PROMPT + NEW - 1)] * B)
+  official = columns(official_first_token=True)
+  np.testing.assert_array_equal(official[:, 0], [0, 2])  # the second prompt is padded by two
+  np.testing.assert_array_equal(official[:, 1:], columns()[:, 1:])
 
 
 def subjaxprs(jaxpr):
@@ -258,7 +259,7 @@ def test_no_states_are_stacked_and_nothing_is_differentiated(params, text):
   def score(params, text):
     got = read(params, text)
     path = method.path(got.states)
-    return method.energy(path), method.token_terms(got.folded, got.weights)
+    return method.energy(path), method.token_terms(got.folded, text.segments)
 
   jaxpr = jax.make_jaxpr(score)(params, text).jaxpr
   primitives, shapes = set(), set()

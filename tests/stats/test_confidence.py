@@ -1,5 +1,6 @@
 """Confidences of logits, samples, dropout passes and words: ranges and limits."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +41,14 @@ def test_masked_tokens_do_not_matter(logits):
   assert means[3] == 0
 
 
-def test_many_temperatures_are_each_alone(logits):
+@pytest.mark.parametrize("vocabulary", [V, V - 1])  # an even one is worked out in halves on CPU
+def test_many_temperatures_are_each_alone(logits, vocabulary):
+  logits = logits[..., :vocabulary]
   tokens = jnp.zeros(logits.shape[:-1], int)
-  every = confidence.max_log_probs(logits, 4.0, (8, 3, 1))
+  plain, every = confidence.statistics_at_scales(logits, tokens, (8, 3, 1))
+  chex.assert_trees_all_close(
+    plain, confidence.token_statistics(logits, tokens), rtol=1e-5, atol=1e-6
+  )
   assert every.shape == (*logits.shape[:-1], 3)
   for column, power in enumerate((8, 3, 1)):
     alone = confidence.token_statistics(logits, tokens, 4.0 / power).max_log_prob
