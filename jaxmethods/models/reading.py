@@ -116,11 +116,12 @@ def read(
   def of_part(part):
     hidden, tokens = part
     logits = apply(variables, hidden, method="logits")
-    # On CPU token by token: a row of logits stays in the cache while everything is computed of it.
-    rows = 1 if jax.default_backend() == "cpu" else tokens.size
-    flat = lambda x: x.reshape(-1, rows, *x.shape[2:])
-    found = jax.lax.map(lambda row: per_token(*row), (flat(logits), flat(tokens)))
-    return jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[2:]), found)
+    if jax.default_backend() != "cpu":
+      return per_token(logits, tokens)
+    # Token by token: its logits stay in the cache while everything is computed of them.
+    each = (x.reshape(-1, *x.shape[2:]) for x in (logits, tokens))
+    found = jax.lax.map(lambda one: per_token(*one), tuple(each))
+    return jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), found)
 
   kept = jax.lax.map(of_part, parts)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]
