@@ -78,7 +78,7 @@ def read(
   *,
   fold: Callable[[Any, jax.Array], Any] | None = None,
   official_first_token: bool = False,
-  chunk: int = 32,
+  at_once: int = 512,
 ) -> Reading:
   """Reads texts.
 
@@ -89,7 +89,8 @@ def read(
     per_token: (logits (..., V), tokens (...)) -> what to keep of them, (..., more) each.
     fold: of the `Probe`.
     official_first_token: see `predicting`.
-    chunk: c; logits of so many tokens exist at a time.
+    at_once: logits of about so many tokens exist at a time; with fewer, reading the output weights again
+      and again costs more than the logits.
 
   Returns:
     See `Reading`.
@@ -102,7 +103,7 @@ def read(
   probe = Probe(states=lambda x: mean(written(x)), fold=follow)
   out = apply(variables, text.ids, mask=text.mask, probe=probe, logits="none")
   size = text.segments.shape[-1]
-  chunk = min(chunk, size)
+  chunk = min(max(at_once // len(text.ids), 1), size)
   pad = -size % chunk
   split = lambda x: jnp.moveaxis(
     jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(

@@ -186,7 +186,7 @@ def read(params, text, scan=True, **options):
   model = CausalLM(CONFIG, scan_layers=scan)
   return reading.read(
     model, {"params": params}, text, confidence.token_statistics, fold=method.follow_tokens,
-    chunk=4, **options,
+    at_once=4 * B, **options,
   )  # fmt: skip
 
 
