@@ -1,4 +1,4 @@
-"""Tests run on CPU, and keep compiled programs between runs: most of their time is compilation."""
+"""Tests run on CPU, compile quickly, and keep compiled programs: most of their time is compilation."""
 
 import os
 import subprocess
@@ -17,6 +17,7 @@ CACHE = Path(os.environ.get("JAXMETHODS_TEST_CACHE", Path.home() / ".cache/jaxme
 # In the environment, so that the command lines that tests start have them too. pytest imports this
 # before any test imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -41,10 +41,6 @@ KINDS = {
 MERGEABLE = [name for name, adapter in KINDS.items() if adapter.merge is not None]
 
 
-# Compiling is all that these tests cost, and their arrays are tiny.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 class Block(nn.Module):
   dtype: jnp.dtype | None = None
 
@@ -83,7 +79,7 @@ def unrolled(tree):
   return rest | each
 
 
-@quick_jit
+@jax.jit
 def noisy(key, tree):
   """The tree with every float leaf moved: what an adapter is after training."""
   leaves, structure = jax.tree.flatten(tree)
@@ -103,7 +99,7 @@ def moved(key, adapter, tree):
 def problem():
   """An input, and parameters with biases and norms of their own."""
   x = jax.random.normal(jax.random.key(0), (4, 6, WIDTH))
-  params = quick_jit(Net().init)(jax.random.key(1), x)["params"]
+  params = jax.jit(Net().init)(jax.random.key(1), x)["params"]
   return x, noisy(jax.random.key(2), params)
 
 
@@ -120,7 +116,7 @@ def case(name):
   """An adapter, its tree at the start and later, and what the model does with each: one compilation."""
   adapter = KINDS[name]
   x, params = problem()
-  tree = quick_jit(adapter.init, static_argnums=2)(jax.random.key(3), params, TARGETS)
+  tree = jax.jit(adapter.init, static_argnums=2)(jax.random.key(3), params, TARGETS)
 
   def see(tree):
     shared = {name: branch for name, branch in tree.items() if name == core.SHARED}
@@ -139,7 +135,7 @@ def case(name):
       one_by_one, jax.grad(lambda trained: jnp.sum(output(trained) ** 2))(trained),
     )  # fmt: skip
 
-  see = quick_jit(see)
+  see = jax.jit(see)
   later = moved(jax.random.key(4), adapter, tree)
   return adapter, tree, see(tree), see(later)
 

@@ -32,7 +32,6 @@ from jaxmethods.experiments.tuning_config import Checkpoint
 from jaxmethods.methods.mllm_tuning.tuner import adamw, answer_loss, init_state, tuning_step
 from jaxmethods.models.mllm import MLLMConfig, table
 from jaxmethods.models.weights import export_params
-from tests.tiny_questions import quick_jit
 
 WORDS = (checkpoint_tuning.BEFORE + checkpoint_tuning.AFTER + " what is it red green cup").split()
 VOCABULARY = {word: i for i, word in enumerate(dict.fromkeys(("<unk>", "<s>", "</s>", *WORDS)))}
@@ -123,12 +122,12 @@ def test_it_learns(folder, material):
     row, lambda model: tuning_rows.tuner_of(row, model), material=material
   )
   state, batches = experiment.init(jax.random.key(0)), experiment.batches(0)
-  step, losses = quick_jit(experiment.step), []
+  step, losses = jax.jit(experiment.step), []
   for _ in range(row.steps):
     state, metrics = step(state, next(batches))
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.5 * losses[0]
-  result = quick_jit(experiment.evaluate)(state, experiment.test)
+  result = jax.jit(experiment.evaluate)(state, experiment.test)
   assert result["Target"] >= 50
   assert {"H", "other", "Source", "Target", "E", "F"} <= set(result)
   again = experiment.batches(3)
@@ -221,13 +220,13 @@ def test_a_mixture_is_tuned(folder, mixture_material):
   )
   after = tuner.apply(model, *state.tuner, batch["ids"], features=batch["features"])
   np.testing.assert_allclose(after.logits, before.logits, atol=1e-5)
-  step, losses = quick_jit(experiment.step), []
+  step, losses = jax.jit(experiment.step), []
   for _ in range(settings.steps):
     state, metrics = step(state, batch)
     losses.append(float(metrics["task_loss"]))
     batch = next(batches)
   assert losses[-1] < 0.6 * losses[0]
-  result = quick_jit(experiment.evaluate)(state, experiment.test)
+  result = jax.jit(experiment.evaluate)(state, experiment.test)
   assert set(result) == {"Mean", "cups", "others"}
   assert result["Mean"] == (result["cups"] + result["others"]) / 2
   np.testing.assert_array_equal(next(experiment.batches(settings.steps))["ids"], batch["ids"])

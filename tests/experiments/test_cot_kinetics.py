@@ -252,11 +252,10 @@ def test_bad_input_is_one_line(cli, tmp_path, case):
 
 
 def test_train_then_evaluate(cli, tmp_path):
-  quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-  result = cli("train.run", *METHOD, *FLAGS, "--workdir", "w", **quick)
+  result = cli("train.run", *METHOD, *FLAGS, "--workdir", "w")
   assert result.returncode == 0, result.stderr
   assert "CoT-Kinetics is our reconstruction" in result.stdout
-  result = cli("eval.run", *METHOD, "--workdir", "w", **quick)
+  result = cli("eval.run", *METHOD, "--workdir", "w")
   assert result.returncode == 0, result.stderr
   names = {path.name for path in (tmp_path / "w").iterdir()}
   assert {"energy.png", "auroc.png", "scores.md", "report.html", "results.json"} <= names

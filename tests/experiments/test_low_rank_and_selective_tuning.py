@@ -14,7 +14,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
 from jaxmethods.models.mllm import MLLM, MLLMConfig
 from jaxmethods.runtime.checkpoints import Checkpoints
-from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
+from tests.tiny_questions import DESK, benchmark, check_traces, trained
 
 LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}
 
@@ -57,7 +57,7 @@ def test_merged_and_unmerged_agree(sculpted):
   model, tuner = benchmark().model, low_rank_tuning.tuner_of(settings)
   split = benchmark().targets["digits"].test
 
-  @quick_jit
+  @jax.jit
   def both(state):
     unmerged = tuner.apply(model, *state.tuner, split.ids, features=split.features)
     merged = tuning.tuned(tuner, model, state)(split.ids, features=split.features)
@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_its_masks_and_importances(method, tmp_path):
   settings = config(method)
   make = low_rank_tuning.build if method is lorasculpt else selective_tuning.build
   experiment = make(settings, benchmark=benchmark())
-  step, batches = quick_jit(experiment.step), experiment.batches(0)
+  step, batches = jax.jit(experiment.step), experiment.batches(0)
   state = experiment.init(jax.random.key(settings.seed))
   with Checkpoints(tmp_path / "whole") as whole, Checkpoints(tmp_path / "without") as without:
     for k in range(settings.steps):

@@ -11,7 +11,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments import mixture_tuning, thanora, tuning
 from jaxmethods.experiments.questions import Split
 from jaxmethods.methods import thanora as method
-from tests.tiny_questions import DESK, benchmark, check_traces, quick_jit, trained
+from tests.tiny_questions import DESK, benchmark, check_traces, trained
 
 
 def config(**changes):
@@ -33,7 +33,7 @@ def logits(settings, state, split):
   """(merged, unmerged, pretrained) logits."""
   model, tuner = benchmark().model, mixture_tuning.tuner_of(settings)
 
-  @quick_jit
+  @jax.jit
   def every(state):
     unmerged = tuner.apply(model, *state.tuner, split.ids, features=split.features)
     merged = tuning.tuned(tuner, model, state)(split.ids, features=split.features)
@@ -105,7 +105,7 @@ def test_separate_models_see_only_their_task():
   second = data.family == 1
   spoilt = data._replace(labels=jnp.where(second[..., None], -100, data.labels))
   fresh = experiment.init(jax.random.key(settings.seed))
-  step = quick_jit(experiment.step)
+  step = jax.jit(experiment.step)
   for _ in range(settings.steps):
     fresh, _ = step(fresh, spoilt)
   for path, x in flatten(fresh.tuner.trainable["adapter"]).items():

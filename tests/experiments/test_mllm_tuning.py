@@ -22,9 +22,8 @@ from jaxmethods.experiments import (
 )
 from jaxmethods.experiments.tuning_config import Desk
 from jaxmethods.methods.mllm_tuning import tuner as tuners
-from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime import config as config_lib
-from tests.tiny_questions import quick_jit
+from jaxmethods.runtime import loop
 
 DESK = Desk(
   width=16, num_layers=1, num_heads=2, mlp_width=32, tower_width=8, tower_layers=1, tower_heads=1,
@@ -39,7 +38,6 @@ CONFIG = mllm_tuning.Config(
 def benchmark(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAXMETHODS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setattr(compiler, "jit", quick_jit)
     first = multimodal.load(DESK, ("digits", "captions"))
     again = multimodal.load(DESK, ("digits", "captions"))
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
@@ -154,7 +152,7 @@ def test_training_forgets_reproducibly(benchmark):
   """Two runs from one seed end alike; other seeds see the data in another order."""
   config = dataclasses.replace(CONFIG, row="full", steps=12, learning_rate=3e-2)
   experiment = tuning_rows.build(config, benchmark=benchmark)
-  step = quick_jit(experiment.step)
+  step = jax.jit(experiment.step)
 
   def run(seed):
     state, losses = experiment.init(jax.random.key(seed)), []
@@ -169,7 +167,7 @@ def test_training_forgets_reproducibly(benchmark):
   assert np.mean(first[-3:]) < 0.8 * first[0]
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     np.testing.assert_array_equal(a, b)
-  result = quick_jit(experiment.evaluate)(one, experiment.test)
+  result = jax.jit(experiment.evaluate)(one, experiment.test)
   before = experiment.test["before"]
   change = [result[name] - before["source"][name] for name in data.FAMILIES]
   np.testing.assert_allclose(result["F"], np.mean(change), atol=1e-3)
@@ -227,7 +225,6 @@ def test_the_command(cli, tmp_path):
     "eval.compare", "--method", "mllm_tuning", "--short", "--rows", "base,full", "--seeds", "1",
     "--json", "out.json",
     JAXMETHODS_CACHE=str(tmp_path / "cache"),
-    XLA_FLAGS="--xla_backend_optimization_level=0",
   )  # fmt: skip
   assert compared.returncode == 0, compared.stderr
   assert "easy-vqa" in compared.stdout

@@ -21,7 +21,6 @@ RESULT = "result: "
 def start(*arguments):
   root = WORKER.parents[2]
   env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(WORKER.parent)])}
-  env.pop("XLA_FLAGS", None)
   return subprocess.Popen(
     [sys.executable, str(WORKER), *map(str, arguments)],
     env=env,

@@ -17,7 +17,6 @@ from jaxmethods.adapters import selective as masks
 from jaxmethods.errors import InputError
 from jaxmethods.methods.mllm_tuning import metrics, posterior, selective, suite
 from jaxmethods.methods.mllm_tuning import tuner as tuners
-from tests.tiny_questions import quick_jit
 
 RATES = {"decoder": 0.02, "projector": 0.01, "adapter": 0.02, "adapter_b": 0.3}
 STEPS = 12
@@ -60,7 +59,7 @@ def trained(tuner, steps=STEPS, rates=RATES, probe=BATCH, **options):
   """State after some steps, and the states before each."""
   optimiser = tuners.adamw(rates, tuner.rates, STEPS)
   state = tuners.init_state(tuner, optimiser, jax.random.key(3), PARAMS, probe)
-  step = quick_jit(tuners.tuning_step(tuner, MODEL, optimiser, loss, **options))
+  step = jax.jit(tuners.tuning_step(tuner, MODEL, optimiser, loss, **options))
   history = [state]
   for _ in range(steps):
     state, _ = step(state, BATCH)
@@ -101,7 +100,7 @@ def test_the_schedule_is_optax_own_and_groups_have_their_rates():
   run = lambda params: functools.partial(
     MODEL.apply, {"params": tuners.together(params, frozen, {})}
   )
-  gradient = quick_jit(jax.grad(lambda p: jnp.divide(*loss(run(p), BATCH, None))))
+  gradient = jax.jit(jax.grad(lambda p: jnp.divide(*loss(run(p), BATCH, None))))
   for _ in range(STEPS):
     updates, opt_state = optimiser.update(gradient(params), opt_state, params)
     params = optax.apply_updates(params, updates)

@@ -11,7 +11,6 @@ from jaxmethods.models.desk_mllm import DeskConfig, DeskMLLM
 from jaxmethods.models.generate import generate
 from jaxmethods.models.probe import Probe
 from jaxmethods.models.transformer import EncoderConfig
-from tests.tiny_questions import quick_jit
 
 LANGUAGE = CausalLMConfig(
   vocab_size=20, width=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, mlp_width=12,
@@ -27,18 +26,18 @@ def problem():
   rng = np.random.default_rng(0)
   pixels = jnp.asarray(rng.integers(0, 256, (3, 16, 16, 3)), jnp.uint8)
   ids = jnp.asarray(rng.integers(0, LANGUAGE.vocab_size, (3, 2, 5)), jnp.int32)
-  params = quick_jit(lambda key: MODEL.init(key, ids, pixels=pixels))(jax.random.key(0))["params"]
+  params = jax.jit(lambda key: MODEL.init(key, ids, pixels=pixels))(jax.random.key(0))["params"]
   return params, pixels, ids
 
 
 def apply(params, *args, **kwargs):
-  return quick_jit(lambda p, a, k: MODEL.apply({"params": p}, *a, **k))(params, args, kwargs)
+  return jax.jit(lambda p, a, k: MODEL.apply({"params": p}, *a, **k))(params, args, kwargs)
 
 
 def test_one_look_serves_all_questions(problem):
   """Equal to the language model on the image tokens and one text after them, for every text."""
   params, pixels, ids = problem
-  features = quick_jit(lambda p, x: MODEL.apply({"params": p}, x, method="encode"))(params, pixels)
+  features = jax.jit(lambda p, x: MODEL.apply({"params": p}, x, method="encode"))(params, pixels)
   assert features.shape == (3, MODEL.config.num_tokens, TOWER.width)
 
   def whole(bound):
@@ -46,7 +45,7 @@ def test_one_look_serves_all_questions(problem):
     text = bound.language.embed_tokens(ids.reshape(-1, ids.shape[-1]))
     return bound.language(embeddings=jnp.concatenate([image, text], axis=1)).logits
 
-  expected = quick_jit(lambda p: MODEL.apply({"params": p}, method=whole))(params)
+  expected = jax.jit(lambda p: MODEL.apply({"params": p}, method=whole))(params)
   expected = expected[:, features.shape[1] :].reshape(*ids.shape, -1)
   np.testing.assert_allclose(
     apply(params, ids, pixels=pixels).logits, expected, rtol=2e-4, atol=2e-5
@@ -61,7 +60,7 @@ def test_greedy_answers_are_what_one_pass_calls_right(problem):
   ids, new = ids[:, 0], 3
   lengths = np.array([5, 4, 2])
   mask = np.arange(5) >= 5 - lengths[:, None]
-  answer = quick_jit(
+  answer = jax.jit(
     lambda p: (
       generate(
         MODEL, {"params": p}, ids, jnp.asarray(mask), max_new_tokens=new, pixels=pixels
@@ -102,7 +101,7 @@ def test_prompt_and_prefix(problem):
 def test_attention_of_a_text_token_over_the_image(problem):
   params, pixels, ids = problem
   queries = jnp.full((6, 1), 4)
-  run = quick_jit(
+  run = jax.jit(
     lambda p: MODEL.apply({"params": p}, ids, pixels=pixels, probe=Probe(queries=queries)).attention
   )
   rows = run(params)
