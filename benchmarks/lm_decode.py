@@ -80,12 +80,13 @@ def measure_ours(folder: Path, prompts: dict, batches: list[int]) -> dict:
 
   from jaxmethods.data.model_sources import load_causal_lm
   from jaxmethods.models.generate import generate, left_pad
+  from jaxmethods.runtime import compiler
 
   loaded = load_causal_lm(f"hf:{folder}")
   params = jax.device_put(loaded.params)
 
   def compiled(new: int, eos=()):
-    program = jax.jit(
+    program = compiler.jit(
       lambda params, ids, mask: generate(
         loaded.model, {"params": params}, ids, mask, max_new_tokens=new, eos=eos
       )

@@ -20,10 +20,11 @@ from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.data import multimodal as questions_data
 from jaxmethods.data import records
+from jaxmethods.data.array_cache import cached_tree
 from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments import backdoor_figures, multimodal
-from jaxmethods.experiments.bye import ONCE, Config
+from jaxmethods.experiments.bye import AFTERWARDS, ONCE, Config
 from jaxmethods.experiments.questions import Split, accuracies, check_size
 from jaxmethods.experiments.tuning import rates_of
 from jaxmethods.images import triggers
@@ -33,11 +34,13 @@ from jaxmethods.methods.mllm_tuning import tuner as tuners
 from jaxmethods.methods.mllm_tuning.tuner import Run, Tuner, TunerState, TuningState
 from jaxmethods.models.probe import Probe
 from jaxmethods.runtime import compiler
-from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.runtime.experiment import Experiment, in_common
 from jaxmethods.stats import poisoning
 
 _CHUNK = 40  # examples that are examined at once
 _OUTCOMES = ("clean_accuracy", "attack_success")  # families 0 and 1 of the test
+_REPORT_EVERY = 200
+_FORMAT = b"first tuning 1"  # changes when the first tuning changes
 _MANY = 0.4  # a defence that removes more should be distrusted
 
 
@@ -427,8 +430,34 @@ def build(config: Config, *, benchmark: multimodal.Benchmark | None = None) -> E
       pictures["removed"] = backdoor_figures.removed(seen, poisoned, kept, _MANY)
     return pictures
 
-  num_steps = config.steps * (1 if once else 2)
-  return Experiment(init, batches, step, evaluate, test, figures, num_steps, data.about)
+  advance = compiler.jit(step)
+
+  def tuned(key: jax.Array) -> State:
+    """The state after the first tuning, in which the rows of a comparison agree; then cached."""
+    state = init(key)
+
+    def compute() -> TunerState:
+      reached = state
+      for k, work in zip(range(1, config.steps + 1), batches(0), strict=False):
+        reached, metrics = advance(reached, work)
+        if k % _REPORT_EVERY == 0:
+          print(f"first tuning: {k} of {config.steps}, loss {metrics['loss']:.3f}", flush=True)
+      return reached.tuning.tuner
+
+    settings = repr(in_common(config, AFTERWARDS)).encode()
+    read = map(
+      np.asarray, jax.tree.leaves((jax.random.key_data(key), benchmark.params, data.train))
+    )
+    depends: list[bytes | np.ndarray] = [_FORMAT, settings, *read]
+    first = cached_tree("first_tuning", depends, jax.tree.structure(state.first), compute)
+    tuning = state.tuning._replace(tuner=first, step=jnp.int32(config.steps))
+    return state._replace(tuning=tuning, first=first)
+
+  if once or not config.reuse:
+    num_steps = config.steps * (1 if once else 2)
+    return Experiment(init, batches, step, evaluate, test, figures, num_steps, data.about)
+  second = lambda k: batches(config.steps + k)
+  return Experiment(tuned, second, step, evaluate, test, figures, config.steps, data.about)
 
 
 def _detection(removed: jax.Array, state: State) -> dict[str, jax.Array]:

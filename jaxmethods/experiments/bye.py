@@ -27,6 +27,10 @@ Defence = Literal[
   "none", "random", "oracle",
 ]  # fmt: skip
 ONCE: tuple[Defence, ...] = ("none", "random", "oracle")
+# Choices that are made when the first tuning is done.
+AFTERWARDS = (
+  "defence", "tau", "index", "min_weight", "guard", "restart", "drop_share", "assumed_rate", "reuse",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class Config(TuningConfig):
   )
   guard: bool = True  # never remove a score above the mean of the upper group (ours)
   restart: bool = True  # tune again from the pretrained model; (inferred), the paper does not say
+  reuse: bool = False  # start after the first tuning, from the cache: what eval.compare does
   drop_share: float = 0.2  # of the random drop
   # What loss and spectral take for the share of poison, of which they remove 1.5 times as much:
   # they have no way to find out.
@@ -100,7 +105,8 @@ def rows(config: Config) -> dict[str, Config]:
   """
 
   def row(defence: Any, **changes: Any) -> Config:
-    return dataclasses.replace(config, defence=defence, **changes)
+    reuse = defence not in ONCE
+    return dataclasses.replace(config, defence=defence, reuse=reuse, **changes)
 
   return {
     "bye": row("bye"),

@@ -6,7 +6,6 @@ answers at every temperature, reads them again and judges all scores, in one com
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +27,7 @@ from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
 from jaxmethods.models.generate import generate
 from jaxmethods.models.reading import Text
 from jaxmethods.runtime import compiler
-from jaxmethods.runtime.experiment import Experiment, RunConfig
+from jaxmethods.runtime.experiment import Experiment, in_common
 from jaxmethods.stats import confidence
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ FORMAT = "answers 2"  # changes when training, or what evidence is made of, chan
 _CHUNK = 500  # problems that are answered together
 _WARM_UP = 0.05
 _REPORT_EVERY = 200
+# Choices that are made after the answers have been read.
+_AFTERWARDS = ("score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse")
 
 
 class State(NamedTuple):
@@ -131,7 +132,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
           print(f"training: step {k} of {config.steps}, loss {metrics['loss']:.3f}", flush=True)
       return examine(state.params, state.key, exam)
 
-    settings = _what_answers_depend_on(config)
+    settings = in_common(config, _AFTERWARDS)
     drawn_from = np.asarray(jax.random.key_data(key))
     depends: list[bytes | np.ndarray] = [FORMAT.encode(), repr(settings).encode(), drawn_from]
     return cached_tree("reasoners", depends, _structure(settings), compute)
@@ -300,11 +301,3 @@ def _structure(config: Config) -> Any:
     return gather(model, params, key, make_exam(config), config)
 
   return jax.tree.structure(jax.eval_shape(evidence, jax.random.key(0)))
-
-
-def _what_answers_depend_on(config: Config) -> Config:
-  """The config without the choices that are made after the answers are read."""
-  free = {"score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse"}
-  free |= {f.name for f in dataclasses.fields(RunConfig)} - {"steps"}
-  plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config) if f.name in free}
-  return dataclasses.replace(config, **plain)

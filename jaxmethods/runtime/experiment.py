@@ -6,8 +6,8 @@ This module must stay importable without jax: `--help` and argument errors answe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
   import jax
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 State = Any
 Batch = Any
+Config = TypeVar("Config", bound="RunConfig")
 Metrics = Mapping[str, Any]  # name -> scalar array, on the device until it is logged
 
 
@@ -41,6 +42,21 @@ class RunConfig:
     ):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+
+def in_common(config: Config, free: Iterable[str]) -> Config:
+  """What rows of a comparison have in common: `config` without its choices of `free`.
+
+  They have their defaults, and so has what every run has beside `steps`: no part of a computation
+  whose result is shared may depend on any of these.
+  """
+  run = {field.name for field in dataclasses.fields(RunConfig)} - {"steps"}
+  plain: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(config)
+    if field.name in run.union(free)
+  }
+  return dataclasses.replace(config, **plain)
 
 
 class Experiment(NamedTuple):

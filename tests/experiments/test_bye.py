@@ -100,6 +100,21 @@ def test_judgement_is_that_of_the_first_model(trained, benchmark):
   assert set(judgement.removed) == {*bye.Defence.__args__} - set(bye.ONCE)
 
 
+def test_rows_share_the_first_tuning(trained, benchmark, monkeypatch, tmp_path):
+  """Tuned once; every row ends with what a run of its own ends with."""
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  rows, (*_, last) = bye.rows(CONFIG), trained[2]
+  for name in ("spectral", "loss"):
+    experiment = backdoor.build(rows[name], benchmark=benchmark)
+    state, step = experiment.init(jax.random.key(1)), jax.jit(experiment.step)
+    chex.assert_trees_all_close(state.first, last.first, atol=1e-4)
+    assert len(list((tmp_path / "first_tuning").iterdir())) == 1
+  for _, work in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
+    state, _ = step(state, work)
+  chex.assert_trees_all_close(state.tuning, last.tuning, atol=1e-3)
+  np.testing.assert_array_equal(state.kept, last.kept)
+
+
 def test_pictures(trained):
   experiment, _, (*_, last), _ = trained
   assert set(experiment.figures(last)) == {"entropies", "attention", "removed"}
