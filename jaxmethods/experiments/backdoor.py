@@ -33,13 +33,12 @@ from jaxmethods.methods.bye import Profile, Verdict
 from jaxmethods.methods.mllm_tuning import tuner as tuners
 from jaxmethods.methods.mllm_tuning.tuner import Run, Tuner, TunerState, TuningState
 from jaxmethods.models.probe import Probe
-from jaxmethods.runtime import compiler
+from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime.experiment import Experiment, in_common
 from jaxmethods.stats import poisoning
 
 _CHUNK = 40  # examples that are examined at once
 _OUTCOMES = ("clean_accuracy", "attack_success")  # families 0 and 1 of the test
-_REPORT_EVERY = 200
 _FORMAT = b"first tuning 1"  # changes when the first tuning changes
 _MANY = 0.4  # a defence that removes more should be distrusted
 
@@ -430,18 +429,14 @@ def build(config: Config, *, benchmark: multimodal.Benchmark | None = None) -> E
       pictures["removed"] = backdoor_figures.removed(seen, poisoned, kept, _MANY)
     return pictures
 
-  advance = compiler.jit(step)
+  one_step = compiler.jit(step)
 
   def tuned(key: jax.Array) -> State:
     """The state after the first tuning, in which the rows of a comparison agree; then cached."""
     state = init(key)
 
     def compute() -> TunerState:
-      reached = state
-      for k, work in zip(range(1, config.steps + 1), batches(0), strict=False):
-        reached, metrics = advance(reached, work)
-        if k % _REPORT_EVERY == 0:
-          print(f"first tuning: {k} of {config.steps}, loss {metrics['loss']:.3f}", flush=True)
+      reached = loop.advance(one_step, state, batches(0), config.steps, "first tuning")
       return reached.tuning.tuner
 
     settings = repr(in_common(config, AFTERWARDS)).encode()

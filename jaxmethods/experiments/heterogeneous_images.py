@@ -30,7 +30,7 @@ from jaxmethods.images import augment, views
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models.convnets import Classifier, classifier
 from jaxmethods.models.init import draw_on_host
-from jaxmethods.runtime import compiler
+from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats.losses import cross_entropy
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
   from jaxmethods.experiments.rahfl import Config
 
 _EVALUATED = 256  # images a forward pass of an evaluation
-_REPORT_EVERY = 5  # epochs alone
 _FORMAT = b"trained alone 1"  # changes when training alone changes
 # What training alone depends on, beside the clients' images and the key.
 _PRETRAINING = (
@@ -445,7 +444,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       "corruptions": corrupted_clients.sample_images(data),
     }
 
-  advance = compiler.jit(step)
+  one_step = compiler.jit(step)
 
   def pretrained(key) -> State:
     """The state after the epochs alone, in which all rows agree: computed once, then cached."""
@@ -453,12 +452,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     learned = lambda state: [(p.params["net"], p.model_state) for p in state.peers]
 
     def compute() -> Any:
-      reached, stream = state, batches(0)
-      for epoch in range(1, config.pretrain + 1):
-        reached, metrics = advance(reached, next(stream))
-        if epoch % _REPORT_EVERY == 0:
-          loss = metrics["loss"]
-          print(f"training alone: {epoch} of {config.pretrain}, loss {loss:.3f}", flush=True)
+      reached = loop.advance(one_step, state, batches(0), config.pretrain, "training alone")
       return learned(reached)
 
     settings = [repr((name, getattr(config, name))).encode() for name in _PRETRAINING]

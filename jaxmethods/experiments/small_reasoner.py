@@ -26,7 +26,7 @@ from jaxmethods.experiments.cot_kinetics import available
 from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
 from jaxmethods.models.generate import generate
 from jaxmethods.models.reading import Text
-from jaxmethods.runtime import compiler
+from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime.experiment import Experiment, in_common
 from jaxmethods.stats import confidence
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FORMAT = "answers 2"  # changes when training, or what evidence is made of, changes
 _CHUNK = 500  # problems that are answered together
 _WARM_UP = 0.05
-_REPORT_EVERY = 200
 # Choices that are made after the answers have been read.
 _AFTERWARDS = ("score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse")
 
@@ -122,14 +121,10 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def trained(key: jax.Array) -> Evidence:
     """Evidence of the model that `config.steps` steps make of this key, cached."""
-    advance = compiler.jit(step, donate_argnums=0)
+    one_step = compiler.jit(step, donate_argnums=0)
 
     def compute() -> Evidence:
-      state, stream = init(key), batches(0)
-      for k in range(1, config.steps + 1):
-        state, metrics = advance(state, next(stream))
-        if k % _REPORT_EVERY == 0:
-          print(f"training: step {k} of {config.steps}, loss {metrics['loss']:.3f}", flush=True)
+      state = loop.advance(one_step, init(key), batches(0), config.steps, "training")
       return examine(state.params, state.key, exam)
 
     settings = in_common(config, _AFTERWARDS)

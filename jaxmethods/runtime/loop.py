@@ -147,6 +147,22 @@ def compile_experiment(
   return step, compiler.jit(experiment.evaluate, out_shardings=replicated)
 
 
+def advance(
+  step: Callable[[State, Any], tuple[State, Any]],
+  state: State,
+  batches: Iterator[Any],
+  count: int,
+  title: str,
+) -> State:
+  """The state after `count` steps of what several runs share, with progress; nothing is written."""
+  with Display(title, 0, count) as display:
+    for k in range(1, count + 1):
+      state, metrics = step(state, next(batches))
+      shown = k % max(count // 20, 1) == 0 or k == count
+      display.update(k, {"loss": float(metrics["loss"])} if shown else None)
+  return state
+
+
 def ordered(experiment: Experiment) -> Experiment:
   """Returns the experiment with metrics that keep their order through jit, which sorts a dict."""
 
