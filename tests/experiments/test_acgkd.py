@@ -59,6 +59,22 @@ def test_phases_of_a_run(trained):
   assert "reconstruction" in experiment.about and "tu:RINGS (30 graphs); real" in experiment.about
 
 
+def test_the_learning_rate_comes_with_the_batch(trained):
+  experiment, states, _ = trained
+  step, batch = jax.jit(experiment.step), next(experiment.batches(2))
+  assert batch.learning_rate == np.float32(CONFIG.learning_rate)
+  chex.assert_trees_all_equal(step(states[2], batch)[0].student.params, states[3].student.params)
+  still = step(states[2], batch._replace(learning_rate=jnp.float32(0)))[0]
+  chex.assert_trees_all_equal(still.student.params, states[2].student.params)
+
+
+def test_the_rate_with_the_best_validation_is_chosen():
+  runs = lambda *values: {i: {"validation_accuracy": value} for i, value in enumerate(values)}
+  tried = {0.01: runs(0.5, 0.6), 0.001: runs(0.8, 0.4), 0.0001: runs(0.9)}  # the last is unfinished
+  assert acgkd_tables.best_rate(tried, 0.01) == 0.001
+  assert acgkd_tables.best_rate({0.003: {1: {"test_accuracy": 1.0}}}, 0.01) == 0.01
+
+
 def test_the_teacher_is_never_changed(trained):
   experiment, states, _ = trained
   before, after = experiment.test.teacher, acgkd.build(ROWS["acgkd"]).test.teacher
