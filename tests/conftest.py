@@ -14,6 +14,8 @@ from tests import tiny_graphs
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("JAXMETHODS_TEST_CACHE", Path.home() / ".cache/jaxmethods/xla-tests"))
 
+pytest.register_assert_rewrite("tests.runs")
+
 # In the environment, so that the command lines that tests start have them too. pytest imports this
 # before any test imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

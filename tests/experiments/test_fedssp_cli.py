@@ -1,18 +1,13 @@
 """FedSSP from the command line: bad input, kills, devices."""
 
-import json
-import os
-import socket
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from jaxmethods.experiments import fedssp
-from jaxmethods.runtime.checkpoints import Checkpoints
 from tests import tiny_graphs
+from tests.runs import assert_close, assert_same_run, free_ports, metrics, wait_for_lines
 
 SMALL = {"hidden": 16, "heads": 2, "layers": 1, "batch_size": 8, "clients_per_domain": 2}
 TRAIN = (
@@ -114,29 +109,6 @@ def test_labels_need_not_be_consecutive(cli, tmp_path):
 # --- kill and resume ------------------------------------------------------------------------------
 
 
-def metrics(workdir: Path) -> list[dict]:
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  for line in lines:
-    del line["seconds"]
-  return lines
-
-
-def final_state(workdir: Path):
-  config = fedssp.Config(data="tu:RINGS", **SMALL)
-  like = fedssp.build(config).init(jax.random.key(0))
-  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-    restored = checkpoints.restore(like)
-  assert restored is not None
-  return restored
-
-
-def wait_for_lines(process, workdir: Path, count: int) -> None:
-  file, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
-  while not (file.exists() and file.read_text().count("\n") >= count):
-    assert process.poll() is None and time.monotonic() < deadline
-    os.sched_yield()
-
-
 def test_sigkill_at_any_moment_changes_nothing(
   cli, spawn, tmp_path, tiny_graphs_environment, tiny_graphs_here
 ):
@@ -154,27 +126,12 @@ def test_sigkill_at_any_moment_changes_nothing(
   assert result.returncode == 0, result.stderr
   assert "continuing from step" in result.stdout, killed_at
 
-  assert metrics(tmp_path / "w") == metrics(tmp_path / "undisturbed"), killed_at
-  assert [line["step"] for line in metrics(tmp_path / "w")] == list(range(1, steps + 1))
-  (step, state), (expected_step, expected) = map(
-    final_state, (tmp_path / "w", tmp_path / "undisturbed")
-  )
-  assert step == expected_step == steps
-  for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
-      got, want = jax.random.key_data(got), jax.random.key_data(want)
-    np.testing.assert_array_equal(got, want)
+  assert [line["step"] for line in metrics(tmp_path / "w")] == list(range(1, steps + 1)), killed_at
+  experiment = fedssp.build(fedssp.Config(data="tu:RINGS", **SMALL))
+  assert_same_run(experiment, tmp_path / "w", tmp_path / "undisturbed")
 
 
 # --- devices --------------------------------------------------------------------------------------
-
-
-def assert_close(got: list[dict], want: list[dict]) -> None:
-  assert len(got) == len(want) == 3
-  for a, b in zip(got, want, strict=True):
-    assert a.keys() == b.keys()
-    for name in a:
-      assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), name
 
 
 # On 8 devices.
@@ -186,7 +143,7 @@ def test_eight_devices_agree(cli, tmp_path, tiny_graphs_environment):
   for workdir, mesh in (("one", ()), ("eight", MESH)):
     result = cli(*ON_DEVICES, *mesh, "--workdir", workdir, **tiny_graphs_environment)
     assert result.returncode == 0, result.stderr
-  assert_close(metrics(tmp_path / "eight"), metrics(tmp_path / "one"))
+  assert_close(metrics(tmp_path / "eight"), metrics(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.timeout(900)
@@ -194,9 +151,7 @@ def test_two_processes_of_four_devices_agree(cli, spawn, tmp_path, tiny_graphs_e
   result = cli(*ON_DEVICES, "--workdir", "one", **tiny_graphs_environment)
   assert result.returncode == 0, result.stderr
 
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
+  (port,) = free_ports(1)
   processes = [
     spawn(
       *ON_DEVICES, *MESH, "--workdir", "two", "--coordinator", f"localhost:{port}",
@@ -206,5 +161,5 @@ def test_two_processes_of_four_devices_agree(cli, spawn, tmp_path, tiny_graphs_e
   ]  # fmt: skip
   outputs = [process.communicate(timeout=500) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
-  assert_close(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+  assert_close(metrics(tmp_path / "two"), metrics(tmp_path / "one"), rel=1e-4)
   assert (tmp_path / "two/report.html").exists()

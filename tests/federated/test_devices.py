@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import problems
 import pytest
 
 from jaxmethods.federated import engine
+from tests.runs import free_ports
 
 WORKER = Path(__file__).with_name("devices_worker.py")
 RESULT = "result: "
@@ -72,9 +72,7 @@ def test_eight_virtual_devices(one_device):
 
 
 def test_two_processes_of_four_devices(one_device):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  (port,) = free_ports(1)
   workers = [start(4, 2, process, port) for process in (0, 1)]
   for a, b in zip(one_device, result(*workers), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ import pytest
 
 from jaxmethods.errors import InputError
 from jaxmethods.federated import corrections, engine
+from tests.runs import free_ports
 
 pytest.importorskip("flwr")
 pytestmark = pytest.mark.flower
@@ -291,16 +292,6 @@ def test_server_and_two_clients_on_loopback(tmp_path, processes):
   assert len(got) == len(expected)
   for ours, theirs in zip(got, expected, strict=True):
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=2e-5, atol=1e-6)
-
-
-def free_ports(count):
-  sockets = [socket.socket() for _ in range(count)]
-  for one in sockets:
-    one.bind(("127.0.0.1", 0))
-  ports = [one.getsockname()[1] for one in sockets]
-  for one in sockets:
-    one.close()
-  return ports
 
 
 def is_listening(port):

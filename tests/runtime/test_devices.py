@@ -1,33 +1,10 @@
 """One device, eight virtual devices, and two processes of four devices give the same metrics."""
 
-import json
-import socket
-from pathlib import Path
-
 import pytest
 
+from tests.runs import assert_close, free_ports, metrics
+
 COMMAND = ("train.run", "--method", "tests.tiny", "--steps", 25, "--checkpoint_every", 10)
-
-
-def metrics(workdir: Path) -> list[dict]:
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  for line in lines:
-    del line["seconds"]
-  return lines
-
-
-def assert_close(got: list[dict], want: list[dict]) -> None:
-  assert len(got) == len(want) > 0
-  for a, b in zip(got, want, strict=True):
-    assert a.keys() == b.keys()
-    for name in a:
-      assert a[name] == pytest.approx(b[name], abs=1e-4), name
-
-
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    return probe.getsockname()[1]
 
 
 def test_devices_and_processes_agree(cli, spawn, tmp_path):
@@ -40,7 +17,7 @@ def test_devices_and_processes_agree(cli, spawn, tmp_path):
   assert_close(metrics(tmp_path / "eight"), one)
 
   def two_processes(*arguments):
-    port = free_port()
+    port = free_ports(1)[0]
     # The second one from the environment, as a cluster would start it.
     first = spawn(
       *COMMAND, *arguments, "--coordinator", f"localhost:{port}", "--num_processes", 2,
@@ -71,7 +48,7 @@ def test_devices_and_processes_agree(cli, spawn, tmp_path):
 def test_a_process_may_be_late(spawn, tmp_path):
   """By more than the 30 s that the collectives on CPU wait for each other at first."""
   arguments = ("--steps", 2, "--mesh", "clients=8", "--late", 40, "--workdir", "late")
-  cluster = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--process_id")
+  cluster = ("--coordinator", f"localhost:{free_ports(1)[0]}", "--num_processes", 2, "--process_id")
   processes = [spawn(*COMMAND, *arguments, *cluster, i) for i in range(2)]
   outputs = [process.communicate(timeout=400) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs

@@ -7,42 +7,16 @@ import signal
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from jaxmethods.runtime.checkpoints import Checkpoints
 from tests import tiny
+from tests.runs import assert_same_run, last_state, metrics, wait_for_lines
 
 COMMAND = (
   "train.run", "--method", "tests.tiny", "--workdir", "w", "--steps", 120, "--log_every", 2,
   "--eval_every", 3, "--checkpoint_every", 7, "--pause", 0.02,
 )  # fmt: skip
-
-
-def metrics(workdir: Path) -> list[dict]:
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  for line in lines:
-    del line["seconds"]
-  return lines
-
-
-def final_state(workdir: Path):
-  like = tiny.build(tiny.Config()).init(jax.random.key(0))
-  with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-    restored = checkpoints.restore(like)
-  assert restored is not None
-  return restored
-
-
-def assert_same_run(workdir: Path, undisturbed: Path) -> None:
-  assert metrics(workdir) == metrics(undisturbed)
-  (step, state), (expected_step, expected) = final_state(workdir), final_state(undisturbed)
-  assert step == expected_step
-  for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
-      got, want = jax.random.key_data(got), jax.random.key_data(want)
-    np.testing.assert_array_equal(got, want)
+EXPERIMENT = tiny.build(tiny.Config())
 
 
 @pytest.fixture
@@ -52,41 +26,33 @@ def undisturbed(cli, tmp_path) -> Path:
   return (tmp_path / "w").rename(tmp_path / "undisturbed")
 
 
-def wait_for_lines(workdir: Path, count: int) -> None:
-  deadline = time.monotonic() + 120
-  file = workdir / "metrics.jsonl"
-  while not (file.exists() and len(file.read_text().splitlines()) >= count):
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-
-
 def test_sigkill_at_any_moment_changes_nothing(cli, spawn, tmp_path, undisturbed):
   randomness = random.Random()
   for lines in (3, 15, 40):
     process = spawn(*COMMAND)
-    wait_for_lines(tmp_path / "w", lines)
+    wait_for_lines(process, tmp_path / "w", lines)
     time.sleep(randomness.uniform(0, 0.15))
     process.kill()
     process.communicate()
   result = cli(*COMMAND)
   assert result.returncode == 0, result.stderr
   assert "continuing from step" in result.stdout
-  assert_same_run(tmp_path / "w", undisturbed)
+  assert_same_run(EXPERIMENT, tmp_path / "w", undisturbed)
 
   again = cli(*COMMAND)  # a finished run stays as it is
   assert again.returncode == 0, again.stderr
-  assert_same_run(tmp_path / "w", undisturbed)
+  assert_same_run(EXPERIMENT, tmp_path / "w", undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_first(spawn, tmp_path, number):
   process = spawn(*COMMAND, "--checkpoint_every", "1000")
-  wait_for_lines(tmp_path / "w", 5)
+  wait_for_lines(process, tmp_path / "w", 5)
   process.send_signal(number)
   out, err = process.communicate(timeout=60)
   assert process.returncode == 128 + number
   assert err == ""
-  step, _ = final_state(tmp_path / "w")
+  step, _ = last_state(EXPERIMENT, tmp_path / "w")
   assert f"stopped by {number.name}, saved at step {step}" in out
   assert metrics(tmp_path / "w")[-1]["step"] in (step, step - 1)
 
@@ -101,7 +67,7 @@ def test_damaged_newest_checkpoint_is_set_aside(cli, tmp_path, undisturbed):
   assert result.returncode == 0, result.stderr
   assert "checkpoints/120 is damaged, moved to damaged-120; using step 119" in result.stdout
   assert (tmp_path / "w/checkpoints/damaged-120").is_dir()
-  assert_same_run(tmp_path / "w", undisturbed)
+  assert_same_run(EXPERIMENT, tmp_path / "w", undisturbed)
 
 
 def test_nan_loss_names_the_step_and_keeps_the_last_checkpoint(cli, tmp_path):
@@ -112,7 +78,7 @@ def test_nan_loss_names_the_step_and_keeps_the_last_checkpoint(cli, tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: step 13: loss is nan")
-    assert final_state(tmp_path / "w")[0] == 7
+    assert last_state(EXPERIMENT, tmp_path / "w")[0] == 7
     assert [line["step"] for line in metrics(tmp_path / "w")] == [2, 4, 6, 8, 10, 12]
 
   result = cli(*arguments, "--workdir", "debug", "--debug")
