@@ -140,7 +140,9 @@ def best_rate(tried: dict[float, Runs], published: float) -> float:
     for rate, runs in tried.items()
     if len(runs) == complete and all("validation_accuracy" in run for run in runs.values())
   }
-  return max(scores, key=lambda rate: (scores[rate], rate)) if scores else published
+  if not scores:
+    return published if published in tried else max(tried)
+  return max(scores, key=lambda rate: (scores[rate], rate))
 
 
 def write(workdir: Path) -> None:
@@ -287,8 +289,8 @@ def main() -> int:
   if kept.exists() and json.loads(kept.read_text())["settings"] != about["settings"]:
     parser.error(f"{args.workdir} holds runs with other settings")
   write_json(kept, about)
+  rates = [float(rate) for rate in args.rates.split(",")]
   for name in chosen:
-    rates = [float(rate) for rate in args.rates.split(",")]
     run(name, rows[name], args.students.split(","), rates, args.seeds, args.workdir)
   write(args.workdir)
   print((RESULTS / f"{args.name}.md").read_text())

@@ -209,7 +209,7 @@ def report(sides: dict[str, list[dict]], batches: list[int], about: dict, tokeni
       f"{NEW + 1}. {TIMES} calls in {len(sides[OURS[0]])} fresh processes of each side, taken in "
       f"turn; medians, of the quietest process. Machine load {min(loads):.1f} to {max(loads):.1f}{busy}"
       f", GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', 'not set')}. "
-      + ", ".join(runs[0]["version"] for runs in sides.values())
+      + ", ".join(dict.fromkeys(runs[0]["version"] for runs in sides.values()))
       + ".",
       "",
       *rows,

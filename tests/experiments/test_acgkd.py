@@ -72,7 +72,9 @@ def test_the_rate_with_the_best_validation_is_chosen():
   runs = lambda *values: {i: {"validation_accuracy": value} for i, value in enumerate(values)}
   tried = {0.01: runs(0.5, 0.6), 0.001: runs(0.8, 0.4), 0.0001: runs(0.9)}  # the last is unfinished
   assert acgkd_tables.best_rate(tried, 0.01) == 0.001
-  assert acgkd_tables.best_rate({0.003: {1: {"test_accuracy": 1.0}}}, 0.01) == 0.01
+  unjudged = {rate: {1: {"test_accuracy": 1.0}} for rate in (0.03, 0.01)}
+  assert acgkd_tables.best_rate(unjudged, 0.01) == 0.01
+  assert acgkd_tables.best_rate(unjudged, 0.001) == 0.03
 
 
 def test_the_teacher_is_never_changed(trained):
