@@ -429,8 +429,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     return State(key, pseudo, student)
 
   def batches(step: int) -> Iterator[Work]:
+    rate = jnp.float32(config.learning_rate)
     while True:
-      yield Work(jnp.int32(step), jnp.float32(config.learning_rate), teacher, real)
+      yield Work(jnp.int32(step), rate, teacher, real)
       step += 1
 
   def pseudo_lessons(pseudo: Pseudo, epoch: jax.Array, key: jax.Array):

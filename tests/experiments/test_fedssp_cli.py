@@ -7,7 +7,14 @@ import pytest
 
 from jaxmethods.experiments import fedssp
 from tests import tiny_graphs
-from tests.runs import assert_close, assert_same_run, free_ports, metrics, wait_for_lines
+from tests.runs import (
+  assert_close,
+  assert_same_run,
+  free_ports,
+  last_state,
+  metrics,
+  wait_for_lines,
+)
 
 SMALL = {"hidden": 16, "heads": 2, "layers": 1, "batch_size": 8, "clients_per_domain": 2}
 TRAIN = (
@@ -129,6 +136,7 @@ def test_sigkill_at_any_moment_changes_nothing(
   assert [line["step"] for line in metrics(tmp_path / "w")] == list(range(1, steps + 1)), killed_at
   experiment = fedssp.build(fedssp.Config(data="tu:RINGS", **SMALL))
   assert_same_run(experiment, tmp_path / "w", tmp_path / "undisturbed")
+  assert last_state(experiment, tmp_path / "w")[0] == steps
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -143,7 +151,9 @@ def test_eight_devices_agree(cli, tmp_path, tiny_graphs_environment):
   for workdir, mesh in (("one", ()), ("eight", MESH)):
     result = cli(*ON_DEVICES, *mesh, "--workdir", workdir, **tiny_graphs_environment)
     assert result.returncode == 0, result.stderr
-  assert_close(metrics(tmp_path / "eight"), metrics(tmp_path / "one"), rel=1e-4)
+  one = metrics(tmp_path / "one")
+  assert len(one) == 3
+  assert_close(metrics(tmp_path / "eight"), one, rel=1e-4)
 
 
 @pytest.mark.timeout(900)
@@ -161,5 +171,7 @@ def test_two_processes_of_four_devices_agree(cli, spawn, tmp_path, tiny_graphs_e
   ]  # fmt: skip
   outputs = [process.communicate(timeout=500) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
-  assert_close(metrics(tmp_path / "two"), metrics(tmp_path / "one"), rel=1e-4)
+  one = metrics(tmp_path / "one")
+  assert len(one) == 3
+  assert_close(metrics(tmp_path / "two"), one, rel=1e-4)
   assert (tmp_path / "two/report.html").exists()
