@@ -6,6 +6,7 @@ file; runs that are in it already are skipped, so the same command continues.
 
   python -m benchmarks.bye_detection runs.jsonl --seeds 5 --poison_rate 0,0.01,0.05,0.1
   python -m benchmarks.bye_detection runs.jsonl --seeds 3 --trigger blend,sig,wanet,ftrojan
+  python -m benchmarks.bye_detection runs.jsonl --seeds 3 --desk.num_layers 6
   python -m benchmarks.bye_detection runs.jsonl --table
 """
 
@@ -95,7 +96,7 @@ def main() -> None:
   parser.add_argument("--table", action="store_true")
   lists = {
     "target": "counting", "steps": "1800", "trigger": "patch", "poison_rate": "0.1",
-    "trigger_side": "12", "trigger_cell": "3", "adapter": "full",
+    "trigger_side": "12", "trigger_cell": "3", "adapter": "full", "desk.num_layers": "3",
   }  # fmt: skip
   for name, default in lists.items():
     parser.add_argument(f"--{name}", default=default, help="several with commas")
@@ -104,7 +105,7 @@ def main() -> None:
   runs = read() if args.file.exists() else []
   if not args.table:
     launch.keep_compiled_programs()
-    values = [getattr(args, name).split(",") for name in lists]
+    values = [vars(args)[name].split(",") for name in lists]
     for *chosen, seed in itertools.product(*values, range(1, args.seeds + 1)):
       changes = dict(zip(lists, chosen, strict=True)) | {"seed": str(seed)}
       if any(run["changes"] == changes for run in runs):

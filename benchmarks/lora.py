@@ -2,9 +2,8 @@
 
 Workload of `lora_peft.py` in the shared bench folder: vocabulary 4096, width 256, 10 layers, 8 heads,
 MLP 688, untied head; rank 8 on all seven projections; 4 x 128 tokens; AdamW; float32. Both sides run in
-turn in fresh processes, with default pages, with huge pages, and with huge pages and memory kept
-between calls (allocator settings that have to be there when a process starts). The peer needs its own
-environment (`pip install torch peft`).
+turn in fresh processes, under every setting of `PAGES`. The peer needs its own environment
+(`pip install torch peft`).
 
   python -m benchmarks.lora --bench ../shared/bench --peer_python /path/to/peft-venv/bin/python
 """
@@ -24,14 +23,17 @@ from jaxmethods.runtime import launch
 
 STEPS = int(os.environ.get("BENCH_STEPS", 20))
 RESULTS = Path(__file__).parent / "results"
-# "kept" is what `train.run` and the other entry points set for themselves.
+# Allocator settings of both sides; our process calls `launch.keep_memory`, which acts in "default" only.
+# "kept huge" is what `train.run` and the other entry points set for themselves.
 PAGES = {
+  "untouched": {"JAXMETHODS_ALLOCATOR": "0"},
   "default": {},
+  "kept": {"GLIBC_TUNABLES": launch.tunables(huge=False)},
   "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
-  "kept": {"GLIBC_TUNABLES": launch.tunables()},
+  "kept huge": {"GLIBC_TUNABLES": launch.tunables()},
 }
 FIELDS = ("median_ms", "min_ms", "cpu_median_ms", "cpu_min_ms")
-MALLOC = ("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
+MALLOC = ("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "JAXMETHODS_ALLOCATOR")
 
 
 def measure(bench: Path, scan: bool) -> dict:
@@ -40,6 +42,7 @@ def measure(bench: Path, scan: bool) -> dict:
   import common
 
   common.limit_threads()
+  launch.keep_memory()
   import jax
   import jax.numpy as jnp
   import numpy as np

@@ -44,12 +44,23 @@ def _attention_backward(residuals, d_mixed):
   query, key, value, weights, total, mixed = residuals
   d_mixed = (d_mixed / total).astype(value.dtype)
   # The narrow factor first in both sums over t: XLA on a CPU transposes the first one.
-  d_value = jnp.einsum("bkgtd,bkgts->bkds", d_mixed, weights).swapaxes(-1, -2)
+  d_value = _positions_first(jnp.einsum("bkgtd,bkgts->bkds", d_mixed, weights))
   d_weights = jnp.einsum("bkgtd,bksd->bkgts", d_mixed, value)
   d_scores = weights * (d_weights - (d_mixed * mixed).sum(-1, keepdims=True))
   d_query = jnp.einsum("bkgts,bksd->bkgtd", d_scores, key)
-  d_key = jnp.einsum("bkgtd,bkgts->bkds", query, d_scores).swapaxes(-1, -2)
+  d_key = _positions_first(jnp.einsum("bkgtd,bkgts->bkds", query, d_scores))
   return d_query, d_key, d_value, None
+
+
+def _positions_first(x: jax.Array) -> jax.Array:
+  """(B, K, d, S) to (B, K, S, d), by way of (B, S, K d).
+
+  Models want the latter next. XLA would fold a plain swap into the product before it, which then is
+  none of its fast ones on a CPU.
+  """
+  batch, heads, width, length = x.shape
+  x = x.reshape(batch, heads * width, length).swapaxes(1, 2)
+  return x.reshape(batch, length, heads, width).swapaxes(1, 2)
 
 
 attention.defvjp(_attention, _attention_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import math
 import os
@@ -38,18 +39,17 @@ _KEEP = {
   "arena_max": "1",
 }
 _TUNABLES = {"hugetlb": "1", **_KEEP}
+_MALLOPT = {"mmap_max": -4, "trim_threshold": -1, "top_pad": -2, "arena_max": -8}  # of malloc.h
 
 
 def set_allocator() -> None:
   """Executes the program once more with better allocator settings, where they help.
 
-  They are read when a process starts, so they cannot be set from inside. Does nothing outside
+  They are read when a process starts: huge pages cannot be set from inside. Does nothing outside
   Linux and glibc, when an accelerator does the work, when any malloc setting is already there, or
   when JAXMETHODS_ALLOCATOR is set (0 turns this off).
   """
-  if _SWITCH in os.environ or platform.libc_ver()[0] != "glibc" or not _on_cpu():
-    return
-  if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
+  if not _allocator_is_ours():
     return
   settings = {"GLIBC_TUNABLES": tunables()}
   described = " ".join(f"{name}={value}" for name, value in settings.items())
@@ -58,9 +58,32 @@ def set_allocator() -> None:
   os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def tunables() -> str:
-  """What `set_allocator` sets, as glibc reads it from $GLIBC_TUNABLES."""
-  values = _TUNABLES if _has_huge_pages() else _KEEP
+def keep_memory() -> bool:
+  """Keeps freed memory for the next call: what of `set_allocator` works inside a running process.
+
+  For notebooks and programs that call the library themselves. To be called before jax does its first
+  work, because a thread stays with the arena that it has.
+
+  Returns:
+    Whether it was set: not where `set_allocator` does nothing.
+  """
+  if not _allocator_is_ours():
+    return False
+  mallopt = ctypes.CDLL(None).mallopt
+  return all([mallopt(_MALLOPT[name], min(int(_KEEP[name]), 2**31 - 1)) for name in _KEEP])
+
+
+def _allocator_is_ours() -> bool:
+  """Whether glibc serves a CPU process and nobody has said how."""
+  if _SWITCH in os.environ or platform.libc_ver()[0] != "glibc" or not _on_cpu():
+    return False
+  names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+  return not any(name.startswith(names) for name in os.environ)
+
+
+def tunables(*, huge: bool = True) -> str:
+  """What `set_allocator` sets, as $GLIBC_TUNABLES has it; huge pages only where there are any."""
+  values = _TUNABLES if huge and _has_huge_pages() else _KEEP
   return ":".join(f"glibc.malloc.{name}={value}" for name, value in values.items())
 
 

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,35 @@ def test_allocator_needs_glibc(executed, monkeypatch):
   monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
   launch.set_allocator()
   assert executed == []
+
+
+FAULTS = """
+import os, resource, sys
+from jaxmethods.runtime import launch
+kept = launch.keep_memory()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jnp.sort(x * 2).sum())  # 32 MB of temporaries
+x, counts = jnp.ones(2**22), []
+for _ in range(8):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  step(x).block_until_ready()
+  counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(kept), min(counts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("switch", [None, "0"])
+def test_memory_is_kept_from_inside(switch):
+  names = (*SETTINGS, "JAX_PLATFORMS")
+  environment = {k: v for k, v in os.environ.items() if k not in names and k[:7] != "MALLOC_"}
+  environment |= {"JAX_PLATFORMS": "cpu"} | ({} if switch is None else {SETTINGS[0]: switch})
+  command = [sys.executable, "-c", FAULTS]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+  kept, faults = map(int, done.stdout.split())
+  assert kept == (switch is None)
+  # 16 MB are 4,096 pages: touched anew at every call, or only once.
+  assert faults < 400 if kept else faults > 4000
 
 
 def test_compiled_programs_are_kept_unless_told_not_to(cli, tmp_path):
