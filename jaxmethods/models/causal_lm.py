@@ -404,10 +404,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _quarter(x: jax.Array) -> jax.Array:
-  """The halves (a, b) of the last axis as (-b, a), a rotation by a quarter."""
-  if jax.default_backend() == "cpu":
+  """The halves (a, b) of the last axis of (..., T, d) as (-b, a): a rotation by a quarter."""
+  if jax.default_backend() == "cpu" and x.shape[-2] > 1:
     # A product with a signed permutation, which is exact: XLA on a CPU computes what it fuses with a
-    # concatenation number by number, forwards and backwards.
+    # concatenation number by number, forwards and backwards. For one token it does not matter.
     turn = np.kron([[0, 1], [-1, 0]], np.eye(x.shape[-1] // 2)).astype(x.dtype)
     return jnp.matmul(x, turn)
   first, second = jnp.split(x, 2, axis=-1)
