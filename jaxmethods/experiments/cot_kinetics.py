@@ -49,7 +49,9 @@ class Config(RunConfig):
   model: str = "trained"  # or hf:..., gguf:..., wheel:smollm2-135m, tiny:stories260k
   problems: str = "generated"  # with `model` also FILE.jsonl and reasoning-gym:NAME
   num_problems: int = 2000  # that scores are judged on
-  calibration: int = 500  # further ones, for the temperature and the form that are fitted
+  # Further ones, for the temperature and the form that are fitted. A quarter of given problems where
+  # these are no more than that.
+  calibration: int = 500
   problem_seed: int = 0
 
   score: str = "cot_kinetics"  # what the first metrics, and the rows of eval.compare, are about

@@ -6,6 +6,7 @@ experiment is built, batch by batch, each kept in the cache: a run that was stop
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,10 +63,10 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   source = problem_sources.GENERATED if config.problems == "generated" else config.problems
   wanted = config.calibration + config.num_problems
   problems, origin = problem_sources.load(source, wanted, config.problem_seed)
-  if len(problems) <= config.calibration:
-    raise InputError(
-      f"calibration: {config.calibration} of {len(problems)} problems leave none to judge on"
-    )
+  if len(problems) < 2:
+    raise InputError("problems: 1 leaves none to judge on, calibration takes it")
+  if len(problems) <= config.calibration:  # a short file: a quarter of it calibrates
+    config = dataclasses.replace(config, calibration=max(len(problems) // 4, 1))
   known = problems[0].answer is not None
   loaded = load_causal_lm(config.model)
   writer = Writer(loaded, config.batch_size)
