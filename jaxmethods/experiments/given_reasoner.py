@@ -67,6 +67,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     raise InputError("problems: 1 leaves none to judge on, calibration takes it")
   if len(problems) <= config.calibration:  # a short file: a quarter of it calibrates
     config = dataclasses.replace(config, calibration=max(len(problems) // 4, 1))
+  config = dataclasses.replace(config, batch_size=min(config.batch_size, len(problems)))
   known = problems[0].answer is not None
   loaded = load_causal_lm(config.model)
   writer = Writer(loaded, config.batch_size)
