@@ -24,6 +24,7 @@ from jaxmethods.models.graph_classifier import (
   init_head,
 )
 from jaxmethods.runtime import compiler
+from jaxmethods.runtime.metric_log import Display
 from jaxmethods.stats.dropout import dropout
 
 if TYPE_CHECKING:
@@ -161,9 +162,7 @@ def _trained(config: Config, data: GraphData, train: np.ndarray) -> tuple[GraphE
   start = _start(encoder, jax.tree.map(lambda x: x[0], batches), data.num_classes, key)
 
   def leaves() -> dict[str, np.ndarray]:
-    print(
-      f"training the teacher: {config.teacher_epochs} epochs on {len(train)} graphs", flush=True
-    )
+    print(f"training the teacher on {len(train)} graphs", flush=True)
     teacher = jax.device_get(fit(encoder, start, batches, config, key))
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(teacher))}
 
@@ -204,21 +203,26 @@ def fit(
     rate = config.learning_rate * (1 - t / config.teacher_epochs)
 
     def step(i, carry):
-      weights, batch_stats, moments = carry
+      weights, batch_stats, moments, total = carry
       batch = jax.tree.map(lambda x: x[order[i]], data)
       mask_key = jax.random.fold_in(key, config.teacher_epochs + t * count + i)
-      gradients, batch_stats = jax.grad(loss, has_aux=True)(weights, batch_stats, batch, mask_key)
+      (value, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(
+        weights, batch_stats, batch, mask_key
+      )
       updates, moments = adam.update(gradients, moments)
       weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
-      return weights, batch_stats, moments
+      return weights, batch_stats, moments, total + value
 
-    return jax.lax.fori_loop(0, count, step, carry)
+    *carry, total = jax.lax.fori_loop(0, count, step, (*carry, jnp.float32(0)))
+    return tuple(carry), total / count
 
   data = jax.device_put(batches)
   weights = start.params, start.head
   carry = weights, start.batch_stats, adam.init(weights)
   run = compiler.jit(epoch, donate_argnums=0)
-  for t in range(config.teacher_epochs):
-    carry = run(carry, jnp.int32(t), data)
+  with Display("teacher", 0, config.teacher_epochs) as display:
+    for t in range(config.teacher_epochs):
+      carry, mean = run(carry, jnp.int32(t), data)
+      display.update(t + 1, {"loss": float(mean)})
   (params, head), batch_stats, _ = carry
   return Classifier(params, batch_stats, head)
