@@ -64,7 +64,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   wanted = config.calibration + config.num_problems
   problems, origin = problem_sources.load(source, wanted, config.problem_seed)
   if len(problems) < 2:
-    raise InputError("problems: 1 leaves none to judge on, calibration takes it")
+    raise InputError(
+      f"problems: {len(problems)} leaves none to judge on, for calibration takes one"
+    )
   if len(problems) <= config.calibration:  # a short file: a quarter of it calibrates
     config = dataclasses.replace(config, calibration=max(len(problems) // 4, 1))
   config = dataclasses.replace(config, batch_size=min(config.batch_size, len(problems)))
