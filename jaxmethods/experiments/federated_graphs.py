@@ -454,15 +454,17 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def evaluate(state: State, test) -> dict[str, jax.Array]:
     accuracy: dict[str, list[jax.Array]] = {"test": [], "validation": []}
-    index = 0
-    for clients, view in zip(state.clients, test, strict=True):
-      size = jax.tree.leaves(view)[0].shape[0]
-      ids = index + jnp.arange(size)
-      hits, totals = jax.lax.map(lambda args: count_hits(state.server, *args), (ids, clients, view))
+    ids = jnp.split(jnp.arange(len(names)), np.cumsum([len(group.names) for group in groups])[:-1])
+    for hits, totals in engine.map_clients(
+      [count_hits] * len(groups),
+      state.server,
+      list(zip(ids, state.clients, test, strict=True)),
+      client_map="shard" if mesh else "scan",
+      mesh=mesh,
+    ):
       share = hits / totals  # nan where a client has no validation graphs
       accuracy["validation"].append(share[:, 0])
       accuracy["test"].append(share[:, 1])
-      index += size
     test_accuracy = jnp.concatenate(accuracy["test"])
     return {
       "test_accuracy": test_accuracy.mean(),

@@ -11,11 +11,13 @@ messages and uploads must look alike). How a group is mapped over changes the sp
   scan   one client after the other (`lax.map`). Best on CPU otherwise: one client's weights stay in the
          cache, its padding steps are skipped, and batched weights would turn convolutions into grouped
          ones (3 times slower).
-  shard  clients spread over the mesh axis "clients", several per device.
+  shard  clients spread over the mesh axis "clients", several per device. Clients that share their
+         shapes with no other cannot be spread: they are dealt to the devices whole, the heaviest first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -116,15 +118,16 @@ def federated_round(
 
   if isinstance(algorithm, FederatedAlgorithm):
     algorithm = [algorithm] * len(groups)
-  how = client_map or default_client_map()
-  works = [_client_map(_one_client(each), how, mesh) for each in algorithm]
-  algorithm = algorithm[0]
   # All keys at once: inside a sequential map a single `fold_in` costs as much as a small layer.
   fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-  outcome = [
-    work(server, i, fold_in(key, ident), c, d)
-    for work, (c, d, _, i, ident) in zip(works, groups, strict=True)
-  ]
+  outcome = map_clients(
+    [_one_client(each) for each in algorithm],
+    server,
+    [(i, fold_in(key, ident), c, d) for c, d, _, i, ident in groups],
+    client_map=client_map,
+    mesh=mesh,
+  )
+  algorithm = algorithm[0]
   states = [state for state, _, _ in outcome]
   uploads = _concatenate([upload for _, upload, _ in outcome])
   metrics = _concatenate([metric for _, _, metric in outcome])
@@ -151,6 +154,39 @@ def federated_round(
       for whole, part, rows in zip(clients, states, cohort.rows, strict=True)
     ]
   return algorithm.server(server, uploads, counts), tuple(states), metrics
+
+
+def map_clients(
+  functions: Sequence[Callable],
+  shared: Any,
+  groups: Sequence[tuple[Any, ...]],
+  *,
+  client_map: ClientMap | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> list[Any]:
+  """Applies a function to every client of every group.
+
+  Args:
+    functions: per group, (shared, *one client) -> a pytree of arrays.
+    shared: what all clients get alike.
+    groups: per group, pytrees stacked on the client axis.
+    client_map: see the module's text; None takes `default_client_map()`.
+    mesh: for "shard".
+
+  Returns:
+    Per group, the results stacked on the client axis.
+  """
+  how = client_map or default_client_map()
+  outcome: dict[int, Any] = {}
+  alone = [i for i, group in enumerate(groups) if _leading(group) == 1]
+  if how == "shard" and len(alone) > 1:
+    assert mesh is not None
+    dealt = _deal([functions[i] for i in alone], shared, [groups[i] for i in alone], mesh)
+    outcome = dict(zip(alone, dealt, strict=True))
+  for i, (function, group) in enumerate(zip(functions, groups, strict=True)):
+    if i not in outcome:
+      outcome[i] = _client_map(function, how, mesh)(shared, *group)
+  return [outcome[i] for i in range(len(groups))]
 
 
 def sample_participants(key: jax.Array, num_clients: int, num: int) -> jax.Array:
@@ -272,28 +308,72 @@ def _one_client(algorithm: FederatedAlgorithm) -> Callable:
 def _client_map(one_client: Callable, how: ClientMap, mesh: jax.sharding.Mesh | None) -> Callable:
   """Lifts (server, *one client) to (server, *stacked clients)."""
   if how == "vmap":
-    return jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0))
+    return lambda server, *stacked: jax.vmap(functools.partial(one_client, server))(*stacked)
   if how == "scan":
     return lambda server, *stacked: jax.lax.map(lambda args: one_client(server, *args), stacked)
   assert mesh is not None
   spread = jax.P(CLIENTS_AXIS)
-  sharded = jax.shard_map(
-    _client_map(one_client, default_client_map(mesh.devices.flat[0].platform), None),
+
+  def padded(server, *stacked):
+    size = _leading(stacked)
+    extra = -size % mesh.shape[CLIENTS_AXIS]
+    stacked = repeat_first(stacked, extra)
+    one_device = _client_map(one_client, default_client_map(mesh.devices.flat[0].platform), None)
+    in_specs = (jax.P(), *[spread] * len(stacked))
+    outcome = _on_devices(one_device, mesh, in_specs)(server, *stacked)
+    return jax.tree.map(lambda x: x[:size], outcome) if extra else outcome
+
+  return padded
+
+
+def _deal(
+  functions: Sequence[Callable], server: Any, groups: Sequence[tuple], mesh: jax.sharding.Mesh
+) -> list[Any]:
+  """Runs groups of one client, each on one device: on every device a program of its own."""
+  load = [0] * mesh.shape[CLIENTS_AXIS]
+  owner = [0] * len(groups)
+  for group in sorted(range(len(groups)), key=lambda g: -_nbytes(groups[g])):
+    owner[group] = load.index(min(load))
+    load[owner[group]] += _nbytes(groups[group])
+
+  works = [_client_map(function, "scan", None) for function in functions]
+  shapes = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
+
+  def program(device: int) -> Callable:
+    def run(server, groups):
+      return [
+        work(server, *group)
+        if owner[g] == device
+        else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[g])
+        for g, (work, group) in enumerate(zip(works, groups, strict=True))
+      ]
+
+    return run
+
+  programs = [program(device) for device in range(len(load))]
+
+  def one_device(server, groups):
+    return jax.lax.switch(jax.lax.axis_index(CLIENTS_AXIS), programs, server, groups)
+
+  outcome = _on_devices(one_device, mesh, jax.P())(server, groups)
+  # Every device has written rows for all groups; those of its owner are a group's.
+  return [
+    jax.tree.map(lambda x, row=row: x[row : row + 1], rows)
+    for row, rows in zip(owner, outcome, strict=True)
+  ]
+
+
+def _on_devices(function: Callable, mesh: jax.sharding.Mesh, in_specs) -> Callable:
+  """`function` on every device of the clients' axis, its results stacked along it."""
+  return jax.shard_map(
+    function,
     mesh=mesh,
-    in_specs=(jax.P(), spread, spread, spread, spread),
-    out_specs=spread,
+    in_specs=in_specs,
+    out_specs=jax.P(CLIENTS_AXIS),
     # Replicated parameters meet local data here: with the check on, differentiating inside `local`
     # would sum the gradients of the clients of different devices.
     check_vma=False,
   )
-
-  def padded(server, *stacked):
-    size = stacked[0].shape[0]
-    extra = -size % mesh.shape[CLIENTS_AXIS]
-    outcome = sharded(server, *(repeat_first(x, extra) for x in stacked))
-    return jax.tree.map(lambda x: x[:size], outcome) if extra else outcome
-
-  return padded
 
 
 def _check_groups(clients, data, weights, client_map, mesh) -> list[int]:

@@ -1,6 +1,6 @@
 """Runs rounds with `shard` over a mesh and prints the results; see test_devices.py.
 
-usage: devices_worker.py DEVICES [PROCESSES PROCESS PORT]
+usage: devices_worker.py DEVICES KIND [PROCESSES PROCESS PORT]
 """
 
 import json
@@ -8,7 +8,8 @@ import sys
 
 import jax
 
-devices, processes, process, port = (*map(int, sys.argv[1:]), 1, 0, 0)[:4]
+kind = sys.argv[2]
+devices, processes, process, port = (int(sys.argv[1]), *map(int, sys.argv[3:]), 1, 0, 0)[:4]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", devices)
 if processes > 1:
@@ -30,7 +31,7 @@ def replicate(tree):
   )
 
 
-buckets = problems.bucketed(2)  # groups of 3 and 3 clients: padded up to the devices by the engine
+buckets = problems.buckets_of(kind)
 
 
 def shared(path):

@@ -72,3 +72,12 @@ def run(fed, buckets, rounds=2, key=7, clients=None, jit=True, server=None, **op
 
 def bucketed(max_buckets=1, multiple=4, sizes=SIZES):
   return padding.bucket_clients(clients(sizes), max_buckets=max_buckets, multiple=multiple)
+
+
+def buckets_of(kind):
+  """Six clients for tests on several devices, which the engine spreads in different ways."""
+  if kind == "spread":  # groups of 2 and 4, padded up to the devices
+    return bucketed(2)
+  return bucketed(
+    4, sizes=(3, 5, 6, 12, 7, 18)
+  )  # "dealt": groups of 1, 3, 1 and 1; the single ones whole

@@ -40,10 +40,9 @@ def result(*workers):
   return [np.array(x) for x in json.loads(lines[-1].removeprefix(RESULT))]
 
 
-@pytest.fixture(scope="module")
-def one_device():
+def one_device(kind):
   """The same three rounds in this process, without a mesh."""
-  buckets = problems.bucketed(2)
+  buckets = problems.buckets_of(kind)
 
   def shared(path):
     return "head" not in path
@@ -66,13 +65,15 @@ def one_device():
   return jax.tree.leaves((server, clients, metrics))
 
 
-def test_eight_virtual_devices(one_device):
-  for a, b in zip(one_device, result(start(8)), strict=True):
+@pytest.mark.parametrize("kind", ["spread", "dealt"])
+@pytest.mark.parametrize("devices", [2, 8])
+def test_virtual_devices(devices, kind):
+  for a, b in zip(one_device(kind), result(start(devices, kind)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_of_four_devices(one_device):
+def test_two_processes_of_four_devices():
   (port,) = free_ports(1)
-  workers = [start(4, 2, process, port) for process in (0, 1)]
-  for a, b in zip(one_device, result(*workers), strict=True):
+  workers = [start(4, "dealt", 2, process, port) for process in (0, 1)]
+  for a, b in zip(one_device("dealt"), result(*workers), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
