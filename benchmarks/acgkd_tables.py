@@ -8,7 +8,7 @@ be chosen on. Accuracies are those of the last epoch. Pseudo-graphs and finished
 workdir, so the same command goes on where it was stopped.
 
   JAXMETHODS_DATA=DIR python -m benchmarks.acgkd_tables [--seeds 5] [--students gcn,gin] \
-    [--rates 0.01,0.001] [--rows acgkd,gfkd,...] [--xi 0.1,0.3] \
+    [--rates 0.01,0.001] [--rows acgkd,gfkd,...] [--xi 0.1,0.3] [--gfkd_lr 1] \
     [--data tu:PROTEINS --teacher trained] [--KEY VALUE]
 """
 
@@ -258,6 +258,7 @@ def main() -> int:
   parser.add_argument("--config", type=Path, default=Path("configs/acgkd_paper.yaml"))
   parser.add_argument("--rows", help="default: all of eval.compare")
   parser.add_argument("--xi", default="", help="more values, each a row of its own")
+  parser.add_argument("--gfkd_lr", default="", help="more rates of GFKD's structure, each a row")
   parser.add_argument("--seeds", type=int, default=5)
   parser.add_argument("--students", default="gcn,gin")
   parser.add_argument("--rates", default="0.01,0.003,0.001,0.0003", help="of the student's Adam")
@@ -270,10 +271,19 @@ def main() -> int:
   config = config_lib.load(acgkd.Config, args.config, overrides=overrides, method="acgkd")
   rows = acgkd.rows(config)
   rows |= {f"xi={xi}": dataclasses.replace(config, xi=float(xi)) for xi in args.xi.split(",") if xi}
+  rows |= {
+    f"gfkd_lr={lr}": dataclasses.replace(rows["gfkd"], structure_lr=float(lr))
+    for lr in args.gfkd_lr.split(",")
+    if lr
+  }
   chosen = args.rows.split(",") if args.rows else list(rows)
   for folder in ("graphs", "students"):
     (args.workdir / folder).mkdir(parents=True, exist_ok=True)
-  xi = {name: row.xi for name, row in rows.items() if name in ("acgkd", "all_pairs") or "=" in name}
+  xi = {
+    name: row.xi
+    for name, row in rows.items()
+    if name in ("acgkd", "all_pairs") or name.startswith("xi=")
+  }
   about = {
     "name": args.name,
     "data": config.data,
