@@ -147,13 +147,16 @@ ON_DEVICES = (*TRAIN, "--clients_per_domain", 3)
 MESH = ("--mesh", "clients=8")
 
 
-def test_eight_devices_agree(cli, tmp_path, tiny_graphs_environment):
-  for workdir, mesh in (("one", ()), ("eight", MESH)):
-    result = cli(*ON_DEVICES, *mesh, "--workdir", workdir, **tiny_graphs_environment)
+@pytest.mark.parametrize(("clients", "devices"), [(3, 8), (1, 2)], ids=["spread", "dealt"])
+def test_devices_agree(cli, tmp_path, tiny_graphs_environment, clients, devices):
+  """Clients of one data set are spread over the devices, single ones are dealt to them whole."""
+  command = (*TRAIN, "--clients_per_domain", clients)
+  for workdir, mesh in (("one", ()), ("many", ("--mesh", f"clients={devices}"))):
+    result = cli(*command, *mesh, "--workdir", workdir, **tiny_graphs_environment)
     assert result.returncode == 0, result.stderr
   one = metrics(tmp_path / "one")
   assert len(one) == 3
-  assert_close(metrics(tmp_path / "eight"), one, rel=1e-4)
+  assert_close(metrics(tmp_path / "many"), one, rel=1e-4)
 
 
 @pytest.mark.timeout(900)
