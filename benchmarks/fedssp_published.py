@@ -1,12 +1,11 @@
 """The published FedSSP (PyTorch, DGL) on our split of the data: seconds a round, accuracy a round.
 
-The published code states no licence, so none of it is here: `--code` is a checkout of it (it needs
+None of the published code is here: `--code` is a copy of it (it needs
 `models.py` and `client.py` as first published), run in an environment with torch, dgl, torch_geometric
 and this package. Its network, its training, validation and test passes and its preprocessing are called
 as they are, on the CPU; what is replaced is its reading of the data (our readers, the same split, the
-batches that we form) and the few lines of its server. `benchmarks.fedssp_round` is our side of the
-timing and `--steps 145 --optimizer_reset true --preference_grad accumulate --eval_preference false`
-our side of the accuracies.
+batches that we form) and the few lines of its server. `benchmarks.fedssp_round` is our side of
+the timing.
 
   JAXMETHODS_DATA=DIR python -m benchmarks.fedssp_published --code DIR [--data tu:SM] [--rounds 4] \
     [--seed 1] [--threads 1] [--json FILE]

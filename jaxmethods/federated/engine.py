@@ -336,10 +336,10 @@ def _deal(
     owner[group] = load.index(min(load))
     load[owner[group]] += _nbytes(groups[group])
 
-  works = [_client_map(function, "scan", None) for function in functions]
-  shapes = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
+  # As jitted functions they are traced once, for their shapes and for their work.
+  works = [jax.jit(_client_map(function, "scan", None)) for function in functions]
 
-  def program(device: int) -> Callable:
+  def program(device: int, shapes: list[Any]) -> Callable:
     def run(server, groups):
       return [
         work(server, *group)
@@ -350,9 +350,9 @@ def _deal(
 
     return run
 
-  programs = [program(device) for device in range(len(load))]
-
   def one_device(server, groups):
+    shapes = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
+    programs = [program(device, shapes) for device in range(len(load))]
     return jax.lax.switch(jax.lax.axis_index(CLIENTS_AXIS), programs, server, groups)
 
   outcome = _on_devices(one_device, mesh, jax.P())(server, groups)

@@ -76,8 +76,8 @@ def bucketed(max_buckets=1, multiple=4, sizes=SIZES):
 
 def buckets_of(kind):
   """Six clients for tests on several devices, which the engine spreads in different ways."""
-  if kind == "spread":  # groups of 2 and 4, padded up to the devices
-    return bucketed(2)
-  return bucketed(
-    4, sizes=(3, 5, 6, 12, 7, 18)
-  )  # "dealt": groups of 1, 3, 1 and 1; the single ones whole
+  return {
+    "spread": lambda: bucketed(2),  # groups of 2 and 4, padded up to the devices
+    # Groups of 1, 3, 1 and 1; the single ones whole.
+    "dealt": lambda: bucketed(4, sizes=(3, 5, 6, 12, 7, 18)),
+  }[kind]()

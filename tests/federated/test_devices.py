@@ -1,5 +1,6 @@
 """One device, 8 virtual devices and 2 processes of 4 devices give the same numbers."""
 
+import functools
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ def result(*workers):
   return [np.array(x) for x in json.loads(lines[-1].removeprefix(RESULT))]
 
 
+@functools.cache
 def one_device(kind):
   """The same three rounds in this process, without a mesh."""
   buckets = problems.buckets_of(kind)
