@@ -181,10 +181,8 @@ def fedssp(
     return ce + tau * pull, (output.model_state, mean, {"cross_entropy": ce, "alignment": pull})
 
   def local(message: Server, client: Client, data: Any, key: jax.Array):
-    def step(carry, inputs):
-      client, mean = carry
-      batch, key = inputs
-      gradients, (model_state, new_mean, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+    def work(client, mean, batch, key):
+      gradients, (model_state, mean, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
         client.params, client.preference, client.model_state, mean, batch, message, key
       )
       opt_state = optimizer.init(client.params) if optimizer_reset else client.opt_state
@@ -192,12 +190,17 @@ def fedssp(
       p, buffer = client.preference, client.preference_buffer
       if preference is not None:
         p, buffer = preference(p, gradients[1], buffer)
-      stepped = Client(
-        optax.apply_updates(client.params, updates), model_state, p, buffer, opt_state
-      )
+      weights = optax.apply_updates(client.params, updates)
+      return Client(weights, model_state, p, buffer, opt_state), mean, metrics
+
+    def rest(client, mean, batch, key):
+      return client, mean, {"cross_entropy": jnp.zeros(()), "alignment": jnp.zeros(())}
+
+    def step(carry, inputs):
+      batch, key = inputs
       real = target(batch)[1].any()
-      keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(real, a, b), new, old)
-      return keep((stepped, jax.lax.stop_gradient(new_mean)), (client, mean)), (metrics, real)
+      client, mean, metrics = jax.lax.cond(real, work, rest, *carry, batch, key)
+      return (client, mean), (metrics, real)
 
     num_batches = jax.tree.leaves(data)[0].shape[0]
     carry = (client._replace(params=params(message, client)), jnp.zeros_like(message.consensus))
