@@ -23,7 +23,9 @@ class SpectralBatch(NamedTuple):
   """A padded batch (layout of `jaxmethods.graphs`) with what a spectral filter on edges reads.
 
   Slots are laid out row after row; a row is one of `R` rows of length `L` of its group, and the
-  slack of each row is one padding graph. U undirected edge slots belong to each row.
+  slack of each row is one padding graph. U products of undirected edges belong to each row; the edges
+  themselves are listed without gaps, so that what is computed for each of them has no padding but that
+  of the smaller batches.
 
   Attributes:
     graphs: the batch, in the layout of `jaxmethods.graphs`.
@@ -31,13 +33,15 @@ class SpectralBatch(NamedTuple):
     products: one array (R, U, L) per row group: U[j, r] U[i, r] for the undirected edge {i, j} of
       the row and every eigenvalue slot r of the row; zero outside the edge's graph. The signs of
       eigenvectors cancel in it.
-    edge_mask: (sum of R * U,) bool, which undirected edge slots are real.
-    twin: (E,) int32, the undirected edge slot of each directed edge.
+    product_of: (E / 2,) int32, the product of each undirected edge, counted through the row groups.
+    edge_mask: (E / 2,) bool, which undirected edges are real; padding last.
+    twin: (E,) int32, the undirected edge of each directed edge.
   """
 
   graphs: jraph.GraphsTuple
   encoding: Any  # arrays: numpy on the host, jax on the device
   products: tuple[Any, ...]
+  product_of: Any
   edge_mask: Any
   twin: Any
 
@@ -49,8 +53,9 @@ def row_lengths(
 
   Rows just as long as the largest graph often hold a single one (COX2: 41 nodes on average, 56 at
   most); longer ones fill better and cost more attention. The cost of a node slot is taken as
-  1 + L / 700 and that of an edge slot as 0.1, from the shares of a training step measured on CPU. A
-  second row group must save a tenth, since it doubles the number of attention kernels.
+  1 + L / 700 and that of a product of length L as L / 10,000, from the shares of a training step
+  measured on CPU. A second row group must save a tenth, since it doubles the number of attention
+  kernels.
 
   Args:
     graphs: unpadded jraph batch.
@@ -76,7 +81,7 @@ def row_lengths(
     row_edges = _row_edges(graphs, used, lengths)
     layout = _layout(graphs, sample, lengths, row_edges)
     total = sum(
-      max(len(rows), 1) * (length * (1 + length / 700) + 0.1 * edges)
+      max(len(rows), 1) * length * (1 + length / 700 + edges / 10_000)
       for rows, length, edges in zip(layout, lengths, row_edges, strict=True)
     )
     return total * (1.1 if len(lengths) > 1 else 1.0)
@@ -190,13 +195,13 @@ class _Source(NamedTuple):
 
 
 def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int, ...]:
-  """Undirected edge slots of a row: a little above the average, never below the densest graph."""
+  """Products of a row: a fifth above the average, never below the densest graph."""
   sizes, links = np.asarray(graphs.n_node)[ids], np.asarray(graphs.n_edge)[ids] // 2
   capacity, shorter = [], 0
   for length in lengths:
     here = (sizes > shorter) & (sizes <= length)
     density = links[here].sum() / max(sizes[here].sum(), 1)
-    slots = max(1.05 * density * length, links[here].max(initial=1))
+    slots = max(1.2 * density * length, links[here].max(initial=1))
     capacity.append(_round_up(slots, 8))
     shorter = length
   return tuple(capacity)
@@ -227,17 +232,16 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
   slots = {name: np.zeros((num_slots, x.shape[1]), dtype) for name, x in graphs.nodes.items()}
   encoding = np.zeros((num_slots, source.encoding.shape[1]), dtype)
   node_mask = np.zeros(num_slots, bool)
-  products, edge_masks = [], []
+  products = []
   senders: list[np.ndarray] = [np.zeros(0, np.int32)]  # a batch may be empty
-  receivers, twins = list(senders), list(senders)
+  receivers, twins, product_of = list(senders), list(senders), list(senders)
   n_node, n_edge, graph_id = [], [], []
 
-  slot, twin_start = 0, 0
+  slot, num_undirected, first_product = 0, 0, 0
   for rows, count, length, capacity in zip(
     layout, shape.num_rows, shape.lengths, shape.row_edges, strict=True
   ):
     product = np.zeros((count, capacity, length), dtype)
-    edge_mask = np.zeros((count, capacity), bool)
     for r in range(count):
       offset, used = 0, 0
       for k in rows[r] if r < len(rows) else ():
@@ -255,10 +259,11 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
         vectors = spectra.eigenvectors[matrix_start[k] : matrix_start[k + 1]].reshape(n, n)
         edges = slice(used, used + len(pair))
         product[r, edges, offset : offset + n] = vectors[pair // n] * vectors[pair % n]
-        edge_mask[r, edges] = True
+        product_of.append(first_product + r * capacity + np.arange(used, used + len(pair)))
         senders.append(j + slot + offset)
         receivers.append(i + slot + offset)
-        twins.append(undirected + twin_start + r * capacity + used)
+        twins.append(num_undirected + undirected)
+        num_undirected += len(pair)
         n_node.append(n)
         n_edge.append(len(j))
         graph_id.append(k)
@@ -267,9 +272,8 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
       n_edge.append(0)
       graph_id.append(-1)
       slot += length
-    twin_start += count * capacity
+    first_product += count * capacity
     products.append(product)
-    edge_masks.append(edge_mask.ravel())
 
   padding_graphs = shape.num_graphs - len(n_node)  # fewer graphs than the largest batch has
   n_node += [0] * padding_graphs
@@ -302,8 +306,16 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
       "id": ids,
     },
   )
+  undirected_mask = np.arange(shape.num_edges // 2) < num_undirected
+  undirected_products = np.zeros(len(undirected_mask), np.int32)
+  undirected_products[undirected_mask] = np.concatenate(product_of)
   return SpectralBatch(
-    batch, encoding, tuple(products), np.concatenate(edge_masks), pad(np.concatenate(twins), 0)
+    batch,
+    encoding,
+    tuple(products),
+    undirected_products,
+    undirected_mask,
+    pad(np.concatenate(twins), 0),
   )
 
 

@@ -210,9 +210,8 @@ class SpectralGNN(nn.Module):
       here = spectra[start : start + count * length].reshape(count, length, self.heads)
       filters.append(jnp.einsum("rul,rlm->rum", products, here).reshape(-1, self.heads))
       start += count * length
-    f = FilterEncoder(self.hidden, name="filter_encoder")(
-      jnp.concatenate(filters), batch.edge_mask, train
-    )
+    filters = jnp.concatenate(filters)[batch.product_of]
+    f = FilterEncoder(self.hidden, name="filter_encoder")(filters, batch.edge_mask, train)
     f = Dropout(self.dropout)(f[batch.twin], train)
 
     # Softmax over the neighbours of each target, per channel. The shift cancels; one per channel

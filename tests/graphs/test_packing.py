@@ -52,7 +52,10 @@ def test_layout_contract(lengths):
     assert (graphs.globals["id"][~graphs.globals["mask"]] == -1).all()
     assert batch.encoding.shape == (len(graphs.nodes["mask"]), HIDDEN + 1)
     assert sum(p.shape[0] * p.shape[2] for p in batch.products) == len(graphs.nodes["mask"])
-    assert sum(p.shape[0] * p.shape[1] for p in batch.products) == len(batch.edge_mask)
+    assert len(batch.product_of) == len(batch.edge_mask) == len(graphs.senders) / 2
+    assert (np.diff(batch.edge_mask.astype(int)) <= 0).all()  # padding last
+    used = batch.product_of[batch.edge_mask]
+    assert len(set(used)) == len(used)  # a product belongs to one edge
     # A graph lies within one row.
     row = np.repeat(
       np.arange(sum(p.shape[0] for p in batch.products)),
@@ -88,8 +91,9 @@ def test_round_trip(lengths):
 def test_edge_products(lengths):
   for batch in packed(lengths, dtype=np.float64):
     owner = {int(s): (k, i) for k, slots in node_slots(batch).items() for i, s in enumerate(slots)}
-    # Every undirected edge slot as one row over all slots of the batch.
-    spread = np.zeros((len(batch.edge_mask), len(batch.encoding)))
+    # Every product as one row over all slots of the batch.
+    num_products = sum(p.shape[0] * p.shape[1] for p in batch.products)
+    spread = np.zeros((num_products, len(batch.encoding)))
     slot = edge = 0
     for product in batch.products:
       count, capacity, length = product.shape
@@ -98,7 +102,7 @@ def test_edge_products(lengths):
         slot, edge = slot + length, edge + capacity
     graphs = batch.graphs
     real = np.flatnonzero(graphs.edges["mask"])
-    # Both directions of an edge meet in one slot, and every real slot has them.
+    # Both directions of an edge share an undirected one, and every real one has them.
     uses = np.bincount(batch.twin[real], minlength=len(batch.edge_mask))
     np.testing.assert_array_equal(uses, 2 * batch.edge_mask)
     for e in real:
@@ -107,8 +111,10 @@ def test_edge_products(lengths):
       expected = np.zeros(len(batch.encoding))
       u = eigenvectors(k)
       expected[node_slots(batch)[k]] = u[j] * u[i]
-      np.testing.assert_allclose(spread[batch.twin[e]], expected, atol=1e-14)
-    assert not spread[~batch.edge_mask].any()
+      product = spread[batch.product_of[batch.twin[e]]]
+      np.testing.assert_allclose(product, expected, atol=1e-14)
+    unused = np.setdiff1d(np.arange(num_products), batch.product_of[batch.edge_mask])
+    assert len(unused) and not spread[unused].any()
 
 
 def test_one_shape_for_all_batches_and_nothing_in_an_empty_one():
