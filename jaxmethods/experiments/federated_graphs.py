@@ -246,11 +246,14 @@ def _target(batch) -> tuple[jax.Array, jax.Array]:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """The clients' optimiser, with PyTorch's two meanings of weight decay."""
+  """The clients' optimiser, with PyTorch's two meanings of weight decay.
+
+  Flat: one vector in place of some sixty arrays is a third less program to lower.
+  """
   if config.optimizer == "adamw":
-    return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-  return optax.chain(
-    optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate)
+    return optax.flatten(optax.adamw(config.learning_rate, weight_decay=config.weight_decay))
+  return optax.flatten(
+    optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate))
   )
 
 
@@ -476,13 +479,18 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     """Right and all answers of one client on (validation, test), (2,) each."""
     params = setup.algorithm.params(setup.algorithm.download(server, index), client)
 
-    def one(batch):
+    def score(batch):
       representation, _ = backbone.features(params, client.model_state, batch, None)
       logits = backbone.classify(params, representation + setup.offset(client))
       graphs = batch.graphs if isinstance(batch, SpectralBatch) else batch
       part = graphs.globals["split"][:, None] == jnp.array([1, 2])
       right = logits.argmax(-1) == graphs.globals["label"]
       return (part & right[:, None]).sum(0), part.sum(0)
+
+    def one(batch):
+      # In a conditional, as in training, for what `fedssp` of `methods.fedssp` says about it.
+      nothing = jnp.zeros(2, jnp.int32)
+      return jax.lax.cond(_target(batch)[1].any(), score, lambda _: (nothing, nothing), batch)
 
     hits, totals = jax.lax.map(one, view)
     return hits.sum(0), totals.sum(0)

@@ -199,6 +199,9 @@ def fedssp(
     def step(carry, inputs):
       batch, key = inputs
       real = target(batch)[1].any()
+      # A conditional, not a selection afterwards: an empty batch costs nothing, and a batch that is
+      # handed over stands in memory of its own. XLA on CPU fuses the slice of `data` into whatever
+      # reads it, entry by entry (attention's exponential on NCI1: 12 ms in place of 1.5).
       client, mean, metrics = jax.lax.cond(real, work, rest, *carry, batch, key)
       return (client, mean), (metrics, real)
 

@@ -210,8 +210,9 @@ class SpectralGNN(nn.Module):
       here = spectra[start : start + count * length].reshape(count, length, self.heads)
       filters.append(jnp.einsum("rul,rlm->rum", products, here).reshape(-1, self.heads))
       start += count * length
-    filters = jnp.concatenate(filters)[batch.product_of]
-    f = FilterEncoder(self.hidden, name="filter_encoder")(filters, batch.edge_mask, train)
+    f = FilterEncoder(self.hidden, name="filter_encoder")(
+      jnp.concatenate(filters)[batch.product_of], batch.edge_mask, train
+    )
     f = Dropout(self.dropout)(f[batch.twin], train)
 
     # Softmax over the neighbours of each target, per channel. The shift cancels; one per channel
