@@ -131,9 +131,10 @@ def write(workdir: Path, name: str) -> None:
   found = collect(workdir)
   text = (
     "# FedSSP on the published settings\n"
-    f"{time.strftime('%Y-%m-%d')}, `python -m benchmarks.fedssp_settings`, each run "
+    f"Written {time.strftime('%Y-%m-%d')}, `python -m benchmarks.fedssp_settings`, each run "
     f"`{' '.join(command(Path('DIR'), 'SETTING', 'ROW', 0, None)[1:])}`: 200 rounds, mean test "
-    "accuracy over clients, average of the last 20 rounds, one CPU core a run.\n\n" + table(found)
+    "accuracy over clients, average of the last 20 rounds, one CPU core a run. Runs of earlier days are "
+    "kept; minutes are wall time beside whatever else ran.\n\n" + table(found)
   )
   (RESULTS / f"{name}.md").write_text(text)
   (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
