@@ -53,7 +53,7 @@ def row_lengths(
 
   Rows just as long as the largest graph often hold a single one (COX2: 41 nodes on average, 56 at
   most); longer ones fill better and cost more attention. The cost of a node slot is taken as
-  1 + L / 700 and that of a product of length L as L / 10,000, from the shares of a training step
+  1 + L / 700 and that of a product of length L as L / 10,000, roughly the shares of a training step
   measured on CPU. A second row group must save a tenth, since it doubles the number of attention
   kernels.
 
