@@ -5,6 +5,8 @@ The heavy half of `experiments.fedssp`: nothing here is imported before a run re
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -435,45 +437,30 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     while True:
       yield federation
 
-  def step(state: State, batch: Federation):
-    key = jax.random.fold_in(state.key, state.round)
-    work_key, cohort_key = jax.random.split(key)
-    taking_part = None
-    if config.participation < 1:
-      drawn = max(1, round(config.participation * len(names)))
-      taking_part = engine.sample_participants(cohort_key, len(names), drawn)
-    server, clients, metrics = engine.federated_round(
-      setup.algorithm, state.server, state.clients, batch.train, batch.weights, work_key,
-      taking_part=taking_part, client_map=client_map, mesh=mesh,
-    )  # fmt: skip
+  def draw(key, round_) -> tuple[jax.Array, jax.Array | None]:
+    """The key of a round, and who takes part in it (None: all)."""
+    work_key, cohort_key = jax.random.split(jax.random.fold_in(key, round_))
+    if config.participation == 1:
+      return work_key, None
+    drawn = max(1, round(config.participation * len(names)))
+    return work_key, engine.sample_participants(cohort_key, len(names), drawn)
+
+  def report(metrics, taking_part) -> dict[str, jax.Array]:
     share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
     sums = {name: value @ share for name, value in metrics.items()}
     # Bytes are those of the whole round, everything else is a mean over its clients.
-    metrics = {
+    return {
       name: total if name.startswith("bytes") else total / share.sum()
       for name, total in sums.items()
     }
-    return State(server, clients, state.key, state.round + 1), metrics
 
-  def evaluate(state: State, test) -> dict[str, jax.Array]:
-    accuracy: dict[str, list[jax.Array]] = {"test": [], "validation": []}
-    ids = jnp.split(jnp.arange(len(names)), np.cumsum([len(group.names) for group in groups])[:-1])
-    for hits, totals in engine.map_clients(
-      [count_hits] * len(groups),
-      state.server,
-      list(zip(ids, state.clients, test, strict=True)),
-      client_map="shard" if mesh else "scan",
-      mesh=mesh,
-    ):
-      share = hits / totals  # nan where a client has no validation graphs
-      accuracy["validation"].append(share[:, 0])
-      accuracy["test"].append(share[:, 1])
-    test_accuracy = jnp.concatenate(accuracy["test"])
-    return {
-      "test_accuracy": test_accuracy.mean(),
-      "validation_accuracy": jnp.nanmean(jnp.concatenate(accuracy["validation"])),
-      **{f"test_accuracy/{name}": test_accuracy[i] for i, name in enumerate(names)},
-    }
+  def accuracies(counts) -> OrderedDict[str, jax.Array]:
+    # nan where a client has no validation graphs
+    validation, test = jnp.concatenate([hits / totals for hits, totals in counts]).T
+    return OrderedDict(
+      {"test_accuracy": test.mean(), "validation_accuracy": jnp.nanmean(validation)},
+      **{f"test_accuracy/{name}": test[i] for i, name in enumerate(names)},
+    )
 
   def count_hits(server, index, client, view):
     """Right and all answers of one client on (validation, test), (2,) each."""
@@ -495,8 +482,44 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     hits, totals = jax.lax.map(one, view)
     return hits.sum(0), totals.sum(0)
 
+  def compose(run_round: Callable, count_all: Callable, jit: Callable) -> tuple[Callable, Callable]:
+    """(step, evaluate) around what all clients do; `jit` is for the parts that stand beside it."""
+    begin, end, summary = jit(draw), jit(report), jit(accuracies)
+    ids = jnp.split(jnp.arange(len(names)), np.cumsum([len(group.names) for group in groups])[:-1])
+
+    def step(state: State, batch: Federation):
+      key, taking_part = begin(state.key, state.round)
+      server, clients, metrics = run_round(
+        state.server, state.clients, batch.train, batch.weights, key, taking_part=taking_part
+      )
+      state = State(server, clients, state.key, state.round + 1)
+      return state, end(metrics, taking_part)
+
+    def evaluate(state: State, test) -> OrderedDict[str, jax.Array]:
+      return summary(count_all(state.server, list(zip(ids, state.clients, test, strict=True))))
+
+    return step, evaluate
+
+  count_map: engine.ClientMap = "shard" if mesh else "scan"
+  counting = [count_hits] * len(groups)
+  step, evaluate = compose(
+    functools.partial(engine.federated_round, setup.algorithm, client_map=client_map, mesh=mesh),
+    functools.partial(engine.map_clients, counting, client_map=count_map, mesh=mesh),
+    jit=lambda part: part,
+  )
+  programs = None
+  if not mesh and len(groups) > 1:  # one data set shares no shapes with another
+    programs = compose(
+      engine.round_programs(
+        [setup.algorithm] * len(groups), jit=compiler.jit, client_map=client_map
+      ),
+      engine.map_programs(counting, jit=compiler.jit, client_map=count_map),
+      jit=compiler.jit,
+    )
+
   def figures(state: State):
-    metrics = jax.device_get(compiler.jit(evaluate)(state, held_out))
+    evaluate_now = programs[1] if programs else compiler.jit(evaluate)
+    metrics = jax.device_get(evaluate_now(state, held_out))
     accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
     majority = [group.majority for group in groups for _ in group.names]
     pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
@@ -511,7 +534,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   about = data_records.describe(records)
   if dropped := sum(group.dropped for group in groups):
     about += f"; {dropped} graphs without edges left out"
-  return Experiment(init, batches, step, evaluate, held_out, figures, config.steps, about)
+  return Experiment(
+    init, batches, step, evaluate, held_out, figures, config.steps, about, programs=programs
+  )
 
 
 def _to_device(clients: Clients, sharding) -> Clients:

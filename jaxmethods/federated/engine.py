@@ -13,12 +13,18 @@ messages and uploads must look alike). How a group is mapped over changes the sp
          ones (3 times slower).
   shard  clients spread over the mesh axis "clients", several per device. Clients that share their
          shapes with no other cannot be spread: they are dealt to the devices whole, the heaviest first.
+
+`round_programs` is the same round as a program for every group and one for the server. It pays on one
+device where groups are few and their steps large: XLA compiles the programs side by side, needs the
+memory of those at work alone, and on CPU runs them side by side too.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -118,42 +124,61 @@ def federated_round(
 
   if isinstance(algorithm, FederatedAlgorithm):
     algorithm = [algorithm] * len(groups)
-  # All keys at once: inside a sequential map a single `fold_in` costs as much as a small layer.
-  fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   outcome = map_clients(
     [_one_client(each) for each in algorithm],
     server,
-    [(i, fold_in(key, ident), c, d) for c, d, _, i, ident in groups],
+    [(i, _keys(key, ident), c, d) for c, d, _, i, ident in groups],
     client_map=client_map,
     mesh=mesh,
   )
-  algorithm = algorithm[0]
-  states = [state for state, _, _ in outcome]
-  uploads = _concatenate([upload for _, upload, _ in outcome])
-  metrics = _concatenate([metric for _, _, metric in outcome])
-  counts = jnp.concatenate([w for _, _, w, _, _ in groups])
-  metrics |= _traffic_metrics(algorithm, server, uploads, counts.shape[0])
-
-  counted = taking_part
-  if drop_nonfinite:
-    finite = finite_rows(uploads, counts.shape[0])
-    counted = finite if taking_part is None else finite & taking_part
-    metrics["rejected"] = ~finite & (counts > 0) & (True if taking_part is None else taking_part)
-  if counted is not None:
-    counts = jnp.where(counted, counts, 0)
-    # A weight of zero does not silence NaN, so what does not count is not passed on either.
-    uploads = jax.tree.map(lambda x: jnp.where(_column(counted, x), x, 0), uploads)
-    cuts = np.cumsum([w.shape[0] for _, _, w, _, _ in groups])[:-1]
-    states = [
-      jax.tree.map(lambda new, old, keep=keep: jnp.where(_column(keep, new), new, old), state, old)
-      for state, (old, *_), keep in zip(states, groups, jnp.split(counted, cuts), strict=True)
-    ]
+  before, worked = [state for state, *_ in groups], [weight for _, _, weight, *_ in groups]
+  server, states, metrics = _meet(
+    algorithm[0], server, before, outcome, worked, taking_part, drop_nonfinite=drop_nonfinite
+  )
   if cohort is not None:
     states = [
       jax.tree.map(lambda whole, part, rows=rows: whole.at[rows].set(part), whole, part)
       for whole, part, rows in zip(clients, states, cohort.rows, strict=True)
     ]
-  return algorithm.server(server, uploads, counts), tuple(states), metrics
+  return server, tuple(states), metrics
+
+
+def round_programs(
+  algorithms: Sequence[FederatedAlgorithm],
+  *,
+  jit: Callable = jax.jit,
+  client_map: ClientMap | None = None,
+  drop_nonfinite: bool = False,
+) -> Callable:
+  """Returns `federated_round` in several programs, to be called as it is: not inside jit or vmap.
+
+  Args:
+    algorithms: one for each group.
+    jit: what the programs are compiled with, such as `jax.jit` with options.
+    client_map: "vmap" or "scan"; None takes `default_client_map()`.
+    drop_nonfinite: as of `federated_round`.
+
+  Returns:
+    (server, clients, data, weights, key, taking_part=None) -> what `federated_round` returns.
+  """
+  work = map_programs(list(map(_one_client, algorithms)), jit=jit, client_map=client_map)
+  meet = jit(functools.partial(_meet, algorithms[0], drop_nonfinite=drop_nonfinite))
+
+  @functools.partial(jit, static_argnums=1)
+  def begin(key, sizes):
+    cuts = np.cumsum(sizes)[:-1]
+    index = jnp.arange(sum(sizes), dtype=jnp.int32)
+    return jnp.split(index, cuts), jnp.split(_keys(key, index), cuts)
+
+  def run(server, clients, data, weights, key, taking_part=None):
+    sizes = _check_groups(clients, data, weights, client_map, None)
+    groups = list(zip(*begin(key, tuple(sizes)), clients, data, strict=True))
+    server, states, metrics = meet(
+      server, list(clients), work(server, groups), list(weights), taking_part
+    )
+    return server, tuple(states), metrics
+
+  return run
 
 
 def map_clients(
@@ -187,6 +212,32 @@ def map_clients(
     if i not in outcome:
       outcome[i] = _client_map(function, how, mesh)(shared, *group)
   return [outcome[i] for i in range(len(groups))]
+
+
+def map_programs(
+  functions: Sequence[Callable],
+  *,
+  jit: Callable = jax.jit,
+  client_map: ClientMap | None = None,
+) -> Callable:
+  """Returns (shared, groups) -> what `map_clients` returns, in a program for every group.
+
+  Args:
+    functions: per group, as of `map_clients`.
+    jit: what the programs are compiled with.
+    client_map: "vmap" or "scan"; None takes `default_client_map()`.
+  """
+  how = client_map or default_client_map()
+  programs = [jit(_client_map(function, how, None)) for function in functions]
+
+  def run(shared, groups):
+    # From threads, because a call that compiles returns late. The heaviest first: it takes longest.
+    order = sorted(range(len(groups)), key=lambda g: -_nbytes(groups[g]))
+    with futures.ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as threads:
+      begun = {g: threads.submit(programs[g], shared, *groups[g]) for g in order}
+    return [begun[g].result() for g in range(len(groups))]
+
+  return run
 
 
 def sample_participants(key: jax.Array, num_clients: int, num: int) -> jax.Array:
@@ -296,6 +347,45 @@ def _traffic_metrics(algorithm, server, uploads, size: int) -> dict[str, jax.Arr
   message = jax.eval_shape(algorithm.download, server, jax.ShapeDtypeStruct((), jnp.int32))
   sent = {"bytes_up": _nbytes(uploads) // size, "bytes_down": _nbytes(message)}
   return {name: jnp.full(size, count, jnp.float32) for name, count in sent.items()}
+
+
+def _keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+  """All clients' keys at once: in a sequential map one `fold_in` costs as much as a small layer."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
+
+
+def _meet(
+  algorithm: FederatedAlgorithm,
+  server: ServerState,
+  clients: Sequence[ClientState],
+  outcome: Sequence[tuple[ClientState, Any, dict[str, jax.Array]]],
+  weights: Sequence[jax.Array],
+  taking_part: jax.Array | None,
+  *,
+  drop_nonfinite: bool,
+) -> tuple[ServerState, list[ClientState], dict[str, jax.Array]]:
+  """The round after the clients' work: whose counts, what the server makes of it, the metrics."""
+  states = [state for state, _, _ in outcome]
+  uploads = _concatenate([upload for _, upload, _ in outcome])
+  metrics = _concatenate([metric for _, _, metric in outcome])
+  counts = jnp.concatenate(weights)
+  metrics |= _traffic_metrics(algorithm, server, uploads, counts.shape[0])
+
+  counted = taking_part
+  if drop_nonfinite:
+    finite = finite_rows(uploads, counts.shape[0])
+    counted = finite if taking_part is None else finite & taking_part
+    metrics["rejected"] = ~finite & (counts > 0) & (True if taking_part is None else taking_part)
+  if counted is not None:
+    counts = jnp.where(counted, counts, 0)
+    # A weight of zero does not silence NaN, so what does not count is not passed on either.
+    uploads = jax.tree.map(lambda x: jnp.where(_column(counted, x), x, 0), uploads)
+    cuts = np.cumsum([len(weight) for weight in weights])[:-1]
+    states = [
+      jax.tree.map(lambda new, old, keep=keep: jnp.where(_column(keep, new), new, old), state, old)
+      for state, old, keep in zip(states, clients, jnp.split(counted, cuts), strict=True)
+    ]
+  return algorithm.server(server, uploads, counts), states, metrics
 
 
 def _one_client(algorithm: FederatedAlgorithm) -> Callable:

@@ -24,8 +24,10 @@ def num_bytes(function: Any, *args: Any) -> int | None:
   """Bytes a device holds while a jitted function runs: arguments, results, temporaries.
 
   Nothing is compiled if the function has been called with such arguments. None where the backend does
-  not tell.
+  not tell, and for a function made of several programs.
   """
+  if not hasattr(function, "lower"):
+    return None
   found = function.lower(*args).compile().memory_analysis()
   if found is None:
     return None

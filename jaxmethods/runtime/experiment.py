@@ -78,6 +78,8 @@ class Experiment(NamedTuple):
     about: one line for the top of every report: the data, how many examples, where from, and
       whether real or generated.
     files: state -> {file name: text}; what a run leaves in its workdir beside the pictures.
+    programs: (step, evaluate) once more, made of several jitted programs that the loop calls as they
+      are: XLA compiles them side by side. None: the loop jits each as one.
   """
 
   init: Callable[[jax.Array], State]
@@ -89,3 +91,4 @@ class Experiment(NamedTuple):
   num_steps: int
   about: str
   files: Callable[[State], dict[str, str]] = lambda state: {}
+  programs: tuple[Callable, Callable] | None = None

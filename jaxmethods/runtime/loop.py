@@ -128,12 +128,14 @@ def evaluate(
 def compile_experiment(
   experiment: Experiment, state: State, mesh: Mesh | None, *, donate: bool = True
 ) -> tuple[Callable, Callable]:
-  """Returns (step, evaluate), jitted.
+  """Returns (step, evaluate), jitted, unless the experiment brings programs of its own.
 
   On a mesh the state keeps the sharding that `init` gave it (or XLA might choose another one after
   the first step, and compile again), and metrics come out replicated, so that every process can
   read them.
   """
+  if experiment.programs:
+    return experiment.programs
   sharding: Any = None
   replicated: Any = None
   if mesh:

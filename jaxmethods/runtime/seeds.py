@@ -154,7 +154,9 @@ def _over_seeds(
       return jax.vmap(function, in_axes=(0, None))
     return lambda states, data: jax.lax.map(lambda state: function(state, data), states)
 
-  together = experiment._replace(step=mapped(experiment.step), evaluate=mapped(experiment.evaluate))
+  together = experiment._replace(
+    step=mapped(experiment.step), evaluate=mapped(experiment.evaluate), programs=None
+  )
   state = replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies), mesh)
   every_step, evaluate = loop.compile_experiment(together, state, mesh)
   return state, every_step, evaluate, functools.partial(compiler.num_bytes, every_step)

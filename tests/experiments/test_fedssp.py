@@ -29,7 +29,8 @@ def run(config, rounds=None):
   """(experiment, final state, metrics of every round)."""
   experiment = fedssp.build(config)
   state = experiment.init(jax.random.key(config.seed))
-  step, history = jax.jit(experiment.step), []
+  step, _ = loop.compile_experiment(experiment, state, None)
+  history = []
   for _, batch in zip(range(rounds or config.steps), experiment.batches(0), strict=False):
     state, metrics = step(state, batch)
     history.append(jax.device_get(metrics))

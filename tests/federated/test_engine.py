@@ -1,5 +1,7 @@
 """How clients are mapped, grouped, padded, sampled and dropped must not change what they do."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -297,6 +299,33 @@ def test_rounds_do_not_recompile():
   server, clients = fed.init(problems.params(), jax.random.key(0)), problems.states(buckets)
   for r in range(3):
     server, clients, _ = one(server, clients, buckets.data, buckets.weights, jax.random.key(r))
+
+
+@pytest.mark.parametrize("client_map", ["vmap", "scan"])
+@pytest.mark.parametrize("drop_nonfinite", [False, True])
+def test_programs_of_groups_make_the_same_round(client_map, drop_nonfinite):
+  buckets = problems.bucketed(3)
+  shared = paths.all_but("head")
+  fed = problems.algorithm(shared=shared)
+  options = {"client_map": client_map, "drop_nonfinite": drop_nonfinite}
+
+  traced = []
+
+  def jit(function, **of):
+    return jax.jit(lambda *args: traced.append(function) or function(*args), **of)
+
+  whole = jax.jit(functools.partial(engine.federated_round, fed, **options))
+  parts = engine.round_programs([fed] * len(buckets.data), jit=jit, **options)
+  start = fed.init(problems.params(), jax.random.key(0)), problems.states(buckets, shared=shared)
+  expected = found = start
+  for r in range(3):
+    key = jax.random.key(r)
+    here = jnp.arange(6) % 3 != r
+    *expected, metrics = whole(*expected, buckets.data, buckets.weights, key, taking_part=here)
+    *found, reported = parts(*found, buckets.data, buckets.weights, key, here)
+    chex.assert_trees_all_close((found, reported), (expected, metrics), rtol=1e-5, atol=1e-6)
+  assert drop_nonfinite == ("rejected" in reported)
+  assert len(traced) == 3 + 2  # the groups, and what stands before and after them: once each
 
 
 @pytest.mark.parametrize(
