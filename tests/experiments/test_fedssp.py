@@ -101,6 +101,23 @@ def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
   assert "tu:RINGS (30 graphs); real data" in experiment.about
 
 
+@pytest.mark.parametrize("participation", [1, 0.5])
+def test_programs_of_data_sets_and_one_program_agree(participation):
+  config = dataclasses.replace(CONFIG, participation=participation)
+  experiment = fedssp.build(config)
+  one, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
+  several, (step, evaluate) = one, experiment.programs
+  whole_step, whole_evaluate = jax.jit(experiment.step), jax.jit(loop.ordered(experiment).evaluate)
+  for _ in range(2):
+    (one, expected), (several, found) = whole_step(one, batch), step(several, batch)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4)
+  chex.assert_trees_all_close(several.server, one.server, rtol=1e-3, atol=1e-5)
+  expected, found = whole_evaluate(one, experiment.test), evaluate(several, experiment.test)
+  assert list(found) == list(expected) and next(iter(found)) == "test_accuracy"
+  chex.assert_trees_all_close(found, expected)
+  assert fedssp.build(ONE_SET).programs is None
+
+
 def test_it_learns():
   """Ten kinds of digits shared out between two clients: chance, and the largest class, are 0.1."""
   config = fedssp.Config(
