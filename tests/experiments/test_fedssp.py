@@ -111,7 +111,8 @@ def test_programs_of_data_sets_and_one_program_agree(participation):
   for _ in range(2):
     (one, expected), (several, found) = whole_step(one, batch), step(several, batch)
     chex.assert_trees_all_close(found, expected, rtol=1e-4)
-  chex.assert_trees_all_close(several.server, one.server, rtol=1e-3, atol=1e-5)
+  # Where a gradient is rounding error alone, Adam moves by a learning rate all the same.
+  chex.assert_trees_all_close(several.server, one.server, atol=6 * config.learning_rate)
   expected, found = whole_evaluate(one, experiment.test), evaluate(several, experiment.test)
   assert list(found) == list(expected) and next(iter(found)) == "test_accuracy"
   chex.assert_trees_all_close(found, expected)
