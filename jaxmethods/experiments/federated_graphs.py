@@ -6,8 +6,9 @@ The heavy half of `experiments.fedssp`: nothing here is imported before a run re
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,16 +19,14 @@ import optax
 from flax import linen as nn
 
 from jaxmethods.data import records as data_records
-from jaxmethods.data import sources, spectra_cache, splits
-from jaxmethods.data.records import GraphData
+from jaxmethods.data import sources
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import graph_figures
-from jaxmethods.federated import algorithms, engine, gcfl, partition, paths
+from jaxmethods.experiments import graph_clients, graph_figures
+from jaxmethods.experiments.graph_clients import TEST, VALIDATION, Clients
+from jaxmethods.federated import algorithms, engine, gcfl, paths
 from jaxmethods.federated.algorithm import FederatedAlgorithm
 from jaxmethods.federated.batching import Batches
-from jaxmethods.graphs.packing import SpectralBatch, pack
-from jaxmethods.graphs.spectral import Spectra
-from jaxmethods.graphs.structure import structure_features
+from jaxmethods.graphs.packing import SpectralBatch
 from jaxmethods.methods import fedssp as method
 from jaxmethods.models.fedstar import FedStarBackbone
 from jaxmethods.models.gin import GINBackbone
@@ -38,29 +37,6 @@ from jaxmethods.runtime.experiment import Experiment
 
 if TYPE_CHECKING:
   from jaxmethods.experiments.fedssp import Config
-
-
-class Clients(NamedTuple):
-  """The clients that hold parts of one data set: same features, same classes, same batch shapes.
-
-  Attributes:
-    names: one per client.
-    num_classes: of the data set they share out.
-    majority: share of its most frequent class.
-    dropped: its graphs without edges.
-    train: batches, (clients, steps, ...); a client with fewer batches ends in empty ones.
-    held_out: validation and test graphs in batches of the same layout; `globals["split"]` is
-      1 for validation, 2 for test, 0 for padding.
-    counts: (clients,) number of training graphs.
-  """
-
-  names: list[str]
-  num_classes: int
-  majority: float
-  dropped: int
-  train: Any
-  held_out: Any
-  counts: Any
 
 
 class Backbone(NamedTuple):
@@ -80,97 +56,6 @@ class Backbone(NamedTuple):
   features: Callable[[Any, Any, Any, jax.Array | None], tuple[jax.Array, Any]]
   classify: Callable[[Any, jax.Array], jax.Array]
   decoded: Callable[[Any, Any, Any], jax.Array] | None = None
-
-
-# --- clients --------------------------------------------------------------------------------------
-
-
-def make_clients(data: GraphData, config: Config, backbone: Backbone) -> Clients:
-  """Splits one data set among its clients and packs their batches.
-
-  Raises:
-    InputError: a client without training or test graphs, with one class only, or with features that
-      are not finite; the message names it.
-  """
-  name = data.source.name.split(":")[-1].split("/")[-1]
-  if not np.isfinite(data.graphs.nodes).all():
-    graph = np.repeat(np.arange(len(data.labels)), data.graphs.n_node)
-    bad = graph[~np.isfinite(data.graphs.nodes).all(1)][0]
-    raise InputError(f"{name}: graph {bad} has features that are not finite")
-  parts = _partition(data, config, name)
-  names = [name if len(parts) == 1 else f"{name}.{i}" for i in range(len(parts))]
-  usable = np.asarray(data.graphs.n_edge) > 0
-  fit_batches, held_out_batches, counts = [], [], []
-  split = np.zeros(len(data.labels), np.int32)
-  for client, part in zip(names, parts, strict=True):
-    try:
-      pieces = splits.stratified_split(data.labels[part], (0.8, 0.1, 0.1), seed=config.split_seed)
-    except InputError as error:
-      raise InputError(f"client {client}: {error}") from None
-    # Graphs without edges have no spectrum to speak of: the published code trains and tests without.
-    fit, validation, test = (part[i][usable[part[i]]] for i in pieces)
-    for what, ids in (("training", fit), ("test", test)):
-      if not len(ids):
-        raise InputError(
-          f"client {client}: no {what} graphs with edges among its {len(part)} graphs"
-        )
-    if len(np.unique(data.labels[fit])) < 2:
-      raise InputError(f"client {client}: its training graphs all have class {data.labels[fit][0]}")
-    split[validation], split[test] = 1, 2
-    fit_batches.append(_chunks(fit, config.batch_size))
-    held_out_batches.append(_chunks(np.concatenate([validation, test]), config.batch_size))
-    counts.append(len(fit))
-
-  nodes = {"features": data.graphs.nodes}
-  if config.backbone == "fedstar":
-    nodes["structure"] = structure_features(data.graphs)
-  graphs = data.graphs._replace(nodes=nodes)
-  spectra = spectra_cache.laplacian_spectra(data.graphs)
-  to_clients = lambda batches: _pack_clients(graphs, data.labels, spectra, batches, config.hidden)
-  held_out = to_clients(held_out_batches)
-  ids = held_out.graphs.globals["id"]
-  held_out.graphs.globals["split"] = np.where(ids >= 0, split[ids], 0)
-  majority = np.bincount(data.labels).max() / len(data.labels)
-  return Clients(
-    names,
-    data.num_classes,
-    float(majority),
-    int((~usable).sum()),
-    backbone.view(to_clients(fit_batches)),
-    backbone.view(held_out),
-    np.array(counts, np.float32),
-  )
-
-
-def _partition(data: GraphData, config: Config, name: str) -> list[np.ndarray]:
-  """The graphs of each client of a domain; a single client keeps the published order."""
-  count = len(data.labels)
-  if config.clients_per_domain > count:
-    raise InputError(
-      f"clients_per_domain: {config.clients_per_domain} clients, but {name} has {count} graphs"
-    )
-  if config.clients_per_domain == 1:
-    return [np.arange(count)]
-  return partition.iid(count, config.clients_per_domain, config.split_seed)
-
-
-def _chunks(ids: np.ndarray, size: int) -> list[np.ndarray]:
-  return [ids[i : i + size] for i in range(0, len(ids), size)]
-
-
-def _pack_clients(
-  graphs: jraph.GraphsTuple,
-  labels: np.ndarray,
-  spectra: Spectra,
-  batches: list[list[np.ndarray]],
-  hidden: int,
-) -> SpectralBatch:
-  """Packs the batches of several clients into one shape: (clients, steps, ...)."""
-  steps = max(map(len, batches))
-  empty = np.zeros(0, np.int64)
-  flat = [b for client in batches for b in client + [empty] * (steps - len(client))]
-  packed = pack(graphs, labels, spectra, flat, hidden)
-  return jax.tree.map(lambda x: x.reshape(len(batches), steps, *x.shape[1:]), packed)
 
 
 # --- backbones ------------------------------------------------------------------------------------
@@ -239,9 +124,13 @@ def _apply(model: nn.Module, params, model_state, batch, key):
   return model.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=collections)
 
 
+def _graphs(batch) -> jraph.GraphsTuple:
+  return batch.graphs if isinstance(batch, SpectralBatch) else batch
+
+
 def _target(batch) -> tuple[jax.Array, jax.Array]:
-  graphs = batch.graphs if isinstance(batch, SpectralBatch) else batch
-  return graphs.globals["label"], graphs.globals["mask"]
+  about = _graphs(batch).globals
+  return about["label"], about["mask"]
 
 
 # --- algorithms -----------------------------------------------------------------------------------
@@ -399,11 +288,18 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
     raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
   records = sources.load_graphs(config.data)
+  shares = [graph_clients.share_out(data, config) for data in records]
   backbone = make_backbone(config)
   everywhere = jax.NamedSharding(mesh, jax.P()) if mesh else None
-  # One data set after the other straight to the device: the host keeps no second copy.
-  groups = [_to_device(make_clients(data, config, backbone), everywhere) for data in records]
-  names = [name for group in groups for name in group.names]
+  # One group after the other straight to the device: the host keeps no second copy.
+  groups = [
+    _to_device(graph_clients.pack_clients(shares, members, config, backbone.view), everywhere)
+    for members in graph_clients.similar_sets(shares, config.padding_slack)
+  ]
+  names = [name for share in shares for name in share.names]
+  # Clients are known by their number in the data sets' order, whatever group they are in.
+  ids = tuple(group.ids for group in groups)
+  positions = np.argsort(np.concatenate(ids))
   setup = make_algorithm(config, backbone, len(names))
   client_map: engine.ClientMap | None = "shard" if mesh else None
   if not mesh and config.client_map != "auto":
@@ -418,16 +314,13 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def init(key):
     model_key, round_key = jax.random.split(key)
-    clients, first, index = [], None, 0
-    for group, view in zip(groups, views, strict=True):
-      # Shapes alone: the parameters are drawn without compiling or running a forward pass.
-      batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), view)
+    first, clients = None, []
+    for group in groups:
       members = []
-      for _ in group.names:
-        model = backbone.init(jax.random.fold_in(model_key, index), batch, group.num_classes)
+      for number, width in zip(group.ids.tolist(), group.widths, strict=True):
+        model = _init_model(backbone, jax.random.fold_in(model_key, number), group, width)
         members.append(setup.client(*model))
-        first = model[0] if first is None else first
-        index += 1
+        first = model[0] if number == 0 else first
       clients.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     server = setup.algorithm.init(first, round_key)
     return State(server, tuple(clients), round_key, jnp.zeros((), jnp.int32))
@@ -443,7 +336,8 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     if config.participation == 1:
       return work_key, None
     drawn = max(1, round(config.participation * len(names)))
-    return work_key, engine.sample_participants(cohort_key, len(names), drawn)
+    taking_part = engine.sample_participants(cohort_key, len(names), drawn)
+    return work_key, taking_part[np.concatenate(ids)]
 
   def report(metrics, taking_part) -> dict[str, jax.Array]:
     share = jnp.ones(len(names)) if taking_part is None else taking_part.astype(jnp.float32)
@@ -456,7 +350,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
 
   def accuracies(counts) -> OrderedDict[str, jax.Array]:
     # nan where a client has no validation graphs
-    validation, test = jnp.concatenate([hits / totals for hits, totals in counts]).T
+    validation, test = jnp.concatenate([hits / totals for hits, totals in counts])[positions].T
     return OrderedDict(
       {"test_accuracy": test.mean(), "validation_accuracy": jnp.nanmean(validation)},
       **{f"test_accuracy/{name}": test[i] for i, name in enumerate(names)},
@@ -469,9 +363,9 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     def score(batch):
       representation, _ = backbone.features(params, client.model_state, batch, None)
       logits = backbone.classify(params, representation + setup.offset(client))
-      graphs = batch.graphs if isinstance(batch, SpectralBatch) else batch
-      part = graphs.globals["split"][:, None] == jnp.array([1, 2])
-      right = logits.argmax(-1) == graphs.globals["label"]
+      about = _graphs(batch).globals
+      part = about["split"][:, None] == jnp.array([VALIDATION, TEST])
+      right = logits.argmax(-1) == about["label"]
       return (part & right[:, None]).sum(0), part.sum(0)
 
     def one(batch):
@@ -485,30 +379,34 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
   def compose(run_round: Callable, count_all: Callable, jit: Callable) -> tuple[Callable, Callable]:
     """(step, evaluate) around what all clients do; `jit` is for the parts that stand beside it."""
     begin, end, summary = jit(draw), jit(report), jit(accuracies)
-    ids = jnp.split(jnp.arange(len(names)), np.cumsum([len(group.names) for group in groups])[:-1])
+    index = jnp.split(jnp.arange(len(names)), np.cumsum([len(group) for group in ids])[:-1])
 
     def step(state: State, batch: Federation):
       key, taking_part = begin(state.key, state.round)
       server, clients, metrics = run_round(
-        state.server, state.clients, batch.train, batch.weights, key, taking_part=taking_part
-      )
+        state.server, state.clients, batch.train, batch.weights, key,
+        taking_part=taking_part, ids=ids,
+      )  # fmt: skip
       state = State(server, clients, state.key, state.round + 1)
       return state, end(metrics, taking_part)
 
     def evaluate(state: State, test) -> OrderedDict[str, jax.Array]:
-      return summary(count_all(state.server, list(zip(ids, state.clients, test, strict=True))))
+      return summary(count_all(state.server, list(zip(index, state.clients, test, strict=True))))
 
     return step, evaluate
 
+  run_round, count_all = engine.federated_round, engine.map_clients
+  if mesh:
+    run_round, count_all = _apart(groups)
   count_map: engine.ClientMap = "shard" if mesh else "scan"
-  counting = [count_hits] * len(groups)
+  counting = [count_hits] * (len(shares) if mesh else len(groups))
   step, evaluate = compose(
-    functools.partial(engine.federated_round, setup.algorithm, client_map=client_map, mesh=mesh),
-    functools.partial(engine.map_clients, counting, client_map=count_map, mesh=mesh),
+    functools.partial(run_round, setup.algorithm, client_map=client_map, mesh=mesh),
+    functools.partial(count_all, counting, client_map=count_map, mesh=mesh),
     jit=lambda part: part,
   )
   programs = None
-  if not mesh and len(groups) > 1:  # one data set shares no shapes with another
+  if not mesh and len(groups) > 1:
     programs = compose(
       engine.round_programs(
         [setup.algorithm] * len(groups), jit=compiler.jit, client_map=client_map
@@ -521,18 +419,22 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     evaluate_now = programs[1] if programs else compiler.jit(evaluate)
     metrics = jax.device_get(evaluate_now(state, held_out))
     accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
-    majority = [group.majority for group in groups for _ in group.names]
+    majority = [share.majority for share in shares for _ in share.names]
     pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
     if backbone.decoded:
+      firsts = {share.names[0] for share in shares}
       spectra = {
-        group.names[0]: _decoded_spectrum(backbone, clients, group.held_out)
+        name: _decoded_spectrum(backbone, clients, group.held_out, row)
         for group, clients in zip(groups, state.clients, strict=True)
+        for row, name in enumerate(group.names)
+        if name in firsts
       }
-      pictures["spectra"] = graph_figures.learned_spectra(spectra)
+      in_order = {name: spectra[name] for name in names if name in firsts}
+      pictures["spectra"] = graph_figures.learned_spectra(in_order)
     return pictures
 
   about = data_records.describe(records)
-  if dropped := sum(group.dropped for group in groups):
+  if dropped := sum(share.dropped for share in shares):
     about += f"; {dropped} graphs without edges left out"
   return Experiment(
     init, batches, step, evaluate, held_out, figures, config.steps, about, programs=programs
@@ -544,10 +446,67 @@ def _to_device(clients: Clients, sharding) -> Clients:
   return clients._replace(**dict(zip(("train", "held_out", "counts"), arrays, strict=True)))
 
 
-def _decoded_spectrum(backbone: Backbone, clients, held_out) -> graph_figures.Spectrum:
-  """Eigenvalues and decoder outputs of the first client's first held-out batch."""
-  client = jax.tree.map(lambda x: x[0], clients)
-  batch = jax.tree.map(lambda x: x[0, 0], held_out)
+def _init_model(backbone: Backbone, key: jax.Array, group: Clients, width: int) -> tuple[Any, Any]:
+  """Parameters drawn for a client's own number of features, and model state.
+
+  Where the group's batches have more, the input layer gets rows of zeros: nothing reaches them, so they
+  have no gradient and stay zero.
+  """
+
+  def init(features: int):
+    # Shapes alone: the parameters are drawn without compiling or running a forward pass.
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), group.train)
+    nodes = _graphs(batch).nodes
+    full = nodes["features"]
+    nodes["features"] = jax.ShapeDtypeStruct((full.shape[0], features), full.dtype)
+    return backbone.init(key, batch, group.num_classes)
+
+  model = init(width)
+  if width == max(group.widths):
+    return model
+  widen = lambda x, to: jnp.pad(x, [(0, m - n) for n, m in zip(x.shape, to.shape, strict=True)])
+  return jax.tree.map(widen, model, jax.eval_shape(lambda: init(max(group.widths))))
+
+
+def _apart(groups: Sequence[Clients]) -> tuple[Callable, Callable]:
+  """`engine.federated_round` and `engine.map_clients` with every data set as a group of its own.
+
+  For a mesh: clients of one data set are about equally large and can be spread over it, single ones are
+  dealt to its devices by their size.
+  """
+  spans = []
+  for group in groups:
+    cuts = np.flatnonzero(np.diff(group.sets)) + 1
+    spans.append([slice(*cut) for cut in itertools.pairwise([0, *cuts, len(group.sets)])])
+
+  def apart(trees: Sequence[Any]) -> list[Any]:
+    return [
+      jax.tree.map(lambda x, span=span: x[span], tree)
+      for tree, within in zip(trees, spans, strict=True)
+      for span in within
+    ]
+
+  def together(parts: Sequence[Any]) -> tuple[Any, ...]:
+    left = iter(parts)
+    join = lambda *xs: jnp.concatenate(xs)
+    return tuple(jax.tree.map(join, *itertools.islice(left, len(within))) for within in spans)
+
+  def run_round(algorithm, server, clients, data, weights, key, *, ids, **options):
+    server, parts, metrics = engine.federated_round(
+      algorithm, server, apart(clients), apart(data), apart(weights), key, ids=apart(ids), **options
+    )
+    return server, together(parts), metrics
+
+  def map_clients(functions, shared, parts, **options):
+    return together(engine.map_clients(functions, shared, apart(parts), **options))
+
+  return run_round, map_clients
+
+
+def _decoded_spectrum(backbone: Backbone, clients, held_out, row: int) -> graph_figures.Spectrum:
+  """Eigenvalues and decoder outputs of a client's first held-out batch."""
+  client = jax.tree.map(lambda x: x[row], clients)
+  batch = jax.tree.map(lambda x: x[row, 0], held_out)
   assert backbone.decoded
   decoded = compiler.jit(backbone.decoded)(client.params, client.model_state, batch)
   real = np.asarray(batch.graphs.nodes["mask"])

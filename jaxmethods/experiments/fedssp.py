@@ -76,6 +76,9 @@ class Config(RunConfig):
   gcfl_first_rounds: int = 20
 
   client_map: Literal["auto", "vmap", "scan"] = "auto"
+  # How much more work than in shapes of their own data sets may be in shapes that they share: what
+  # has one shape is compiled once. 0 for the fastest round.
+  padding_slack: float = 0.05
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -89,6 +92,8 @@ class Config(RunConfig):
       )
     if not 0 < self.participation <= 1:
       raise ValueError(f"participation: must be in (0, 1], got {self.participation}")
+    if not 0 <= self.padding_slack < math.inf:
+      raise ValueError(f"padding_slack: must be at least 0, got {self.padding_slack}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
     if (

@@ -159,20 +159,21 @@ def round_programs(
     drop_nonfinite: as of `federated_round`.
 
   Returns:
-    (server, clients, data, weights, key, taking_part=None) -> what `federated_round` returns.
+    (server, clients, data, weights, key, taking_part=None, ids=None) -> what `federated_round` returns.
   """
   work = map_programs(list(map(_one_client, algorithms)), jit=jit, client_map=client_map)
   meet = jit(functools.partial(_meet, algorithms[0], drop_nonfinite=drop_nonfinite))
 
   @functools.partial(jit, static_argnums=1)
-  def begin(key, sizes):
+  def begin(key, sizes, ids):
     cuts = np.cumsum(sizes)[:-1]
     index = jnp.arange(sum(sizes), dtype=jnp.int32)
-    return jnp.split(index, cuts), jnp.split(_keys(key, index), cuts)
+    keys = _keys(key, index if ids is None else jnp.concatenate(ids))
+    return jnp.split(index, cuts), jnp.split(keys, cuts)
 
-  def run(server, clients, data, weights, key, taking_part=None):
+  def run(server, clients, data, weights, key, taking_part=None, ids=None):
     sizes = _check_groups(clients, data, weights, client_map, None)
-    groups = list(zip(*begin(key, tuple(sizes)), clients, data, strict=True))
+    groups = list(zip(*begin(key, tuple(sizes), ids), clients, data, strict=True))
     server, states, metrics = meet(
       server, list(clients), work(server, groups), list(weights), taking_part
     )

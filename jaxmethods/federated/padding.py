@@ -8,7 +8,8 @@ that hold only padding are skipped, and one bucket is as fast and compiles four 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,40 @@ def bucket_cuts(lengths: np.ndarray, max_buckets: int) -> np.ndarray:
       break
     cuts.append(ends[end])
   return np.array(cuts[::-1], int)
+
+
+def merge_shapes(
+  num: int, cost: Callable[[tuple[int, ...]], float], slack: float
+) -> list[tuple[int, ...]]:
+  """Groups items that are to share one shape: as few groups as padding allows.
+
+  For shapes that sizes alone do not order, such as those of graph batches. Greedy: the two groups whose
+  union adds least are merged, while all groups cost at most (1 + slack) times the items by themselves.
+
+  Args:
+    num: number of items.
+    cost: ascending members of a group -> what they cost in one shape; infinity forbids it.
+    slack: how much more the whole may cost, >= 0.
+
+  Returns:
+    The ascending members of each group, groups in the order of their first members.
+  """
+  groups: list[tuple[int, ...]] = [(i,) for i in range(num)]
+  costs = {group: cost(group) for group in groups}
+  room = slack * sum(costs.values())
+  while len(groups) > 1:
+    added = {}
+    for a, b in itertools.combinations(groups, 2):
+      union = tuple(sorted(a + b))
+      if union not in costs:
+        costs[union] = cost(union)
+      added[a, b] = costs[union] - costs[a] - costs[b]
+    (a, b), extra = min(added.items(), key=lambda item: item[1])
+    if extra > room:
+      break
+    room -= extra
+    groups = sorted([group for group in groups if group not in (a, b)] + [tuple(sorted(a + b))])
+  return groups
 
 
 def pad_clients(groups: Any, weights: jax.Array, multiple: int) -> tuple[Any, jax.Array]:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxmethods.data import sources, splits
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import federated_graphs, fedssp
+from jaxmethods.experiments import federated_graphs, fedssp, graph_clients
 from jaxmethods.runtime import loop
 from tests import tiny_graphs
 from tests.graphs.random_graphs import from_adjacencies
@@ -119,6 +119,28 @@ def test_programs_of_data_sets_and_one_program_agree(participation):
   assert fedssp.build(ONE_SET).programs is None
 
 
+@pytest.mark.parametrize("row", ["fedssp", "gcfl"])
+def test_sets_in_one_shape_train_as_in_their_own(row, monkeypatch):
+  """Two sets of different feature widths, one of three classes between them; also on a mesh."""
+  (own, odd) = sources.load_graphs(tiny_graphs.DATA)
+  wider = rings(40, features=lambda k: np.eye(5, 4) + k % 2, labels=np.arange(40) // 2 % 2)
+  monkeypatch.setattr(sources, "load_graphs", lambda name: [own, odd, wider])
+  config = dataclasses.replace(ROWS[row], dropout=0.0)
+  mesh = jax.make_mesh((1,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+  found = []
+  for slack, where in ((0.0, None), (9.0, mesh if row == "gcfl" else None)):
+    experiment = fedssp.build(dataclasses.replace(config, padding_slack=slack), where)
+    state = experiment.init(jax.random.key(0))
+    step, evaluate = loop.compile_experiment(experiment, state, where)
+    history = []
+    for _, batch in zip(range(3), experiment.batches(0), strict=False):
+      state, metrics = step(state, batch)
+      history.append(jax.device_get((metrics, evaluate(state, experiment.test))))
+    assert len(state.clients) == (3 if slack == 0 else 2)
+    found.append(history)
+  chex.assert_trees_all_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_it_learns():
   """Ten kinds of digits shared out between two clients: chance, and the largest class, are 0.1."""
   config = fedssp.Config(
@@ -176,7 +198,8 @@ def test_participation():
 
 
 def make_clients(data, config):
-  return federated_graphs.make_clients(data, config, federated_graphs.make_backbone(config))
+  share = graph_clients.share_out(data, config)
+  return graph_clients.pack_clients([share], (0,), config, lambda batch: batch)
 
 
 def graph_ids(batches):

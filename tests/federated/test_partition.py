@@ -122,6 +122,25 @@ def test_bucket_cuts_are_the_best_there_are(lengths, max_buckets):
   assert len(cuts) < max_buckets and cost(cuts) == best
 
 
+def test_shapes_are_merged_while_that_is_cheap():
+  lengths = [10, 24, 11, 25, 100]
+
+  def cost(members):
+    if 4 in members and len(members) > 1:
+      return np.inf
+    return len(members) * max(lengths[i] for i in members)
+
+  # 1 each for {0, 2} and {1, 3}, 29 more for their union; 170 on their own.
+  for slack, expected in (
+    (0.0, [(0,), (1,), (2,), (3,), (4,)]),
+    (1 / 170, [(0, 2), (1,), (3,), (4,)]),
+    (2 / 170, [(0, 2), (1, 3), (4,)]),
+    (30 / 170, [(0, 1, 2, 3), (4,)]),
+    (99.0, [(0, 1, 2, 3), (4,)]),
+  ):
+    assert padding.merge_shapes(5, cost, slack) == expected
+
+
 @pytest.mark.parametrize(
   "clients, message",
   [
