@@ -189,9 +189,8 @@ def pack(
   shape = _Shape(
     lengths, num_rows, row_edges, num_edges, sum(num_rows) + max(len(ids) for ids in batches)
   )
-  encoding: np.ndarray = sine_encoding(spectra.eigenvalues, hidden).astype(dtype)
   nodes = graphs.nodes if isinstance(graphs.nodes, dict) else {"features": graphs.nodes}
-  source = _Source(graphs._replace(nodes=nodes), labels, spectra, encoding)
+  source = _Source(graphs._replace(nodes=nodes), labels, spectra, hidden, dtype)
   packed = [_pack_one(source, layout, shape) for layout in layouts]
   return SpectralBatch(*(_stack(field) for field in zip(*packed, strict=True)))
 
@@ -208,7 +207,8 @@ class _Source(NamedTuple):
   graphs: jraph.GraphsTuple
   labels: np.ndarray
   spectra: Spectra
-  encoding: np.ndarray
+  hidden: int
+  dtype: type
 
 
 def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int, ...]:
@@ -238,16 +238,15 @@ def _layout(graphs: jraph.GraphsTuple, ids, lengths, row_edges) -> list[list[lis
 
 
 def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
-  graphs, spectra = source.graphs, source.spectra
+  graphs, spectra, dtype = source.graphs, source.spectra, source.dtype
   sizes = np.asarray(graphs.n_node)
   node_start = np.concatenate([[0], np.cumsum(sizes)])
   edge_start = np.concatenate([[0], np.cumsum(graphs.n_edge)])
   matrix_start = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) ** 2)])
 
   num_slots = sum(r * l for r, l in zip(shape.num_rows, shape.lengths, strict=True))
-  dtype = source.encoding.dtype
   slots = {name: np.zeros((num_slots, x.shape[1]), dtype) for name, x in graphs.nodes.items()}
-  encoding = np.zeros((num_slots, source.encoding.shape[1]), dtype)
+  eigenvalues = np.zeros(num_slots)
   node_mask = np.zeros(num_slots, bool)
   products = []
   senders: list[np.ndarray] = [np.zeros(0, np.int32)]  # a batch may be empty
@@ -258,7 +257,7 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
   for rows, count, length, capacity in zip(
     layout, shape.num_rows, shape.lengths, shape.row_edges, strict=True
   ):
-    product = np.zeros((count, capacity, length), dtype)
+    product: np.ndarray = np.zeros((count, capacity, length), dtype)
     for r in range(count):
       offset, used = 0, 0
       for k in rows[r] if r < len(rows) else ():
@@ -267,7 +266,7 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
         here = slice(slot + offset, slot + offset + n)
         for name, x in graphs.nodes.items():
           slots[name][here] = x[nodes]
-        encoding[here] = source.encoding[nodes]
+        eigenvalues[here] = spectra.eigenvalues[nodes]
         node_mask[here] = True
         j = graphs.senders[edge_start[k] : edge_start[k + 1]] - node_start[k]
         i = graphs.receivers[edge_start[k] : edge_start[k + 1]] - node_start[k]
@@ -323,6 +322,8 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
       "id": ids,
     },
   )
+  encoding: np.ndarray = np.zeros((num_slots, source.hidden + 1), dtype)
+  encoding[node_mask] = sine_encoding(eigenvalues[node_mask], source.hidden)
   undirected_mask = np.arange(shape.num_edges // 2) < num_undirected
   undirected_products = np.zeros(len(undirected_mask), np.int32)
   undirected_products[undirected_mask] = np.concatenate(product_of)
