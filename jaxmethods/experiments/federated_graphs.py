@@ -297,6 +297,8 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     for members in graph_clients.similar_sets(shares, config.padding_slack)
   ]
   names = [name for share in shares for name in share.names]
+  firsts = [share.names[0] for share in shares]
+  majority = [share.majority for share in shares for _ in share.names]
   # Clients are known by their number in the data sets' order, whatever group they are in.
   ids = tuple(group.ids for group in groups)
   positions = np.argsort(np.concatenate(ids))
@@ -419,17 +421,15 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     evaluate_now = programs[1] if programs else compiler.jit(evaluate)
     metrics = jax.device_get(evaluate_now(state, held_out))
     accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in names}
-    majority = [share.majority for share in shares for _ in share.names]
     pictures = {"accuracy": graph_figures.accuracy_bars(accuracy, majority)}
     if backbone.decoded:
-      firsts = {share.names[0] for share in shares}
       spectra = {
         name: _decoded_spectrum(backbone, clients, group.held_out, row)
         for group, clients in zip(groups, state.clients, strict=True)
         for row, name in enumerate(group.names)
         if name in firsts
       }
-      in_order = {name: spectra[name] for name in names if name in firsts}
+      in_order = {name: spectra[name] for name in firsts}
       pictures["spectra"] = graph_figures.learned_spectra(in_order)
     return pictures
 
@@ -455,10 +455,9 @@ def _init_model(backbone: Backbone, key: jax.Array, group: Clients, width: int) 
 
   def init(features: int):
     # Shapes alone: the parameters are drawn without compiling or running a forward pass.
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), group.train)
+    batch = jax.tree.map(lambda x: x, group.example)
     nodes = _graphs(batch).nodes
-    full = nodes["features"]
-    nodes["features"] = jax.ShapeDtypeStruct((full.shape[0], features), full.dtype)
+    nodes["features"] = jax.ShapeDtypeStruct((len(nodes["mask"]), features), jnp.float32)
     return backbone.init(key, batch, group.num_classes)
 
   model = init(width)

@@ -78,7 +78,7 @@ class Config(RunConfig):
   client_map: Literal["auto", "vmap", "scan"] = "auto"
   # How much more work than in shapes of their own data sets may be in shapes that they share: what
   # has one shape is compiled once. 0 for the fastest round.
-  padding_slack: float = 0.05
+  padding_slack: float = 0.08
 
   def __post_init__(self) -> None:
     super().__post_init__()

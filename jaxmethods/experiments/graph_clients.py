@@ -58,6 +58,7 @@ class Clients(NamedTuple):
     train: batches, (clients, steps, ...); a client with fewer batches ends in empty ones.
     held_out: validation and test graphs likewise; `globals["split"]` tells which is which.
     counts: (clients,) number of training graphs.
+    example: the shapes and types of a small batch, for what depends on widths alone.
   """
 
   names: list[str]
@@ -68,6 +69,7 @@ class Clients(NamedTuple):
   train: Any
   held_out: Any
   counts: Any
+  example: Any
 
 
 def share_out(data: GraphData, config: Config) -> Share:
@@ -129,7 +131,8 @@ def similar_sets(shares: Sequence[Share], slack: float) -> list[tuple[int, ...]]
 
   Args:
     shares: the data sets.
-    slack: how much more a pass over all training batches may cost than in a shape per data set.
+    slack: how much more a pass over all training batches may cost than in a shape per data set, in
+      work and, a tenth of it, in memory (where empty batches count as well).
 
   Returns:
     The positions in `shares` of each group's data sets; they agree in their number of classes.
@@ -143,8 +146,11 @@ def similar_sets(shares: Sequence[Share], slack: float) -> list[tuple[int, ...]]
       n_node=np.concatenate([share.data.graphs.n_node for share in some]),
       n_edge=np.concatenate([share.data.graphs.n_edge for share in some]),
     )
-    batches = [ids for client in _joined(some, "train") for ids in client]
-    return packing.steps_cost(counts, batches)
+    clients = _joined(some, "train")
+    work, kept = packing.shared_cost(counts, [ids for client in clients for ids in client])
+    steps = [len(client) for client in clients]
+    # Measured on NCI1, about a kilobyte is kept for the work of a node slot.
+    return work * sum(steps) + kept / 2500 * len(steps) * max(steps)
 
   return padding.merge_shapes(len(shares), cost, slack)
 
@@ -167,9 +173,9 @@ def pack_clients(
   graphs, spectra = _join_graphs(some, config)
   labels = np.concatenate([share.data.labels for share in some])
   split = np.concatenate([share.split for share in some])
-  train, held_out = (
-    _pack(graphs, labels, spectra, _joined(some, part), config.hidden)
-    for part in ("train", "held_out")
+  train, held_out, small = (
+    _pack(graphs, labels, spectra, batches, config.hidden)
+    for batches in (_joined(some, "train"), _joined(some, "held_out"), [[some[0].train[0][0][:1]]])
   )
   graph = held_out.graphs.globals["id"]
   held_out.graphs.globals["split"] = np.where(graph >= 0, split[graph], 0)
@@ -182,6 +188,7 @@ def pack_clients(
     train=view(train),
     held_out=view(held_out),
     counts=np.array([sum(map(len, c)) for share in some for c in share.train], np.float32),
+    example=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), view(small)),
   )
 
 

@@ -232,10 +232,14 @@ def map_programs(
   programs = [jit(_client_map(function, how, None)) for function in functions]
 
   def run(shared, groups):
-    # From threads, because a call that compiles returns late. The heaviest first: it takes longest.
+    def work(g):
+      # Waited for: as many at work as there are cores, or the memory of all were needed at once.
+      return jax.block_until_ready(programs[g](shared, *groups[g]))
+
+    # The heaviest first: it takes longest.
     order = sorted(range(len(groups)), key=lambda g: -_nbytes(groups[g]))
     with futures.ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as threads:
-      begun = {g: threads.submit(programs[g], shared, *groups[g]) for g in order}
+      begun = {g: threads.submit(work, g) for g in order}
     return [begun[g].result() for g in range(len(groups))]
 
   return run

@@ -68,20 +68,22 @@ def row_lengths(
   return _best_lengths(graphs, batches, multiple)[0]
 
 
-def steps_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> float:
-  """Cost of a pass over the batches, packed into one shape, in node slots; see `row_lengths`.
+def shared_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> tuple[float, float]:
+  """What a batch costs in the shape that all of these batches share: (node slots, numbers kept).
 
-  An edge is taken as a tenth of a node slot. Of `graphs` only the counts are read.
+  Node slots as in `row_lengths`, an edge taken as a tenth of one; the numbers are those of products
+  and, roughly, encodings. Of `graphs` only the counts are read.
   """
-  lengths_cost = _best_lengths(graphs, batches, multiple=8)[1]
+  lengths, slots = _best_lengths(graphs, batches, multiple=8)
   edges = max(np.asarray(graphs.n_edge)[ids].sum() for ids in batches)
-  return len(batches) * (lengths_cost + edges / 10)
+  rows, row_edges = _largest_layout(graphs, batches, lengths)
+  kept = sum(n * l * (128 + e) for n, l, e in zip(rows, lengths, row_edges, strict=True))
+  return slots + edges / 10, kept
 
 
 def _best_lengths(graphs, batches, multiple: int) -> tuple[tuple[int, ...], float]:
-  """Row lengths and what they cost the largest batch."""
+  """Row lengths and the node slots that they cost the largest batch."""
   sizes, used = np.asarray(graphs.n_node), np.concatenate(batches)
-  sample = max(batches, key=lambda ids: sizes[ids].sum())
   longest = _round_up(sizes[used].max(), multiple)
   step = _round_up(longest / 12, multiple)
   candidates: list[tuple[int, ...]] = [(l,) for l in range(longest, 3 * longest + 1, step)]
@@ -93,17 +95,24 @@ def _best_lengths(graphs, batches, multiple: int) -> tuple[tuple[int, ...], floa
         candidates.append((short, longest))
 
   def cost(lengths: tuple[int, ...]) -> float:
-    row_edges = _row_edges(graphs, used, lengths)
-    layout = _layout(graphs, sample, lengths, row_edges)
+    rows, row_edges = _largest_layout(graphs, batches, lengths)
     total = sum(
-      max(len(rows), 1) * length * (1 + length / 700 + edges / 10_000)
-      for rows, length, edges in zip(layout, lengths, row_edges, strict=True)
+      count * length * (1 + length / 700 + edges / 10_000)
+      for count, length, edges in zip(rows, lengths, row_edges, strict=True)
     )
     return total * (1.1 if len(lengths) > 1 else 1.0)
 
   costs = [cost(lengths) for lengths in candidates]
   cheapest = int(np.argmin(costs))
   return candidates[cheapest], costs[cheapest]
+
+
+def _largest_layout(graphs, batches, lengths) -> tuple[list[int], tuple[int, ...]]:
+  """Rows of each group that the largest batch takes, and the products of a row."""
+  sizes, row_edges = np.asarray(graphs.n_node), _row_edges(graphs, np.concatenate(batches), lengths)
+  largest = max(batches, key=lambda ids: sizes[ids].sum())
+  layout = _layout(graphs, largest, lengths, row_edges)
+  return [max(len(rows), 1) for rows in layout], row_edges
 
 
 def _round_up(n: float, multiple: int) -> int:
