@@ -213,7 +213,7 @@ def _join_graphs(shares: Sequence[Share], config: Config) -> tuple[jraph.GraphsT
       nodes["structure"] = structure_features(graphs)
     parts.append(graphs._replace(nodes=nodes))
     spectra.append(spectra_cache.laplacian_spectra(graphs))
-  if len(parts) == 1:  # without a copy
+  if len(parts) == 1:  # no second copy of the spectra
     return parts[0], spectra[0]
   return jraph.batch_np(parts), Spectra(*map(np.concatenate, zip(*spectra, strict=True)))
 

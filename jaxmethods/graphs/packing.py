@@ -65,7 +65,7 @@ def row_lengths(
   Returns:
     Ascending row lengths, the last at least the largest size.
   """
-  return _best_lengths(graphs, batches, multiple)[0]
+  return _best_rows(graphs, batches, multiple).lengths
 
 
 def shared_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -74,16 +74,24 @@ def shared_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> tup
   Node slots as in `row_lengths`, an edge taken as a tenth of one; the numbers are those of products
   and, roughly, encodings. Of `graphs` only the counts are read.
   """
-  lengths, slots = _best_lengths(graphs, batches, multiple=8)
+  rows = _best_rows(graphs, batches, multiple=8)
   edges = max(np.asarray(graphs.n_edge)[ids].sum() for ids in batches)
-  rows, row_edges = _largest_layout(graphs, batches, lengths)
-  kept = sum(n * l * (128 + e) for n, l, e in zip(rows, lengths, row_edges, strict=True))
-  return slots + edges / 10, kept
+  kept = sum(n * l * (128 + e) for n, l, e in zip(*rows[:3], strict=True))
+  return rows.cost + edges / 10, kept
 
 
-def _best_lengths(graphs, batches, multiple: int) -> tuple[tuple[int, ...], float]:
-  """Row lengths and the node slots that they cost the largest batch."""
+class _Rows(NamedTuple):
+  """The rows of the largest batch, by row group: how long, how many, products of one; their cost."""
+
+  lengths: tuple[int, ...]
+  counts: tuple[int, ...]
+  edges: tuple[int, ...]
+  cost: float
+
+
+def _best_rows(graphs, batches, multiple: int) -> _Rows:
   sizes, used = np.asarray(graphs.n_node), np.concatenate(batches)
+  sample = max(batches, key=lambda ids: sizes[ids].sum())
   longest = _round_up(sizes[used].max(), multiple)
   step = _round_up(longest / 12, multiple)
   candidates: list[tuple[int, ...]] = [(l,) for l in range(longest, 3 * longest + 1, step)]
@@ -94,25 +102,15 @@ def _best_lengths(graphs, batches, multiple: int) -> tuple[tuple[int, ...], floa
       if short < longest:
         candidates.append((short, longest))
 
-  def cost(lengths: tuple[int, ...]) -> float:
-    rows, row_edges = _largest_layout(graphs, batches, lengths)
+  def lay_out(lengths: tuple[int, ...]) -> _Rows:
+    edges = _row_edges(graphs, used, lengths)
+    counts = tuple(max(len(rows), 1) for rows in _layout(graphs, sample, lengths, edges))
     total = sum(
-      count * length * (1 + length / 700 + edges / 10_000)
-      for count, length, edges in zip(rows, lengths, row_edges, strict=True)
+      n * l * (1 + l / 700 + e / 10_000) for n, l, e in zip(counts, lengths, edges, strict=True)
     )
-    return total * (1.1 if len(lengths) > 1 else 1.0)
+    return _Rows(lengths, counts, edges, total * (1.1 if len(lengths) > 1 else 1.0))
 
-  costs = [cost(lengths) for lengths in candidates]
-  cheapest = int(np.argmin(costs))
-  return candidates[cheapest], costs[cheapest]
-
-
-def _largest_layout(graphs, batches, lengths) -> tuple[list[int], tuple[int, ...]]:
-  """Rows of each group that the largest batch takes, and the products of a row."""
-  sizes, row_edges = np.asarray(graphs.n_node), _row_edges(graphs, np.concatenate(batches), lengths)
-  largest = max(batches, key=lambda ids: sizes[ids].sum())
-  layout = _layout(graphs, largest, lengths, row_edges)
-  return [max(len(rows), 1) for rows in layout], row_edges
+  return min(map(lay_out, candidates), key=lambda rows: rows.cost)
 
 
 def _round_up(n: float, multiple: int) -> int:

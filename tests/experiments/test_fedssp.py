@@ -111,8 +111,15 @@ def test_programs_of_data_sets_and_one_program_agree(participation):
   for _ in range(2):
     (one, expected), (several, found) = whole_step(one, batch), step(several, batch)
     chex.assert_trees_all_close(found, expected, rtol=1e-4)
-  # Where a gradient is rounding error alone, Adam moves by a learning rate all the same.
-  chex.assert_trees_all_close(several.server, one.server, atol=6 * config.learning_rate)
+  # A bias before a batch norm has no gradient but rounding errors, and Adam moves it all the same.
+  for (path, a), b in zip(
+    jax.tree.leaves_with_path(several.server), jax.tree.leaves(one.server), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    idle = "filter_encoder" in name and "linear" in name and "bias" in name
+    np.testing.assert_allclose(
+      a, b, rtol=1e-3, atol=6 * config.learning_rate if idle else 1e-4, err_msg=name
+    )
   expected, found = whole_evaluate(one, experiment.test), evaluate(several, experiment.test)
   assert list(found) == list(expected) and next(iter(found)) == "test_accuracy"
   chex.assert_trees_all_close(found, expected)
