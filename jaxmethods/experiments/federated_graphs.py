@@ -30,7 +30,7 @@ from jaxmethods.graphs.packing import SpectralBatch
 from jaxmethods.methods import fedssp as method
 from jaxmethods.models.fedstar import FedStarBackbone
 from jaxmethods.models.gin import GINBackbone
-from jaxmethods.models.init import torch_linear
+from jaxmethods.models.init import draw_variables, torch_linear
 from jaxmethods.models.spectral_gnn import SpectralGNN
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
@@ -78,7 +78,7 @@ def _spectral_backbone(model: SpectralGNN) -> Backbone:
 
   def init(key, batch, classes):
     body, kernel_key, bias_key = jax.random.split(key, 3)
-    variables = dict(model.lazy_init(body, batch))
+    variables = dict(draw_variables(model.init, body, batch))
     linear = torch_linear(model.hidden)
     head = {
       "kernel": linear["kernel_init"](kernel_key, (model.hidden, classes)),
@@ -106,7 +106,7 @@ def _gin_backbone(model: Callable[[int], nn.Module]) -> Backbone:
   """A network that ends in its own head: its features are the logits."""
 
   def init(key, batch, classes):
-    variables = dict(model(classes).lazy_init(key, batch))
+    variables = dict(draw_variables(model(classes).init, key, batch))
     return variables.pop("params"), variables
 
   def features(params, model_state, batch, key):
@@ -323,7 +323,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
         model = _init_model(backbone, jax.random.fold_in(model_key, number), group, width)
         members.append(setup.client(*model))
         first = model[0] if number == 0 else first
-      clients.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+      clients.append(jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *members))
     server = setup.algorithm.init(first, round_key)
     return State(server, tuple(clients), round_key, jnp.zeros((), jnp.int32))
 
@@ -463,7 +463,7 @@ def _init_model(backbone: Backbone, key: jax.Array, group: Clients, width: int) 
   model = init(width)
   if width == max(group.widths):
     return model
-  widen = lambda x, to: jnp.pad(x, [(0, m - n) for n, m in zip(x.shape, to.shape, strict=True)])
+  widen = lambda x, to: np.pad(x, [(0, m - n) for n, m in zip(x.shape, to.shape, strict=True)])
   return jax.tree.map(widen, model, jax.eval_shape(lambda: init(max(group.widths))))
 
 
