@@ -134,7 +134,9 @@ def best(runs: list[dict], work: str, field: str) -> float:
 def main() -> None:
   """Runs both sides and writes the results."""
   parser = argparse.ArgumentParser(description="GIN step beside PyTorch Geometric")
-  parser.add_argument("--bench", type=Path, default=Path("../shared/bench"))
+  parser.add_argument(
+    "--bench", type=Path, default=Path(os.environ.get("BENCH_DIR", "../shared/bench"))
+  )
   parser.add_argument("--peer_python", help="python with torch_geometric; none: time ours only")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

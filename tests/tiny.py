@@ -17,7 +17,8 @@ with epy.lazy_imports():
   import matplotlib.pyplot as plt
   import numpy as np
   import optax
-  from sklearn import datasets
+
+  from jaxmethods.data import embedded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,8 @@ def build(config: Config, mesh=None) -> Experiment:
     raise InputError(f"data: no source {config.data!r}, the nearest is 'digits'")
   if config.late and jax.process_index() == 1:
     time.sleep(config.late)
-  x, y = datasets.load_digits(return_X_y=True)
-  x = (x / 16).astype(np.float32)
-  y = y.astype(np.int32)
+  x, y = embedded.load_arrays("digits").splits["all"]
+  x = x.reshape(-1, 64)
   order = np.random.default_rng(0).permutation(len(x))
   train, test = order[:1500], order[1500:]
   optimizer = getattr(optax, config.optimizer.name)(config.optimizer.learning_rate)
