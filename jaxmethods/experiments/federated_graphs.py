@@ -323,6 +323,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
         model = _init_model(backbone, jax.random.fold_in(model_key, number), group, width)
         members.append(setup.client(*model))
         first = model[0] if number == 0 else first
+      # On the host: jnp would compile a program for every shape.
       clients.append(jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *members))
     server = setup.algorithm.init(first, round_key)
     return State(server, tuple(clients), round_key, jnp.zeros((), jnp.int32))
