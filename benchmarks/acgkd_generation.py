@@ -38,7 +38,8 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
   import jax
   import jax.numpy as jnp
 
-  from jaxmethods.experiments import acgkd, graph_free
+  from jaxmethods.experiments.acgkd import build as graph_free
+  from jaxmethods.experiments.acgkd import config as acgkd
   from jaxmethods.models.graph_classifier import Classifier, GraphEncoder, init_head
   from jaxmethods.runtime import compiler
 

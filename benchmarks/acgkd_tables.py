@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.data.files import data_dir
-from jaxmethods.experiments import acgkd, graph_free
+from jaxmethods.experiments.acgkd import build as graph_free
+from jaxmethods.experiments.acgkd import config as acgkd
 from jaxmethods.runtime import compiler, launch, seeds
 from jaxmethods.runtime import config as config_lib
 from jaxmethods.runtime.workdir import write_json
@@ -82,13 +83,13 @@ def run(
       missing = [rate for rate in rates if not file(kind, rate, seed).exists()]
       if not missing:
         continue
-      maker = maker or acgkd.build(graphs_of(row))
+      maker = maker or graph_free.build(graphs_of(row))
       path = workdir / "graphs" / f"{graph_id(row)}.{seed}.npz"
       pseudo = pseudo_graphs(graphs_of(row), seed, path, maker)
       if step is None:
         if pseudo is not None:  # the generation is done: a program of distillation only
           student_row = dataclasses.replace(student_row, algorithm="random")
-        experiment = acgkd.build(student_row)
+        experiment = graph_free.build(student_row)
         step = compiler.jit(experiment.step, donate_argnums=0)
         evaluate = compiler.jit(experiment.evaluate)
       for rate in missing:
@@ -290,7 +291,7 @@ def main() -> int:
     "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]).replace(
       str(args.workdir), "DIR"
     ),
-    "about": acgkd.build(config).about.replace(str(data_dir()), "$JAXMETHODS_DATA"),
+    "about": graph_free.build(config).about.replace(str(data_dir()), "$JAXMETHODS_DATA"),
     "settings": dataclasses.asdict(config),
     "rows": list(rows),
     "xi": xi,

@@ -76,14 +76,14 @@ def extraction(name: str) -> list[float]:
   import jax
   import jax.numpy as jnp
 
-  from jaxmethods.experiments.backdoor import attention_probe
+  from jaxmethods.experiments.bye.build import attention_probe
   from jaxmethods.methods import bye
   from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
   from jaxmethods.runtime import compiler
 
   if name == "desk":
-    from jaxmethods.experiments.multimodal_pretraining import model_of
-    from jaxmethods.experiments.tuning_config import Desk
+    from jaxmethods.testbeds.multimodal.pretraining import model_of
+    from jaxmethods.testbeds.multimodal.settings import Desk
 
     model = model_of(Desk(), 60)
     batch, tokens, text = 40, model.config.num_tokens, 6

@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxmethods.experiments.bye import ONCE, Defence
+from jaxmethods.experiments.bye.config import ONCE, Defence
 from jaxmethods.runtime import launch
 
 DETECTORS = [name for name in get_args(Defence) if name not in ONCE]
@@ -45,7 +45,7 @@ def detect(config: Any) -> dict[str, float]:
   """Tunes on everything and lets all detectors judge."""
   import jax
 
-  from jaxmethods.experiments import backdoor
+  from jaxmethods.experiments.bye import build as backdoor
   from jaxmethods.runtime import compiler
 
   experiment = backdoor.build(config)

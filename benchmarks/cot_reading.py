@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.data.model_sources import LoadedLM, load_causal_lm
-from jaxmethods.experiments import answer_trust
-from jaxmethods.experiments.cot_kinetics import Config
+from jaxmethods.experiments.cot_kinetics import evidence as answer_trust
+from jaxmethods.experiments.cot_kinetics.config import Config
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.models.reading import Text
 from jaxmethods.runtime import compiler

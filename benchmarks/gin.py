@@ -38,7 +38,7 @@ def measure(bench: Path) -> dict:
 
   from jaxmethods.data.records import GraphData, Source
   from jaxmethods.graphs.batching import batch_graphs
-  from jaxmethods.graphs.layers import GIN, pool
+  from jaxmethods.models.graph_layers import GIN, pool
 
   class Net(nn.Module):
     @nn.compact

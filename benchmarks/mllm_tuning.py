@@ -85,21 +85,21 @@ def table(args: argparse.Namespace) -> None:
 
 def in_order(runs: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
   """Posterior rows last, and those of one rate and seed together: they share the run they edit."""
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
   edits = lambda run: PARADIGMS[run[0]] == "posterior"
   return sorted(runs, key=lambda run: (True, *run[1:]) if edits(run) else (False,))
 
 
 def chosen_rows(args: argparse.Namespace) -> list[str]:
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
   return list(PARADIGMS) if args.rows is None else args.rows.split(",")
 
 
 def rates_to_try(name: str) -> list[float]:
   """The middle rate of the row's paradigm, a third and three times of it."""
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
   return [float(f"{MIDDLE[PARADIGMS[name]] * factor:.1e}") for factor in FACTORS]
 
@@ -130,8 +130,9 @@ class Runner:
   """Trains rows on one benchmark; keeps what is done."""
 
   def __init__(self, args: argparse.Namespace, split: str):
-    from jaxmethods.experiments import mllm_tuning, multimodal
+    from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
     from jaxmethods.runtime import config as config_lib
+    from jaxmethods.testbeds.multimodal import benchmark as multimodal
 
     launch.keep_compiled_programs()
     file = Path(__file__).parents[1] / "configs" / "mllm_tuning.yaml"
@@ -144,7 +145,7 @@ class Runner:
 
   def run(self, name: str, rate: float, seed: int) -> None:
     """One run, unless it is done."""
-    from jaxmethods.experiments.mllm_tuning import PARADIGMS
+    from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
     line = {
       "row": name, "rate": rate, "seed": seed, "split": self.split, "steps": self.args.steps,
@@ -171,7 +172,8 @@ class Runner:
 
   def build(self, name: str) -> tuple[Any, Any]:
     """(experiment, tuner) of a row; its programs do not depend on rate and seed."""
-    from jaxmethods.experiments import mllm_tuning, tuning_rows
+    from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
+    from jaxmethods.testbeds.multimodal import suite as tuning_rows
 
     if self.programs.get("name") != name:
       row = dataclasses.replace(mllm_tuning.rows(self.config)[name], steps=self.config.steps)
@@ -186,8 +188,9 @@ class Runner:
     """The state before the first step, at this rate."""
     import jax
 
-    from jaxmethods.experiments import mllm_tuning, tuning
-    from jaxmethods.methods.mllm_tuning.tuner import adamw
+    from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
+    from jaxmethods.testbeds.multimodal import tuning
+    from jaxmethods.tuning.tuner import adamw
 
     experiment, tuner = self.build(name)
     state = experiment.init(jax.random.key(seed))
@@ -231,8 +234,8 @@ class Runner:
 
   def evaluate(self, name: str, state: Any) -> dict[str, float]:
     """All columns. Plain models share one program."""
-    from jaxmethods.experiments import tuning
     from jaxmethods.runtime import compiler
+    from jaxmethods.testbeds.multimodal import tuning
 
     experiment, tuner = self.build(name)
     if tuner.finalize is None:
@@ -264,8 +267,8 @@ def brief(metrics: dict[str, float]) -> str:
 
 def report(args: argparse.Namespace) -> None:
   """The table, the search behind it, and the picture."""
-  from jaxmethods.experiments import tuning_figures
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal import figures as tuning_figures
 
   chosen = best_rates(args)
   lines = [
@@ -308,7 +311,7 @@ def report(args: argparse.Namespace) -> None:
 
 def cost_of(name: str) -> tuple[str, str]:
   """A row's step beside LoRA's, and what it holds, in MB; posterior rows train like `SHARED`."""
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
   if name == "base":
     return "-", "-"

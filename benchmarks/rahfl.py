@@ -63,7 +63,8 @@ def step(architectures: list[str]) -> list[str]:
   import numpy as np
   import optax
 
-  from jaxmethods.experiments import heterogeneous_images, rahfl
+  from jaxmethods.experiments.rahfl import build as heterogeneous_images
+  from jaxmethods.experiments.rahfl import config as rahfl
   from jaxmethods.models.convnets import classifier
   from jaxmethods.runtime import compiler
 
@@ -100,7 +101,8 @@ def clients(counts: list[int]) -> list[str]:
   import jax
   import matplotlib.pyplot as plt
 
-  from jaxmethods.experiments import heterogeneous_images, rahfl
+  from jaxmethods.experiments.rahfl import build as heterogeneous_images
+  from jaxmethods.experiments.rahfl import config as rahfl
   from jaxmethods.runtime import compiler
 
   each, measured = 8, []

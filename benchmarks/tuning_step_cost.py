@@ -73,7 +73,7 @@ def main() -> None:
 
 def rows_of_suite() -> tuple[str, ...]:
   """LoRA, and all other rows that train; posterior ones share the steps of one of them."""
-  from jaxmethods.experiments.mllm_tuning import PARADIGMS
+  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
 
   trained = [row for row, kind in PARADIGMS.items() if kind != "posterior" and row != "base"]
   return tuple(sorted(trained, key=lambda row: row != "lora"))
@@ -113,7 +113,7 @@ class Program:
 
 def copies(programs: dict[str, Any]) -> float:
   """Float32 copies of the trained part that SPIDER keeps besides Adam's two moments."""
-  from jaxmethods.experiments.tuning import num_parameters
+  from jaxmethods.testbeds.multimodal.tuning import num_parameters
 
   state = programs["spider"].state.tuner
   return num_parameters(state.extra) / num_parameters(state.trainable)

@@ -96,14 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     header, lines = _table(results)
     report.print_table(title, header, lines)
     intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)
-    own = method.comparison(results) if hasattr(method, "comparison") else {}
     page = report.write_comparison(
       workdir,
       title=title,
       about=about,
       header=header,
       rows=lines,
-      figures={"comparison": intervals} | own,
+      figures={"comparison": intervals} | method.comparison(results),
     )
     print(f"see {page}")
   return 0

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxmethods import experiments
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import command, launch
+
+if TYPE_CHECKING:
+  from jaxmethods.runtime.experiment import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   method = experiments.load(args.method)
   file = command.config_file(args)
-  load = lambda file, short: config_lib.load(
-    method.Config, file, short=short, overrides=overrides, method=args.method
-  )
-  untrained = False
-  if hasattr(method, "untrained"):
-    config = load(file, args.short)
-    untrained = method.untrained(config)
+
+  def load(file: Path | None, short: bool) -> RunConfig:
+    return config_lib.load(
+      method.Config, file, short=short, overrides=overrides, method=args.method
+    )
+
+  config = load(file, args.short)
+  untrained = method.untrained(config)
   workdir = args.workdir or command.default_workdir(args, file, "eval-" if untrained else "")
   checkpoints = workdir / workdir_lib.CHECKPOINTS
   if untrained:

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxmethods.data.multimodal import Vocabulary
 from jaxmethods.data.records import QuestionData, Source
-from jaxmethods.experiments.multimodal import Benchmark, Task
-from jaxmethods.experiments.multimodal_pretraining import model_of
-from jaxmethods.experiments.questions import Split, encode
-from jaxmethods.experiments.tuning_config import Desk
+from jaxmethods.testbeds.multimodal.benchmark import Benchmark, Task
+from jaxmethods.testbeds.multimodal.pretraining import model_of
+from jaxmethods.testbeds.multimodal.questions import Split, encode
+from jaxmethods.testbeds.multimodal.settings import Desk
 
 DESK = Desk(
   width=16, num_layers=1, num_heads=2, mlp_width=24, tower_width=8, tower_layers=1, tower_heads=2

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmethods.adapters.adapter import Tree, layers_of
-from jaxmethods.adapters.targets import flatten, unflatten
+from jaxmethods.trees import flatten, unflatten
 
 
 class Scores(NamedTuple):

@@ -25,10 +25,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmethods.adapters.targets import below, flatten, matching, owner, unflatten
+from jaxmethods import trees
+from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
-from jaxmethods.federated import paths
 from jaxmethods.stats.dropout import dropout
+from jaxmethods.trees import below, flatten, owner, unflatten
 
 Params = Mapping[str, Any]
 Tree = dict[str, Any]
@@ -210,10 +211,10 @@ def apply(
 
 def split(adapter: Adapter, tree: Tree) -> tuple[Tree, Tree]:
   """(what is trained, what is not); `join` puts them together again."""
-  return paths.split(tree, lambda path: _is_trained(adapter, path))
+  return trees.split(tree, lambda path: _is_trained(adapter, path))
 
 
-join = paths.merge
+join = trees.merge
 
 
 def trainable(adapter: Adapter, tree: Tree) -> Tree:

@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxmethods.adapters import low_rank, scaling
 from jaxmethods.adapters.adapter import SHARED, Adapter, Params, Tree, layers_of
-from jaxmethods.adapters.targets import below, flatten, unflatten
 from jaxmethods.errors import InputError
 from jaxmethods.models.weights import Table, tensor_names
+from jaxmethods.trees import below, flatten, unflatten
 
 ROOT = "base_model.model."
 

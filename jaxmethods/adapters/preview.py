@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 
 from jaxmethods.adapters.adapter import Params
-from jaxmethods.adapters.targets import flatten, matching, owner
+from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
+from jaxmethods.trees import flatten, owner
 
 Summary = TypeVar("Summary")
 

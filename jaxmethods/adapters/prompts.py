@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxmethods.adapters.adapter import Params, Tree
-from jaxmethods.adapters.targets import flatten, matching
+from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import Cache, CausalLMConfig, empty_cache
+from jaxmethods.trees import flatten
 
 IGNORED = -100  # the label of a token that no loss counts
 

@@ -20,9 +20,10 @@ from jaxmethods.adapters.adapter import (
   key_of,
   on_linears,
 )
-from jaxmethods.adapters.targets import below, flatten, is_stacked, matching, owner, unflatten
+from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
 from jaxmethods.stats.selection import top_share
+from jaxmethods.trees import below, flatten, is_stacked, owner, unflatten
 
 # (key, path, parameter) -> scores of its shape; the entries with the highest scores are tuned.
 Score = Callable[[jax.Array, str, jax.Array], jax.Array]

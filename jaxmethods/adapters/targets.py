@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import jax
-from flax import traverse_util
+from collections.abc import Iterable
 
 from jaxmethods.errors import InputError
 
@@ -17,31 +13,6 @@ from jaxmethods.errors import InputError
 ATTENTION = r"\b(query|key|value|out)/kernel$"
 MLP = r"\b(gate|up|down|fc_1|fc_2)/kernel$"
 BLOCK = r"\b(query|key|value|out|gate|up|down|fc_1|fc_2)/kernel$"
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Nested dicts as {"a/b/c": leaf}."""
-  return traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`, in the order in which jax flattens dicts."""
-  return traverse_util.unflatten_dict(dict(sorted(flat.items())), sep="/")
-
-
-def owner(path: str) -> str:
-  """The module that a parameter path belongs to: "a/b" of "a/b/kernel"."""
-  return path.rpartition("/")[0]
-
-
-def below(module: str, name: str) -> str:
-  """The path of a module's parameter; the module of the root is ""."""
-  return f"{module}/{name}" if module else name
-
-
-def is_stacked(path: str) -> bool:
-  """Whether a parameter belongs to scanned layers: its first axis counts them."""
-  return "layers" in path.split("/")
 
 
 def matching(paths: Iterable[str], pattern: str) -> list[str]:

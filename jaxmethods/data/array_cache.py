@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -18,6 +19,23 @@ import numpy as np
 def cache_folder() -> Path:
   """`$JAXMETHODS_CACHE`, else `~/.cache/jaxmethods`."""
   return Path(os.environ.get("JAXMETHODS_CACHE") or Path.home() / ".cache" / "jaxmethods")
+
+
+def described(settings: Any, kind: str, exclude: Iterable[str] = ()) -> bytes:
+  """Returns the field values of a dataclass as a part of a cache key.
+
+  The name of the class is no part of it, so that a class may be renamed or moved.
+
+  Args:
+    settings: a dataclass.
+    kind: fixed name; stands for the meaning of the fields.
+    exclude: fields on which the result does not depend.
+  """
+  named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.repr}
+  values = ", ".join(
+    f"{name}={value!r}" for name, value in named.items() if name not in set(exclude)
+  )
+  return f"{kind}({values})".encode()
 
 
 def cached(

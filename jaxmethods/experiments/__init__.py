@@ -1,20 +1,22 @@
-"""One module per method: `Config`, `build(config, mesh)` and `rows(config)`.
+"""One room per method, the only place where data, model and method meet.
 
-`METHODS` is a plain table, so that `--list` and argument errors need no heavy import. A method's
-module is imported by name when it is asked for; it provides
+`METHODS` is a plain table, so that `--list` and argument errors need no heavy import. A room has
 
-  Config                         frozen dataclass, a `RunConfig`
-  build(config, mesh=None)       -> Experiment
-  rows(config)                   -> {row name: config}: the method and its baselines for eval.compare
-  untrained(config)              -> whether there is nothing to train; optional, see eval.run
-  comparison(rows)               -> {name: figure} of the rows in the JSON of eval.compare; optional
+  config.py   Config                    frozen dataclass, a `RunConfig`; starts without jax
+              rows(config)              -> {row name: config}: method and baselines for eval.compare
+              untrained(config)         -> whether there is nothing to train; optional, see eval.run
+  build.py    build(config, mesh=None)  -> Experiment; imported when a run starts
+              comparison(rows)          -> {name: figure} of the rows of eval.compare; optional
 
-A method of one's own is any importable module with these three names: `--method package.module`.
+A method of one's own is any importable module with `Config`, `build` and `rows`: `--method module`.
 """
 
+from __future__ import annotations
+
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmethods.errors import InputError, nearest
 
@@ -93,23 +95,58 @@ METHODS: dict[str, Method] = {
 }
 
 
-def load(name: str) -> ModuleType:
-  """Returns the module of a method in `METHODS`, or of one's own (`package.module`)."""
+class Room(NamedTuple):
+  """A method as the entry points use it; `build` and `comparison` import jax when they are called.
+
+  Attributes:
+    Config: frozen dataclass, a `RunConfig`.
+    rows: config -> {row name: config}, the method and its baselines.
+    build: (config, mesh or None) -> Experiment.
+    untrained: config -> whether there is nothing to train.
+    comparison: rows of the JSON of eval.compare -> {name: figure}.
+  """
+
+  Config: type
+  rows: Callable[[Any], dict[str, Any]]
+  build: Callable[..., Any]
+  untrained: Callable[[Any], bool]
+  comparison: Callable[[Any], dict[str, Any]]
+
+
+def load(name: str) -> Room:
+  """Returns a method of `METHODS`, or one's own: an importable module.
+
+  Raises:
+    InputError: there is no such method, or the module lacks a part of the contract.
+  """
   if name in METHODS:
-    return importlib.import_module(f"{__name__}.{name}")
-  if "." not in name:
-    raise InputError(
-      f"--method {name}: unknown method, the nearest is {nearest(name, METHODS)}; --list shows all"
-    )
+    config = importlib.import_module(f"{__name__}.{name}.config")
+    return _room(config, lambda: importlib.import_module(f"{__name__}.{name}.build"))
   try:
     module = importlib.import_module(name)
   except ModuleNotFoundError as error:
-    if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+    if not error.name or (name != error.name and not name.startswith(f"{error.name}.")):
+      raise
+    if "." in name:
       raise InputError(f"--method {name}: there is no module {error.name}") from None
-    raise
+    near = nearest(name, METHODS)
+    raise InputError(
+      f"--method {name}: unknown method, the nearest is {near}; --list shows all"
+    ) from None
   if missing := [part for part in ("Config", "build", "rows") if not hasattr(module, part)]:
     raise InputError(f"--method {name}: the module has no {' and no '.join(missing)}")
-  return module
+  return _room(module, lambda: module)
+
+
+def _room(config: ModuleType, heavy: Callable[[], ModuleType]) -> Room:
+  """Joins the module that starts without jax and the one that is imported when a run starts."""
+  return Room(
+    Config=config.Config,
+    rows=config.rows,
+    build=lambda *args: heavy().build(*args),
+    untrained=getattr(config, "untrained", lambda config: False),
+    comparison=lambda rows: getattr(heavy(), "comparison", lambda rows: {})(rows),
+  )
 
 
 def listing() -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmethods.federated import paths
+from jaxmethods import trees
 from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
 from jaxmethods.federated.batching import Batching, prebatched
 from jaxmethods.federated.engine import weighted_mean
@@ -52,7 +52,7 @@ def init_client(
   params: Params,
   model_state: Any = (),
   *,
-  shared: paths.Predicate = paths.everything,
+  shared: trees.Predicate = trees.everything,
   optimizer: optax.GradientTransformation | None = None,
   keep_previous: bool = False,
 ) -> ClientState:
@@ -65,7 +65,7 @@ def init_client(
     optimizer: as given to `fedavg` if it keeps the optimiser state, else None.
     keep_previous: whether `fedavg` has a penalty.
   """
-  local = paths.split(params, shared)[1]
+  local = trees.split(params, shared)[1]
   opt_state = optimizer.init(params) if optimizer else ()
   return ClientState(local, model_state, opt_state, params if keep_previous else ())
 
@@ -74,7 +74,7 @@ def fedavg(
   loss: Loss,
   optimizer: optax.GradientTransformation,
   *,
-  shared: paths.Predicate = paths.everything,
+  shared: trees.Predicate = trees.everything,
   proximal: float = 0.0,
   penalty: Penalty | None = None,
   weighted: bool = True,
@@ -106,7 +106,7 @@ def fedavg(
 
   def init(params: Params, key: jax.Array) -> ServerState:
     del key
-    start = paths.split(params, shared)[0]
+    start = trees.split(params, shared)[0]
     return ServerState(start, server_optimizer.init(start) if server_optimizer else ())
 
   def download(server: ServerState, index: jax.Array) -> Params:
@@ -114,13 +114,13 @@ def fedavg(
     return server.params
 
   def local(message, client: ClientState, data, key):
-    start = paths.merge(message, client.params)
+    start = trees.merge(message, client.params)
     opt_state = client.opt_state if keep_optimizer else optimizer.init(start)
 
     def objective(params, model_state, batch, key):
       value, aux = loss(params, model_state, batch, key)
       if proximal:
-        value += proximal_term(paths.split(params, shared)[0], message, proximal)
+        value += proximal_term(trees.split(params, shared)[0], message, proximal)
       if penalty:
         value += penalty(params, start, client.previous, batch)
       return value, aux
@@ -135,7 +135,7 @@ def fedavg(
       batches=batches,
       unroll=unroll,
     )
-    upload, kept = paths.split(state[0], shared)
+    upload, kept = trees.split(state[0], shared)
     client = ClientState(
       kept, state[1], state[2] if keep_optimizer else (), state[0] if penalty else ()
     )
@@ -154,7 +154,7 @@ def fedavg(
     return _where(someone, new, state)
 
   def params(message, client: ClientState) -> Params:
-    return paths.merge(message, client.params)
+    return trees.merge(message, client.params)
 
   return FederatedAlgorithm(init, download, local, server, params)
 
@@ -172,12 +172,12 @@ def fedprox(loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.0
 
 def fedper(loss: Loss, optimizer: optax.GradientTransformation, local: tuple[str, ...], **options):
   """FedAvg whose layers named in `local` (any part of the path) stay with the client."""
-  return fedavg(loss, optimizer, shared=paths.all_but(*local), **options)
+  return fedavg(loss, optimizer, shared=trees.all_but(*local), **options)
 
 
 def local_only(loss: Loss, optimizer: optax.GradientTransformation, **options):
   """No exchange at all: every client trains alone and keeps its optimiser state."""
-  return fedavg(loss, optimizer, shared=paths.nothing, **{"keep_optimizer": True, **options})
+  return fedavg(loss, optimizer, shared=trees.nothing, **{"keep_optimizer": True, **options})
 
 
 def fedavgm(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmethods.federated.algorithm import FederatedAlgorithm
-from jaxmethods.federated.paths import merge, split
 from jaxmethods.stats.losses import cross_entropy
+from jaxmethods.trees import merge, split
 
 SPECTRAL_ENCODERS = ("eigenvalue_encoder", "filter_encoder")
 

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmethods import trees
 from jaxmethods.adapters import low_rank
 from jaxmethods.adapters.adapter import Factors, layers_of
-from jaxmethods.adapters.targets import below, flatten, owner
 from jaxmethods.errors import InputError
-from jaxmethods.federated import paths
-from jaxmethods.methods.mllm_tuning import tuner as tuners
-from jaxmethods.methods.mllm_tuning.tuner import Tuner
 from jaxmethods.stats.selection import top_share
+from jaxmethods.trees import below, flatten, owner
+from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning.tuner import Tuner
 
 Tree = Any
 Connector = Literal["full", "lora_cmr", "frozen"]
@@ -282,7 +282,7 @@ def tuner(
   if connector == "lora_cmr":
     targets = rf"(?:{targets})|{tuners.PROJECTOR}.*kernel$"
   base = tuners.adapted(adapter, targets, tuners.PROJECTOR if connector == "full" else None)
-  pruned = functools.partial(paths.split, shared=lambda path: not re.search(tuners.PROJECTOR, path))
+  pruned = functools.partial(trees.split, shared=lambda path: not re.search(tuners.PROJECTOR, path))
   at = functools.partial(sculpt, prune_at=prune_at, keep_ratio=keep_ratio)
 
   def init(key, params, probe):
@@ -294,7 +294,7 @@ def tuner(
   def prune(updates, trainable, extra):
     factors, rest = pruned(trainable["adapter"])
     factors, masks = at(updates, factors, extra["masks"])
-    return trainable | {"adapter": paths.merge(factors, rest)}, {"masks": masks}
+    return trainable | {"adapter": trees.merge(factors, rest)}, {"masks": masks}
 
   # Masking after an update is masking before the next forward pass, and after the last one as well.
   def pre_step(step, trainable, frozen, extra):

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmethods.adapters.targets import flatten, is_stacked, unflatten
 from jaxmethods.errors import InputError
-from jaxmethods.methods.mllm_tuning import tuner as tuners
-from jaxmethods.methods.mllm_tuning.tuner import Tuner, TunerState
 from jaxmethods.stats.selection import top_share
+from jaxmethods.trees import flatten, is_stacked, unflatten
+from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning.tuner import Tuner, TunerState
 
 Params = Mapping[str, Any]
 # (pretrained value, its importance P, accumulated gradient S) of one tensor -> mask in [0, 1].

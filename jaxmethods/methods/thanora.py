@@ -27,11 +27,11 @@ from jax import Array
 
 from jaxmethods.adapters import low_rank
 from jaxmethods.adapters.adapter import Factors, key_of, layers_of
-from jaxmethods.adapters.targets import below, flatten, unflatten
 from jaxmethods.errors import InputError
-from jaxmethods.methods.mllm_tuning import tuner as tuners
-from jaxmethods.methods.mllm_tuning.tuner import Tuner, TunerState
 from jaxmethods.models.init import torch_linear
+from jaxmethods.trees import below, flatten, unflatten
+from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning.tuner import Tuner, TunerState
 
 COOPERATIVE = -1
 Spectrum = Literal["sv", "sv2"]

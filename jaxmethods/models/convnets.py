@@ -16,8 +16,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxmethods.errors import InputError, nearest
-from jaxmethods.graphs.layers import MaskedBatchNorm
 from jaxmethods.models.conv import Conv, shifted
+from jaxmethods.models.graph_layers import MaskedBatchNorm
 from jaxmethods.models.init import torch_linear
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import jraph
 from flax import linen as nn
 
-from jaxmethods.graphs.layers import GCN, GIN
 from jaxmethods.models.gin import GINBackbone
+from jaxmethods.models.graph_layers import GCN, GIN
 from jaxmethods.models.init import torch_linear
 
 

@@ -6,7 +6,7 @@ import jax
 import jraph
 from flax import linen as nn
 
-from jaxmethods.graphs.layers import GIN, pool
+from jaxmethods.models.graph_layers import GIN, pool
 from jaxmethods.models.init import torch_linear
 from jaxmethods.stats.dropout import Generator, dropout
 

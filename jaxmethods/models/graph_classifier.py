@@ -16,7 +16,7 @@ import jraph
 import numpy as np
 from flax import linen as nn
 
-from jaxmethods.graphs.layers import GAT, GCN, GIN, MaskedBatchNorm, masked_moments, pool
+from jaxmethods.models.graph_layers import GAT, GCN, GIN, MaskedBatchNorm, masked_moments, pool
 from jaxmethods.models.init import torch_linear
 
 Kind = Literal["gcn", "gin"]

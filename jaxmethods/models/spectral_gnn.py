@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxmethods.graphs.layers import MaskedBatchNorm, segment_sum
 from jaxmethods.graphs.packing import SpectralBatch
+from jaxmethods.models.graph_layers import MaskedBatchNorm, segment_sum
 from jaxmethods.models.init import torch_linear
 from jaxmethods.stats.activations import gelu
 from jaxmethods.stats.dropout import dropout

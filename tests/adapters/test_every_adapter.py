@@ -13,8 +13,9 @@ import pytest
 
 from jaxmethods.adapters import adalora, bottleneck, low_rank, scaling, selective
 from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters.targets import BLOCK, flatten, matching
+from jaxmethods.adapters.targets import BLOCK, matching
 from jaxmethods.errors import InputError
+from jaxmethods.trees import flatten
 
 WIDTH, INNER, LAYERS = 8, 12, 2
 TARGETS = r"layers.*/(up|down)/kernel"

@@ -12,10 +12,10 @@ from jaxmethods.adapters import adapter as core
 from jaxmethods.adapters import low_rank, prompts, scaling, selective
 from jaxmethods.adapters.peft_format import from_peft, to_peft
 from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
-from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data.adapter_files import CONFIG, WEIGHTS, read_peft, write_peft
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import table
+from jaxmethods.trees import flatten, unflatten
 
 TABLE = table(tiny_lm.CONFIG)
 TARGETS = r"(query|down)/kernel"

@@ -16,10 +16,10 @@ import pytest
 import tiny_lm
 
 from jaxmethods.adapters.adapter import split
-from jaxmethods.adapters.targets import flatten
 from jaxmethods.adapters.training import IGNORED, token_cross_entropy
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
+from jaxmethods.trees import flatten
 
 WORKER = Path(__file__).with_name("devices_worker.py")
 

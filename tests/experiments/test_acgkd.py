@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks import acgkd_tables
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import acgkd, graph_free, graph_teachers
+from jaxmethods.experiments.acgkd import build as graph_free
+from jaxmethods.experiments.acgkd import config as acgkd
+from jaxmethods.experiments.acgkd import teachers as graph_teachers
 from tests.graphs.random_graphs import from_adjacencies
 
 CONFIG = acgkd.Config(
@@ -22,7 +24,7 @@ ROWS = acgkd.rows(CONFIG)
 
 def run(config):
   """(experiment, first state, state after every step, metrics of every step)."""
-  experiment = acgkd.build(config)
+  experiment = graph_free.build(config)
   states = [experiment.init(jax.random.key(config.seed))]
   step, history = jax.jit(experiment.step), []
   for _, batch in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
@@ -79,7 +81,7 @@ def test_the_rate_with_the_best_validation_is_chosen():
 
 def test_the_teacher_is_never_changed(trained):
   experiment, states, _ = trained
-  before, after = experiment.test.teacher, acgkd.build(ROWS["acgkd"]).test.teacher
+  before, after = experiment.test.teacher, graph_free.build(ROWS["acgkd"]).test.teacher
   chex.assert_trees_all_equal(before, after)  # the second comes from the cache
   assert set(states[-1].student.params) == {"encoder"}  # no classifier of its own
   assert "projection" in states[-1].student.params["encoder"]

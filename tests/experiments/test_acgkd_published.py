@@ -6,7 +6,8 @@ import pytest
 
 from jaxmethods.data import gfkd
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import acgkd, graph_teachers
+from jaxmethods.experiments.acgkd import config as acgkd
+from jaxmethods.experiments.acgkd import teachers as graph_teachers
 from jaxmethods.graphs.batching import batch_graphs
 
 needs_published = pytest.mark.skipif(

@@ -12,10 +12,13 @@ import pytest
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import multimodal as questions
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import backdoor, bye, multimodal, multimodal_pretraining
-from jaxmethods.experiments.tuning_config import Checkpoint, Desk
+from jaxmethods.experiments.bye import build as backdoor
+from jaxmethods.experiments.bye import config as bye
 from jaxmethods.methods.bye import entropy
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.testbeds.multimodal import benchmark as multimodal
+from jaxmethods.testbeds.multimodal import pretraining as multimodal_pretraining
+from jaxmethods.testbeds.multimodal.settings import Checkpoint, Desk
 
 DESK = Desk(
   width=16, num_layers=2, num_heads=2, mlp_width=32, tower_width=16, tower_layers=1,

@@ -14,24 +14,22 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
-from jaxmethods.adapters.targets import flatten, unflatten
 from jaxmethods.data import question_files
 from jaxmethods.data.vision_sources import load_model
 from jaxmethods.data.weights_files import save_checkpoint
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import (
-  checkpoint_mixtures,
-  checkpoint_tuning,
-  mixture_tuning,
-  mllm_tuning,
-  thanora,
-  tuning,
-  tuning_rows,
-)
-from jaxmethods.experiments.tuning_config import Checkpoint
-from jaxmethods.methods.mllm_tuning.tuner import adamw, answer_loss, init_state, tuning_step
+from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
+from jaxmethods.experiments.thanora import checkpoint as checkpoint_mixtures
+from jaxmethods.experiments.thanora import config as thanora
+from jaxmethods.experiments.thanora import desk as mixture_tuning
 from jaxmethods.models.mllm import MLLMConfig, table
 from jaxmethods.models.weights import export_params
+from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
+from jaxmethods.testbeds.multimodal import suite as tuning_rows
+from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal.settings import Checkpoint
+from jaxmethods.trees import flatten, unflatten
+from jaxmethods.tuning.tuner import adamw, answer_loss, init_state, tuning_step
 
 WORDS = (checkpoint_tuning.BEFORE + checkpoint_tuning.AFTER + " what is it red green cup").split()
 VOCABULARY = {word: i for i, word in enumerate(dict.fromkeys(("<unk>", "<s>", "</s>", *WORDS)))}

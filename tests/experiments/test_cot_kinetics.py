@@ -11,7 +11,11 @@ import pytest
 
 from jaxmethods.data import arithmetic
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import answer_trust, cot_kinetics, given_reasoner, small_reasoner
+from jaxmethods.experiments.cot_kinetics import build
+from jaxmethods.experiments.cot_kinetics import config as cot_kinetics
+from jaxmethods.experiments.cot_kinetics import evidence as answer_trust
+from jaxmethods.experiments.cot_kinetics import given as given_reasoner
+from jaxmethods.experiments.cot_kinetics import trained as small_reasoner
 from jaxmethods.methods import cot_kinetics as method
 from jaxmethods.runtime import config as config_lib
 
@@ -151,13 +155,13 @@ def test_rows_share_one_model(tmp_path, monkeypatch):
   key = jax.random.key(3)
   kept = {}
   for name in ("cot_kinetics", "kinetics_momentum", "max_prob"):
-    experiment = cot_kinetics.build(rows[name])
+    experiment = build.build(rows[name])
     assert experiment.num_steps == 1
     kept[name] = experiment.init(key)
     result = experiment.evaluate(kept[name], experiment.test)
     np.testing.assert_array_equal(result["auroc"], result[f"auroc/{name}"])
   assert len(list((tmp_path / "reasoners").iterdir())) == 1
-  plain = cot_kinetics.build(config())
+  plain = build.build(config())
   state, batches, step = plain.init(key), plain.batches(0), jax.jit(plain.step)
   for _ in range(SMALL["steps"]):
     state, _ = step(state, next(batches))
@@ -203,7 +207,7 @@ def test_the_reasoning_segment(text, reasoning, answer_at):
 def test_a_model_without_tokenizer_is_named():
   model = f"random:{json.dumps(RANDOM_MODEL)}"
   with pytest.raises(InputError, match="has no tokenizer"):
-    cot_kinetics.build(config(model=model, verbalised=False))
+    build.build(config(model=model, verbalised=False))
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import pytest
 
 from jaxmethods.data import sources, splits
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import federated_graphs, fedssp, graph_clients
+from jaxmethods.experiments.fedssp import build as federated_graphs
+from jaxmethods.experiments.fedssp import clients as graph_clients
+from jaxmethods.experiments.fedssp import config as fedssp
 from jaxmethods.runtime import loop
 from tests import tiny_graphs
 from tests.graphs.random_graphs import from_adjacencies
@@ -27,7 +29,7 @@ ROWS = fedssp.rows(CONFIG)
 
 def run(config, rounds=None):
   """(experiment, final state, metrics of every round)."""
-  experiment = fedssp.build(config)
+  experiment = federated_graphs.build(config)
   state = experiment.init(jax.random.key(config.seed))
   step, _ = loop.compile_experiment(experiment, state, None)
   history = []
@@ -81,7 +83,7 @@ def test_every_row_trains(name):
 
 def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
   config = dataclasses.replace(ONE_SET, steps=4, checkpoint_every=2)
-  experiment = fedssp.build(config)
+  experiment = federated_graphs.build(config)
   counted = experiment._replace(
     step=chex.assert_max_traces(experiment.step, n=1),
     evaluate=chex.assert_max_traces(experiment.evaluate, n=1),
@@ -104,7 +106,7 @@ def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
 @pytest.mark.parametrize("participation", [1, 0.5])
 def test_programs_of_data_sets_and_one_program_agree(participation):
   config = dataclasses.replace(CONFIG, participation=participation)
-  experiment = fedssp.build(config)
+  experiment = federated_graphs.build(config)
   one, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
   several, (step, evaluate) = one, experiment.programs
   whole_step, whole_evaluate = jax.jit(experiment.step), jax.jit(loop.ordered(experiment).evaluate)
@@ -123,7 +125,7 @@ def test_programs_of_data_sets_and_one_program_agree(participation):
   expected, found = whole_evaluate(one, experiment.test), evaluate(several, experiment.test)
   assert list(found) == list(expected) and next(iter(found)) == "test_accuracy"
   chex.assert_trees_all_close(found, expected)
-  assert fedssp.build(ONE_SET).programs is None
+  assert federated_graphs.build(ONE_SET).programs is None
 
 
 @pytest.mark.parametrize("row", ["fedssp", "gcfl"])
@@ -136,7 +138,7 @@ def test_sets_in_one_shape_train_as_in_their_own(row, monkeypatch):
   mesh = jax.make_mesh((1,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
   found = []
   for slack, where in ((0.0, None), (9.0, mesh if row == "gcfl" else None)):
-    experiment = fedssp.build(dataclasses.replace(config, padding_slack=slack), where)
+    experiment = federated_graphs.build(dataclasses.replace(config, padding_slack=slack), where)
     state = experiment.init(jax.random.key(0))
     step, evaluate = loop.compile_experiment(experiment, state, where)
     history = []
@@ -168,7 +170,7 @@ def test_preference_in_evaluation_is_an_option():
   answers = {}
   for use in (True, False):
     config = dataclasses.replace(ONE_SET, eval_preference=use)
-    experiment = fedssp.build(config)
+    experiment = federated_graphs.build(config)
     start = experiment.init(jax.random.key(0))
     (client,) = start.clients
     evaluate = jax.jit(experiment.evaluate)
@@ -185,7 +187,7 @@ def test_preference_in_evaluation_is_an_option():
 
 def test_participation():
   config = dataclasses.replace(ONE_SET, clients_per_domain=4, participation=0.5)
-  experiment = fedssp.build(config)
+  experiment = federated_graphs.build(config)
   state = experiment.init(jax.random.key(0))
   step, batch = jax.jit(experiment.step), next(experiment.batches(0))
   h, m = config.hidden, config.heads
@@ -259,7 +261,7 @@ def test_graphs_without_edges_are_left_out_and_counted(monkeypatch):
   used = np.concatenate(graph_ids(clients.train) + graph_ids(clients.held_out))
   assert sorted(used) == sorted(set(range(20)) - lonely)
   monkeypatch.setattr(sources, "load_graphs", lambda name: [rings(without_edges=lonely)])
-  assert fedssp.build(CONFIG).about.endswith("; 3 graphs without edges left out")
+  assert federated_graphs.build(CONFIG).about.endswith("; 3 graphs without edges left out")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmethods.experiments import fedssp
+from jaxmethods.experiments.fedssp import build as federated_graphs
+from jaxmethods.experiments.fedssp import config as fedssp
 from tests import tiny_graphs
 from tests.runs import (
   assert_close,
@@ -134,7 +135,7 @@ def test_sigkill_at_any_moment_changes_nothing(
   assert "continuing from step" in result.stdout, killed_at
 
   assert [line["step"] for line in metrics(tmp_path / "w")] == list(range(1, steps + 1)), killed_at
-  experiment = fedssp.build(fedssp.Config(data="tu:RINGS", **SMALL))
+  experiment = federated_graphs.build(fedssp.Config(data="tu:RINGS", **SMALL))
   assert_same_run(experiment, tmp_path / "w", tmp_path / "undisturbed")
   assert last_state(experiment, tmp_path / "w")[0] == steps
 

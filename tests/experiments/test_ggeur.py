@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import federated_embeddings, ggeur
+from jaxmethods.experiments.ggeur import build as federated_embeddings
+from jaxmethods.experiments.ggeur import config as ggeur
 from jaxmethods.runtime import config as config_lib
 
 D = 5

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from benchmarks.memory_plan import LLAVA_1_5_7B
-from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import lorasculpt, low_rank_tuning, selective_tuning, spider, tuning
+from jaxmethods.experiments.lorasculpt import build as low_rank_tuning
+from jaxmethods.experiments.lorasculpt import config as lorasculpt
+from jaxmethods.experiments.spider import build as selective_tuning
+from jaxmethods.experiments.spider import config as spider
 from jaxmethods.models.mllm import MLLM, MLLMConfig
 from jaxmethods.runtime.checkpoints import Checkpoints
+from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.trees import flatten
 from tests.tiny_questions import DESK, benchmark, check_traces, trained
 
 LOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "keep_ratio": 0.25, "prune_at": 2}

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from jaxmethods.adapters.adapter import layers_of
-from jaxmethods.adapters.targets import flatten
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import mixture_tuning, thanora, tuning
-from jaxmethods.experiments.questions import Split
+from jaxmethods.experiments.thanora import config as thanora
+from jaxmethods.experiments.thanora import desk as mixture_tuning
 from jaxmethods.methods import thanora as method
+from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal.questions import Split
+from jaxmethods.trees import flatten
 from tests.tiny_questions import DESK, benchmark, check_traces, trained
 
 

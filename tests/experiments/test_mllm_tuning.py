@@ -12,18 +12,15 @@ import pytest
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import multimodal as data
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import (
-  mllm_tuning,
-  multimodal,
-  multimodal_pretraining,
-  questions,
-  tuning,
-  tuning_rows,
-)
-from jaxmethods.experiments.tuning_config import Desk
-from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
 from jaxmethods.runtime import config as config_lib
 from jaxmethods.runtime import loop
+from jaxmethods.testbeds.multimodal import benchmark as multimodal
+from jaxmethods.testbeds.multimodal import pretraining as multimodal_pretraining
+from jaxmethods.testbeds.multimodal import questions, tuning
+from jaxmethods.testbeds.multimodal import suite as tuning_rows
+from jaxmethods.testbeds.multimodal.settings import Desk
+from jaxmethods.tuning import tuner as tuners
 
 DESK = Desk(
   width=16, num_layers=1, num_heads=2, mlp_width=32, tower_width=8, tower_layers=1, tower_heads=1,

@@ -13,7 +13,9 @@ import optax
 import pytest
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments import corrupted_clients, heterogeneous_images, rahfl
+from jaxmethods.experiments.rahfl import build as heterogeneous_images
+from jaxmethods.experiments.rahfl import clients as corrupted_clients
+from jaxmethods.experiments.rahfl import config as rahfl
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models import convnets
 from jaxmethods.runtime import config as config_lib

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxmethods.experiments import lorasculpt, spider, thanora
+from jaxmethods.experiments.lorasculpt import config as lorasculpt
+from jaxmethods.experiments.spider import config as spider
+from jaxmethods.experiments.thanora import config as thanora
 from jaxmethods.runtime import config as config_lib
 
 CONFIGS = Path(__file__).parents[2] / "configs"

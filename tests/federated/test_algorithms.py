@@ -9,7 +9,8 @@ import problems
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxmethods.federated import algorithms, engine, padding, partition, paths
+from jaxmethods import trees
+from jaxmethods.federated import algorithms, engine, padding, partition
 from jaxmethods.federated.batching import shuffled
 from jaxmethods.models.mlp import MLP
 
@@ -79,7 +80,7 @@ def test_fedprox_gradient_by_hand():
 
 def test_fedper_keeps_the_head_at_home():
   buckets = problems.bucketed()
-  shared = paths.all_but("head")
+  shared = trees.all_but("head")
   fed = problems.algorithm(algorithms.fedper, local=("head",))
   clients = problems.states(buckets, shared=shared)
   server, clients, _ = problems.run(fed, buckets, clients=clients)
@@ -103,7 +104,7 @@ def test_local_only_equals_training_alone():
   buckets = problems.bucketed()
   fed = problems.algorithm(algorithms.local_only)
   optimizer = optax.sgd(0.1)
-  clients = problems.states(buckets, optimizer, paths.nothing)
+  clients = problems.states(buckets, optimizer, trees.nothing)
   _, together, _ = problems.run(fed, buckets, clients=clients)
 
   def one(tree):
@@ -185,12 +186,12 @@ def test_shuffled_batches():
 
 def test_paths_split_and_merge():
   tree = {"a": {"kernel": 1, "bias": 2}, "b": {"c": {"kernel": 3}}, "d": 4}
-  shared, local = paths.split(tree, lambda path: path in ("a/kernel", "b/c/kernel"))
+  shared, local = trees.split(tree, lambda path: path in ("a/kernel", "b/c/kernel"))
   assert shared == {"a": {"kernel": 1}, "b": {"c": {"kernel": 3}}}
   assert local == {"a": {"bias": 2}, "d": 4}
-  assert paths.merge(shared, local) == tree == paths.merge(local, shared)
+  assert trees.merge(shared, local) == tree == trees.merge(local, shared)
   with pytest.raises(ValueError, match="both parts hold 'd'"):
-    paths.merge(tree, {"d": 5})
+    trees.merge(tree, {"d": 5})
 
 
 def test_learns_digits():

@@ -10,7 +10,8 @@ import optax
 import problems
 import pytest
 
-from jaxmethods.federated import algorithms, engine, padding, paths
+from jaxmethods import trees
+from jaxmethods.federated import algorithms, engine, padding
 from jaxmethods.federated.batching import Batches, prebatched, shuffled
 
 
@@ -233,7 +234,7 @@ def test_groups_may_differ_in_shape():
 
 def test_client_params_are_those_a_client_predicts_with():
   buckets = problems.bucketed(2)
-  shared = paths.all_but("head")
+  shared = trees.all_but("head")
   fed = problems.algorithm(shared=shared)
   clients = problems.states(buckets, shared=shared)
   server, clients, _ = problems.run(fed, buckets, 1, clients=clients)
@@ -305,7 +306,7 @@ def test_rounds_do_not_recompile():
 @pytest.mark.parametrize("drop_nonfinite", [False, True])
 def test_programs_of_groups_make_the_same_round(client_map, drop_nonfinite):
   buckets = problems.bucketed(3)
-  shared = paths.all_but("head")
+  shared = trees.all_but("head")
   fed = problems.algorithm(shared=shared)
   options = {"client_map": client_map, "drop_nonfinite": drop_nonfinite}
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.graphs.layers import GAT
 from jaxmethods.methods import acgkd
 from jaxmethods.models import graph_classifier
 from jaxmethods.models.graph_classifier import batch_norm_gap, from_published
+from jaxmethods.models.graph_layers import GAT
 
 TOLERANCE = {"float64": {"rtol": 1e-7, "atol": 1e-9}, "float32": {"rtol": 1e-4, "atol": 1e-5}}
 

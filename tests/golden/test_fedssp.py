@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmethods.federated.paths import split
 from jaxmethods.graphs.packing import pack
 from jaxmethods.graphs.spectral import laplacian_spectra
 from jaxmethods.methods import fedssp
 from jaxmethods.models.spectral_gnn import SpectralGNN
+from jaxmethods.trees import split
 
 FORWARD = {"float64": {"rtol": 1e-6, "atol": 1e-7}, "float32": {"rtol": 2e-4, "atol": 2e-5}}
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.methods.mllm_tuning import metrics, posterior, selective
 from jaxmethods.stats.selection import top_share
+from jaxmethods.tuning import metrics, posterior, selective
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmethods.graphs import batching, layers
+from jaxmethods.graphs import batching
+from jaxmethods.models import graph_layers as layers
 from tests.graphs.random_graphs import (
   dense,
   from_adjacencies,

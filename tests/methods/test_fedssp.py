@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmethods.experiments import federated_graphs
-from jaxmethods.experiments.fedssp import Config
-from jaxmethods.federated import engine, paths
+from jaxmethods import trees
+from jaxmethods.experiments.fedssp import build as federated_graphs
+from jaxmethods.experiments.fedssp.config import Config
+from jaxmethods.federated import engine
 from jaxmethods.methods import fedssp as method
 from tests import tiny_graphs
 
@@ -264,7 +265,7 @@ def test_a_batch_of_padding_is_no_step():
 
 def test_averaging_identical_clients_changes_nothing():
   fed = toy()
-  upload = method.Upload(paths.split(toy_params(), method.is_spectral_encoder)[0], jnp.ones(WIDTH))
+  upload = method.Upload(trees.split(toy_params(), method.is_spectral_encoder)[0], jnp.ones(WIDTH))
   server = method.Server(upload.shared, upload.mean, jnp.int32(4))
   again = fed.server(server, stack([upload] * 5), jnp.arange(1.0, 6.0))
   chex.assert_trees_all_close(again, server._replace(round=jnp.int32(5)), rtol=1e-6)
@@ -359,7 +360,7 @@ def one_by_one(clients):
 
 
 def phi_and_rest(params):
-  return paths.split(params, method.is_spectral_encoder)
+  return trees.split(params, method.is_spectral_encoder)
 
 
 def test_round_one_shares_the_consensus_alone(federation, three_rounds):

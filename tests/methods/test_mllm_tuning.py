@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jaxmethods.adapters import low_rank
 from jaxmethods.adapters import selective as masks
 from jaxmethods.errors import InputError
-from jaxmethods.methods.mllm_tuning import metrics, posterior, selective, suite
-from jaxmethods.methods.mllm_tuning import tuner as tuners
+from jaxmethods.tuning import metrics, posterior, selective, suite
+from jaxmethods.tuning import tuner as tuners
 
 RATES = {"decoder": 0.02, "projector": 0.01, "adapter": 0.02, "adapter_b": 0.3}
 STEPS = 12

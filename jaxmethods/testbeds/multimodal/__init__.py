@@ -1,0 +1,1 @@
+"""The small LLaVA-style model and its tasks."""

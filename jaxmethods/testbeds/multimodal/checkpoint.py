@@ -1,0 +1,236 @@
+"""Tuning a real LLaVA-style checkpoint on questions and images from disk: the same tuners and step.
+
+Batches are read while the model trains, in an order that follows `seed`. Answers are scored like those
+of the desk benchmark: exactly right if greedy decoding says every token of the answer and its end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.data.question_files import Question, check_disjoint, open_square, read_questions
+from jaxmethods.data.vision_sources import image_processor, load_model
+from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import Output
+from jaxmethods.models.mllm import MLLM
+from jaxmethods.runtime import compiler
+from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal.questions import Split, accuracies
+from jaxmethods.testbeds.multimodal.settings import Checkpoint, TuningConfig
+from jaxmethods.tuning import metrics
+from jaxmethods.tuning.tuner import Tuner, TuningState, adamw, answer_loss, init_state, tuning_step
+
+# The conversation of LLaVA-1.5 ("v1"), as it was trained.
+BEFORE = (
+  "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+  "detailed, and polite answers to the user's questions. USER: "
+)
+AFTER = " ASSISTANT:"
+
+
+# Questions -> a batch: {"features", "ids", "labels"}.
+Reader = Callable[[Sequence[Question]], dict[str, np.ndarray]]
+
+
+class Answering(MLLM):
+  """An `MLLM` with the interface of the desk model: (ids (B, K, T), features=pixels)."""
+
+  def __call__(self, ids: jax.Array, *, features: jax.Array, **keywords: Any) -> Output:  # type: ignore[override]
+    """Logits (B, K, T, V); padding is on the right, where the causal mask hides it."""
+    batch, count, length = ids.shape
+    pixels = jnp.repeat(features, count, axis=0)
+    out = super().__call__(ids.reshape(-1, length), pixels, **keywords)
+    if out.logits is None:
+      return out
+    return out._replace(logits=out.logits.reshape(batch, count, length, -1))
+
+
+class Material(NamedTuple):
+  """What a run needs.
+
+  Attributes:
+    model, params: the checkpoint.
+    train: questions of the target.
+    tests: those that are tested on by name, the target's under "target".
+    batch: questions -> {"features", "ids", "labels"}.
+    about: the line for reports.
+  """
+
+  model: Answering
+  params: dict[str, Any]
+  train: list[Question]
+  tests: dict[str, list[Question]]
+  batch: Reader
+  about: str
+
+
+def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
+  """Reads the checkpoint and the questions.
+
+  Raises:
+    InputError: missing or malformed files, or an image that is both trained and tested on.
+  """
+  if not (checkpoint.train and checkpoint.test and checkpoint.upstream):
+    raise InputError("checkpoint: needs train, test and upstream, files of questions")
+  train = read_questions(Path(checkpoint.train).expanduser())
+  files = {**checkpoint.upstream, "target": checkpoint.test}
+  tests = {name: read_questions(Path(file).expanduser()) for name, file in files.items()}
+  for name, questions in tests.items():
+    check_disjoint(train, questions, name)
+  model, params, batch = open_model(checkpoint, mesh)
+  tested = ", ".join(f"{len(q)} of {name}" for name, q in tests.items())
+  trained = f"{len(train)} training questions from {checkpoint.train}"
+  about = f"{checkpoint.model}; {trained}; tested on {tested}"
+  return Material(model, params, train, tests, batch, about)
+
+
+def open_model(
+  checkpoint: Checkpoint, mesh: Any = None
+) -> tuple[Answering, dict[str, Any], Reader]:
+  """The model of a checkpoint, its parameters, and what turns questions into its batches.
+
+  Raises:
+    InputError: missing or malformed files, or no LLaVA-style model.
+  """
+  loaded = load_model(
+    checkpoint.model,
+    mesh=mesh,
+    scan_layers=checkpoint.scan_layers,
+    remat=checkpoint.remat,
+    dtype=checkpoint.dtype,
+  )
+  if not isinstance(loaded.model, MLLM):
+    raise InputError(f"{checkpoint.model}: is no LLaVA-style model")
+  old = loaded.model
+  model = Answering(old.config, old.scan_layers, old.dtype, old.param_dtype, old.remat)
+  batch = reader(model, loaded.files.tokenizer(), image_processor(loaded.files), checkpoint)
+  return model, loaded.params, batch
+
+
+def reader(model: Answering, tokenizer: Any, process: Callable, checkpoint: Checkpoint) -> Reader:
+  """Questions -> features (B, height, width, 3), ids (B, 1, T), labels (B, 1, T).
+
+  T is the multiple of 32 that the longest text needs: few lengths, few programs.
+  """
+  image = [model.config.image_token] * model.config.tokens_per_image
+  begin = tokenizer(BEFORE).input_ids
+  encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+  def text(question: Question) -> tuple[list[int], int]:
+    """Tokens, and how many of them are no answer."""
+    prompt = [*begin, *image, *encode("\n" + question.question + AFTER)]
+    answer = [*encode(question.answer), tokenizer.eos_token_id]
+    if len(prompt) + len(answer) > checkpoint.max_length:
+      raise InputError(
+        f"checkpoint.max_length: {question.image.name} and its question and answer are "
+        f"{len(prompt) + len(answer)} tokens, more than {checkpoint.max_length}"
+      )
+    return prompt + answer, len(prompt)
+
+  def batch(questions: Sequence[Question]) -> dict[str, np.ndarray]:
+    texts = [text(question) for question in questions]
+    longest = -(-max(len(tokens) for tokens, _ in texts) // 32) * 32
+    ids = np.zeros((len(texts), 1, longest), np.int32)
+    labels = np.full(ids.shape, IGNORED, np.int32)
+    for row, (tokens, start) in enumerate(texts):
+      ids[row, 0, : len(tokens) - 1] = tokens[:-1]
+      labels[row, 0, start - 1 : len(tokens) - 1] = tokens[start:]
+    red, green, blue = checkpoint.padding
+    images = [open_square(question.image, (red, green, blue)) for question in questions]
+    return {"features": process(images), "ids": ids, "labels": labels}
+
+  return batch
+
+
+def build(
+  config: TuningConfig,
+  make_tuner: Callable[[Answering], Tuner],
+  mesh: Any = None,
+  material: Material | None = None,
+) -> Experiment:
+  """Composes the experiment.
+
+  Args:
+    config: budget, rates, checkpoint.
+    make_tuner: model -> how it is tuned.
+    mesh: over which the parameters are spread; None: one device.
+    material: default: what `config.checkpoint` names.
+  """
+  material = material or load(config.checkpoint, mesh)
+  model, train = material.model, material.train
+  tuner = make_tuner(model)
+  if config.batch_size > len(train):
+    raise InputError(f"batch_size: {config.batch_size} is more than the {len(train)} questions")
+  optimiser = adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
+  update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)
+  tests = {
+    name: split_of(material.batch, questions[: config.checkpoint.test_questions])
+    for name, questions in material.tests.items()
+  }
+  scores = functools.partial(accuracies_of, chunk=config.checkpoint.chunk)
+  before = pretrained_scores(model, material.params, tests, config.checkpoint.chunk)
+
+  def init(key: jax.Array) -> TuningState:
+    probe = jax.device_put(material.batch(train[: min(config.probe_size, len(train))]))
+    return init_state(tuner, optimiser, key, material.params, probe)
+
+  def batches(k: int) -> Iterator[dict[str, np.ndarray]]:
+    each = len(train) // config.batch_size
+    while True:
+      order = np.random.default_rng((config.seed, k // each)).permutation(len(train))
+      start = k % each * config.batch_size
+      yield material.batch([train[i] for i in order[start : start + config.batch_size]])
+      k += 1
+
+  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
+    after = scores(tuning.tuned(tuner, model, state), test["tests"])
+    upstream = [name for name in after if name != "target"]
+    stack = lambda of: jnp.stack([of[name] for name in upstream])
+    summary = metrics.summary(
+      stack(test["before"]), stack(after), test["before"]["target"], after["target"]
+    )
+    return {"H": summary.pop("H"), **{name: after[name] for name in upstream}, **summary}
+
+  return Experiment(
+    init=init,
+    batches=batches,
+    step=update,
+    evaluate=evaluate,
+    test={"tests": tests, "before": before},
+    figures=lambda state: {},
+    num_steps=config.steps,
+    about=material.about,
+  )
+
+
+def split_of(batch: Reader, questions: Sequence[Question]) -> Split:
+  """Questions ready to be answered."""
+  arrays = batch(questions)
+  return Split(**arrays, family=np.zeros(arrays["ids"].shape[:2], np.int32))
+
+
+def accuracies_of(run: Any, tests: Mapping[str, Split], chunk: int) -> dict[str, jax.Array]:
+  """Accuracy of a model on every set by its name, in percent; `chunk` questions at once."""
+  return {name: accuracies(run, split, (name,), chunk)[name] for name, split in tests.items()}
+
+
+def pretrained_scores(
+  model: Answering, params: dict[str, Any], tests: Mapping[str, Split], chunk: int
+) -> dict[str, jax.Array]:
+  """The same of the model as it is in the checkpoint."""
+
+  @compiler.jit
+  def scores(params, tests):
+    run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+    return accuracies_of(run, tests, chunk)
+
+  return scores(params, tests)

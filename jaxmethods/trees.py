@@ -1,0 +1,92 @@
+"""Paths of pytrees: nested dicts as {"a/b/c": leaf} and back, split and merged by path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+Predicate = Callable[[str], bool]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Flattens nested dicts to {"a/b/c": leaf}."""
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Nests {"a/b/c": leaf} again, in the order in which jax flattens dicts."""
+  return traverse_util.unflatten_dict(dict(sorted(flat.items())), sep="/")
+
+
+def owner(path: str) -> str:
+  """Returns the module that a parameter path belongs to: "a/b" of "a/b/kernel"."""
+  return path.rpartition("/")[0]
+
+
+def below(module: str, name: str) -> str:
+  """Returns the path of a module's parameter; the module of the root is ""."""
+  return f"{module}/{name}" if module else name
+
+
+def is_stacked(path: str) -> bool:
+  """Tells whether a parameter belongs to scanned layers: its first axis counts them."""
+  return "layers" in path.split("/")
+
+
+def split(params: Mapping[str, Any], shared: Predicate) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Splits nested dicts into the leaves whose path "a/b/c" satisfies `shared`, and the others.
+
+  Args:
+    params: nested dicts of arrays.
+    shared: predicate on the path.
+
+  Returns:
+    (shared part, local part); dicts that would be empty are left out.
+  """
+
+  def part(tree: Mapping[str, Any], prefix: str, wanted: bool) -> dict[str, Any]:
+    out = {}
+    for name, child in tree.items():
+      path = prefix + name
+      if isinstance(child, Mapping):
+        if inner := part(child, path + "/", wanted):
+          out[name] = inner
+      elif bool(shared(path)) == wanted:
+        out[name] = child
+    return out
+
+  return part(params, "", True), part(params, "", False)
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """Joins two nested dicts without common leaves; the inverse of `split`."""
+  out = dict(a)
+  for name, child in b.items():
+    if name not in out:
+      out[name] = child
+    elif isinstance(child, Mapping) and isinstance(out[name], Mapping):
+      out[name] = merge(out[name], child)
+    else:
+      raise ValueError(f"both parts hold {name!r}")
+  # Sorted like jax flattens dicts, so that split and merge give back the very same tree.
+  return dict(sorted(out.items()))
+
+
+def everything(path: str) -> bool:
+  """Shares every parameter (FedAvg)."""
+  del path
+  return True
+
+
+def nothing(path: str) -> bool:
+  """Shares no parameter (local training)."""
+  del path
+  return False
+
+
+def all_but(*names: str) -> Predicate:
+  """Shares every parameter except those with one of `names` in their path (FedPer: the head)."""
+  return lambda path: not set(names) & set(path.split("/"))

@@ -1,0 +1,323 @@
+"""What a way of tuning a model is (`Tuner`), and the one training step that all of them share.
+
+A tuner is a few pure functions over three trees: what is trained, what is frozen, and what else a
+checkpoint has to hold (masks, importances, the pretrained values). The plain ones are here: some of the
+model's own parameters (`selected`), and an adapter beside them (`adapted`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmethods import trees
+from jaxmethods.adapters import adapter as adapters
+from jaxmethods.adapters.adapter import Adapter, Params, Tree
+from jaxmethods.adapters.targets import ATTENTION, BLOCK, MLP, matching
+from jaxmethods.adapters.training import token_cross_entropy
+from jaxmethods.trees import flatten, unflatten
+
+Batch = Mapping[str, jax.Array]
+
+# Parameters by what they belong to, as regular expressions on their paths.
+PROJECTOR = r"^projector/"
+LANGUAGE = r"^language/"
+EVERYTHING = r"^(projector|language)/"
+LINEARS = rf"^language/.*{BLOCK}"
+ATTENTION_LINEARS = rf"^language/.*{ATTENTION}"
+MLP_LINEARS = rf"^language/.*{MLP}"
+
+
+class TunerState(NamedTuple):
+  """Everything a tuner needs besides the optimiser.
+
+  Attributes:
+    trainable: gradients are taken for this, and for nothing else.
+    frozen: the rest of what the model is run with.
+    extra: masks, importances, pretrained values; {} if there are none.
+  """
+
+  trainable: Tree
+  frozen: Tree
+  extra: Tree
+
+
+class Gradients(NamedTuple):
+  """Of one step, before and after clipping by their global norm."""
+
+  raw: Tree
+  clipped: Tree
+
+
+class Run(Protocol):
+  """The tuned model: called like `model.apply` without its variables."""
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+# (the tuned model, batch, key of dropout or None) -> (sum over what counts, how much counts).
+Loss = Callable[[Run, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+def no_penalty(trainable: Tree, frozen: Tree, extra: Tree) -> jax.Array:
+  del trainable, frozen, extra
+  return jnp.zeros(())
+
+
+def nothing_before(step, trainable, frozen, extra):
+  del step, frozen
+  return trainable, extra
+
+
+def nothing_after(step, gradients, before, trainable, frozen, extra):
+  del step, gradients, before, frozen
+  return trainable, extra
+
+
+class Tuner(NamedTuple):
+  """One way of tuning.
+
+  Attributes:
+    init: (key, params, probe) -> state. `params` is the whole pretrained model; `probe` a batch of the
+      target's training data for what needs statistics (others ignore it).
+    apply: (model, trainable, frozen, extra, *args, **kwargs) -> output of the tuned model.
+    finalize: (trainable, frozen, extra) -> parameters of the plain model that is kept in the end:
+      the merged one, or an edited one (posterior methods); None where there is none.
+    rates: trainable -> tree of labels like it, "decoder", "projector", "adapter", "prompt", ...:
+      groups that have learning rates of their own.
+    penalty: (trainable, frozen, extra) -> scalar added to the loss.
+    pre_step: (step, trainable, frozen, extra) -> (trainable, extra), before the forward pass.
+    post_step: (step, gradients, before, trainable, frozen, extra) -> (trainable, extra), after the
+      optimiser; `before` is the trainable part that the gradients were taken at.
+  """
+
+  init: Callable[[jax.Array, Params, Batch], TunerState]
+  apply: Callable[..., Any]
+  finalize: Callable[[Tree, Tree, Tree], dict[str, Any]] | None
+  rates: Callable[[Tree], Tree]
+  penalty: Callable[[Tree, Tree, Tree], jax.Array] = no_penalty
+  pre_step: Callable[..., tuple[Tree, Tree]] = nothing_before
+  post_step: Callable[..., tuple[Tree, Tree]] = nothing_after
+
+
+class TuningState(NamedTuple):
+  """One pytree: all that a checkpoint needs.
+
+  Attributes:
+    step: steps done.
+    key: of the data order and dropout; key data, not a typed key.
+    tuner: see `TunerState`.
+    opt_state: of the optimiser, for `tuner.trainable`.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  tuner: TunerState
+  opt_state: Any
+
+
+def tuning_step(
+  tuner: Tuner,
+  model: nn.Module,
+  optimiser: optax.GradientTransformation,
+  loss: Loss,
+  *,
+  clip: float = 1.0,
+) -> Callable[[TuningState, Batch], tuple[TuningState, dict[str, jax.Array]]]:
+  """The pure step (state, batch) -> (state, metrics) of every way of tuning; the caller jits it.
+
+  Order: `pre_step`, forward and backward, clipping, optimiser, `post_step`.
+
+  Args:
+    tuner: what is trained and how.
+    model: the module that `tuner.apply` runs.
+    optimiser: for the trained part, without clipping; see `adamw`.
+    loss: mean = sum / count; the tuner's penalty is added to the mean.
+    clip: bound of the global gradient norm.
+  """
+
+  def step(state: TuningState, batch: Batch):
+    trainable, frozen, extra = state.tuner
+    trainable, extra = tuner.pre_step(state.step, trainable, frozen, extra)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def objective(trainable):
+      run = lambda *args, **kwargs: tuner.apply(model, trainable, frozen, extra, *args, **kwargs)
+      total, count = loss(run, batch, key)
+      task = total / jnp.maximum(count, 1)
+      return task + tuner.penalty(trainable, frozen, extra), task
+
+    (whole, task), raw = jax.value_and_grad(objective, has_aux=True)(trainable)
+    norm = optax.tree.norm(raw)
+    clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), raw)
+    updates, opt_state = optimiser.update(clipped, state.opt_state, trainable)
+    new = optax.apply_updates(trainable, updates)
+    new, extra = tuner.post_step(state.step, Gradients(raw, clipped), trainable, new, frozen, extra)
+    metrics = {"loss": whole, "task_loss": task, "grad_norm": norm}
+    return TuningState(
+      state.step + 1, state.key, TunerState(new, frozen, extra), opt_state
+    ), metrics
+
+  return step
+
+
+def init_state(
+  tuner: Tuner,
+  optimiser: optax.GradientTransformation,
+  key: jax.Array,
+  params: Params,
+  probe: Batch,
+) -> TuningState:
+  """The state before the first step; `key` also gives the data order."""
+  order, start = jax.random.split(key)
+  state = tuner.init(start, params, probe)
+  # A donated state must not hold a buffer twice, nor one that belongs to the caller.
+  state = jax.tree.map(jnp.copy, state)
+  return TuningState(
+    jnp.zeros((), jnp.int32), jax.random.key_data(order), state, optimiser.init(state.trainable)
+  )
+
+
+class RateState(NamedTuple):
+  """Steps done, and the peak rate of every group: data, so that one program serves all rates."""
+
+  steps: jax.Array
+  rates: dict[str, jax.Array]
+
+
+def adamw(
+  rates: Mapping[str, float],
+  labels: Callable[[Tree], Tree],
+  steps: int,
+  *,
+  warmup: float = 0.03,
+) -> optax.GradientTransformation:
+  """Adam without weight decay; every group has its own rate, warmed up and then a cosine to 0.
+
+  Args:
+    rates: peak learning rate by label.
+    labels: `Tuner.rates`.
+    steps: of the whole run.
+    warmup: share of the steps over which the rate rises in a straight line.
+  """
+  rise = round(warmup * steps)
+  shape = optax.warmup_cosine_decay_schedule(0.0 if rise else 1.0, 1.0, rise, steps)
+
+  def init(trainable: Tree) -> RateState:
+    used = set(jax.tree.leaves(labels(trainable)))
+    if unknown := used - set(rates):
+      raise ValueError(f"no learning rate for the group {min(unknown)!r}")
+    return RateState(
+      jnp.zeros((), jnp.int32), {label: jnp.float32(rates[label]) for label in sorted(used)}
+    )
+
+  def update(updates: Tree, state: RateState, trainable: Tree | None = None):
+    del trainable
+    scale = lambda update, label: -shape(state.steps) * state.rates[label] * update
+    updates = jax.tree.map(scale, updates, labels(updates))
+    return updates, state._replace(steps=state.steps + 1)
+
+  return optax.chain(optax.scale_by_adam(), optax.GradientTransformation(init, update))
+
+
+def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of the answer's words.
+
+  Args:
+    run: the tuned `models.desk_mllm.DeskMLLM`.
+    batch: features (B, N, F), ids (B, K, T), labels (B, K, T): the next token where it belongs to the
+      answer, else `IGNORED`.
+    key: of dropout.
+  """
+  rngs = None if key is None else {"dropout": key}
+  output = run(batch["ids"], features=batch["features"], rngs=rngs)
+  return token_cross_entropy(output.logits, batch["labels"])
+
+
+def selected(
+  targets: str,
+  *,
+  finalize: Callable[[Tree, Tree, Tree], dict[str, Any]] | None = None,
+  **hooks: Any,
+) -> Tuner:
+  """Trains those of the model's own parameters in whose path `targets` is found.
+
+  Args:
+    targets: regular expression, e.g. `EVERYTHING`, `PROJECTOR`; must match something.
+    finalize: default: the parameters as they are.
+    **hooks: penalty, pre_step, post_step of `Tuner`.
+  """
+
+  def init(key, params, probe) -> TunerState:
+    del key, probe
+    return TunerState(*split_params(params, targets), {})
+
+  def apply(model, trainable, frozen, extra, *args, **kwargs):
+    del extra
+    return model.apply({"params": trees.merge(trainable, frozen)}, *args, **kwargs)
+
+  return Tuner(init, apply, finalize or together, own_rates, **hooks)
+
+
+def adapted(adapter: Adapter, targets: str = LINEARS, also: str | None = PROJECTOR) -> Tuner:
+  """Trains an adapter on the linear layers `targets`, and the parameters `also` themselves.
+
+  The trainable part is {"adapter": ..., "params": ...}, and so is the frozen one.
+
+  Args:
+    adapter: of `jaxmethods.adapters`.
+    targets: what it acts on.
+    also: regular expression; None: nothing else is trained.
+  """
+
+  def init(key, params, probe) -> TunerState:
+    del probe
+    tree = adapter.init(key, params, targets)
+    trained, fixed = adapters.split(adapter, tree)
+    own, rest = split_params(params, also) if also else ({}, dict(params))
+    return TunerState({"adapter": trained, "params": own}, {"adapter": fixed, "params": rest}, {})
+
+  def whole(trainable, frozen):
+    join = lambda name: trees.merge(trainable[name], frozen[name])
+    return join("params"), join("adapter")
+
+  def apply(model, trainable, frozen, extra, *args, **kwargs):
+    del extra
+    return adapters.apply(adapter, model, *whole(trainable, frozen), *args, **kwargs)
+
+  def merge(trainable, frozen, extra):
+    del extra
+    assert adapter.merge is not None
+    return adapter.merge(*whole(trainable, frozen))
+
+  def rates(trainable):
+    return {
+      "adapter": jax.tree.map(lambda _: "adapter", trainable["adapter"]),
+      "params": own_rates(trainable["params"]),
+    }
+
+  return Tuner(init, apply, merge if adapter.merge else None, rates)
+
+
+def split_params(params: Params, targets: str) -> tuple[Tree, Tree]:
+  """(parameters in whose path `targets` is found, the others); raises if there are none."""
+  found = set(matching(flatten(params), targets))
+  return trees.split(params, lambda path: path in found)
+
+
+def together(trainable: Tree, frozen: Tree, extra: Tree) -> dict[str, Any]:
+  """The parameters of a model of which some were trained."""
+  del extra
+  return trees.merge(trainable, frozen)
+
+
+def own_rates(trainable: Tree) -> Tree:
+  """Labels of the model's own parameters: "projector" or "decoder"."""
+  label = lambda path: "projector" if re.search(PROJECTOR, path) else "decoder"
+  return unflatten({path: label(path) for path in flatten(trainable)})
