@@ -1,22 +1,31 @@
-"""Paths of pytrees: nested dicts as {"a/b/c": leaf} and back, split and merged by path."""
+"""Names of trees as types, and paths of pytrees: nested dicts as {"a/b/c": leaf}, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import traverse_util
 
-Predicate = Callable[[str], bool]
+# The one place where the types that Python cannot spell out are written as `Any`.
+PyTree: TypeAlias = (
+  Any  # arrays in dicts, tuples, lists, named tuples or dataclasses, however nested
+)
+Params: TypeAlias = Mapping[str, PyTree]  # nested dicts of arrays by name, which nobody changes
+Tree: TypeAlias = dict[str, PyTree]  # the same, just built: may still be filled
+Flat: TypeAlias = dict[str, jax.Array]  # {"a/b/c": leaf}
+Json: TypeAlias = Mapping[str, Any]  # an object of a JSON or YAML file
+Key: TypeAlias = jax.Array  # typed key of jax.random
+Predicate: TypeAlias = Callable[[str], bool]  # on the path "a/b/c"
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+def flatten(tree: Params) -> Flat:
   """Flattens nested dicts to {"a/b/c": leaf}."""
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, PyTree]) -> Tree:
   """Nests {"a/b/c": leaf} again, in the order in which jax flattens dicts."""
   return traverse_util.unflatten_dict(dict(sorted(flat.items())), sep="/")
 
@@ -36,7 +45,7 @@ def is_stacked(path: str) -> bool:
   return "layers" in path.split("/")
 
 
-def split(params: Mapping[str, Any], shared: Predicate) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Params, shared: Predicate) -> tuple[Tree, Tree]:
   """Splits nested dicts into the leaves whose path "a/b/c" satisfies `shared`, and the others.
 
   Args:
@@ -47,7 +56,7 @@ def split(params: Mapping[str, Any], shared: Predicate) -> tuple[dict[str, Any],
     (shared part, local part); dicts that would be empty are left out.
   """
 
-  def part(tree: Mapping[str, Any], prefix: str, wanted: bool) -> dict[str, Any]:
+  def part(tree: Params, prefix: str, wanted: bool) -> Tree:
     out = {}
     for name, child in tree.items():
       path = prefix + name
@@ -61,7 +70,7 @@ def split(params: Mapping[str, Any], shared: Predicate) -> tuple[dict[str, Any],
   return part(params, "", True), part(params, "", False)
 
 
-def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+def merge(a: Params, b: Params) -> Tree:
   """Joins two nested dicts without common leaves; the inverse of `split`."""
   out = dict(a)
   for name, child in b.items():
