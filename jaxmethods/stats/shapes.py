@@ -1,0 +1,35 @@
+"""Shapes checked at the door of a function, in one line that names the argument."""
+
+from __future__ import annotations
+
+import chex
+from jax.typing import ArrayLike
+from numpy import shape as shape_of
+
+
+def check(**arguments: tuple[ArrayLike, str]) -> None:
+  """Checks arrays against shapes whose axes have names.
+
+  An axis of one name has one size in all arguments of a call; a number stands for itself; a leading
+  "..." for any axes: `check(logits=(logits, "B C"), labels=(labels, "B"), pixels=(x, "... 28 28"))`.
+
+  Args:
+    **arguments: name -> (array, shape).
+
+  Raises:
+    ValueError: "labels: expected shape (B=4,), got (3,)".
+  """
+  sizes: dict[str, int] = {}
+  for name, (array, axes) in arguments.items():
+    expected, given = axes.split(), shape_of(array)
+    named = [axis for axis in expected if axis != "..."]
+    own = dict(zip(reversed(named), reversed(given), strict=False))
+    known = own | sizes | {axis: int(axis) for axis in named if axis.isdigit()}
+    wanted = [... if axis == "..." else known.get(axis) for axis in expected]
+    try:
+      chex.assert_shape(array, tuple(wanted))
+    except AssertionError:
+      shown = [f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in expected]
+      inside = ", ".join(shown) + ("," if len(shown) == 1 else "")
+      raise ValueError(f"{name}: expected shape ({inside}), got {given}") from None
+    sizes |= {axis: size for axis, size in known.items() if not axis.isdigit()}
