@@ -7,7 +7,7 @@ the same command continues, and a second one on the same folder (with other rows
 
   python -m benchmarks.mllm_tuning search            # -> runs.jsonl
   python -m benchmarks.mllm_tuning table             # -> runs.jsonl
-  python -m benchmarks.mllm_tuning report            # -> benchmarks/results/mllm_tuning.md, .json, .png
+  python -m benchmarks.mllm_tuning report            # -> results/mllm_tuning_rows.md, .json, .png
 """
 
 from __future__ import annotations
@@ -303,10 +303,11 @@ def report(args: argparse.Namespace) -> None:
   text += ["\n## Search of the rates\n", searched(args)]
   stem = RESULTS / "mllm_tuning"
   head = "# Ways to tune one model\n" + introduction(args, lines)
-  stem.with_suffix(".md").write_text("\n".join([head, *text]) + "\n")
+  # The page of the method, mllm_tuning.md, is written by hand and by benchmarks.tables.
+  (RESULTS / "mllm_tuning_rows.md").write_text("\n".join([head, *text]) + "\n")
   stem.with_suffix(".json").write_text(json.dumps(finished(args), indent=0) + "\n")
   tuning_figures.tradeoff(points(of), PARADIGMS).savefig(stem.with_suffix(".png"), dpi=120)
-  print(f"wrote {stem}.md, .json and .png")
+  print(f"wrote {stem}_rows.md, {stem}.json and .png")
 
 
 def cost_of(name: str) -> tuple[str, str]:

@@ -1,0 +1,491 @@
+"""What each method claims, how it was tested here, and where the numbers lie: data only.
+
+A new method adds its JSON to `results/`, a page, a line in TASKS and its claims; `tables.py` does the
+rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.fedssp_settings import PUBLISHED as FEDSSP
+from benchmarks.fedssp_settings import SETTINGS
+
+
+class Cell(NamedTuple):
+  """One number of a results file."""
+
+  file: str
+  row: str
+  metric: str
+
+
+class Need(NamedTuple):
+  """A precondition: without it the data could not have shown the claim.
+
+  Attributes:
+    text: the condition, as a statement.
+    short: a name for the number, of some 15 letters.
+    here: the number that decides it.
+    minus: subtracted from `here` by seed; the whole 95 % interval has to meet the limit then.
+    least: the lowest value that meets the condition.
+    most: the highest one.
+  """
+
+  text: str
+  short: str
+  here: Cell
+  minus: Cell | None = None
+  least: float | Cell | None = None
+  most: float | Cell | None = None
+
+
+class Claim(NamedTuple):
+  """One line of a verdict table.
+
+  Attributes:
+    method: name of the method and of its page.
+    text: the claim.
+    setting: data and metric, short.
+    ours: the row that makes the claim.
+    rivals: rows of the same file and metric; the best of them is shown.
+    published: the published pair, ours and the rival's; "-" where none could be read.
+    lower: whether low values are good.
+    needs: preconditions.
+    headline: whether the README shows it.
+    no_verdict: said in its place where the paper claims nothing of the kind.
+  """
+
+  method: str
+  text: str
+  setting: str
+  ours: Cell
+  rivals: tuple[str, ...]
+  published: str = "-"
+  lower: bool = False
+  needs: tuple[Need, ...] = ()
+  headline: bool = False
+  no_verdict: str = ""
+
+
+class Ratio(NamedTuple):
+  """Our time divided by a peer's.
+
+  Attributes:
+    text: the workload.
+    peer: the other program.
+    file: a results file.
+    path: keys of the ratio in it, or of our time if `over` is given.
+    over: keys of the peer's time.
+  """
+
+  text: str
+  peer: str
+  file: str
+  path: tuple[str | int, ...]
+  over: tuple[str | int, ...] = ()
+
+
+TASKS = {
+  "fedssp": "federated graph classification, spectra shared",
+  "ggeur": "federated embeddings, enlarged along class shapes",
+  "rahfl": "federated clients, unlike networks, corrupted images",
+  "acgkd": "distils a graph network without graphs (reconstruction)",
+  "mllm_tuning": "39 ways to tune one multimodal model",
+  "lorasculpt": "low-rank tuning, pruned early, that forgets less",
+  "spider": "tunes the weights that the task needs most",
+  "thanora": "one low-rank update for several tasks (inferred)",
+  "bye": "finds poisoned tuning data by attention collapse",
+  "cot_kinetics": "which reasoned answers to trust (reconstruction)",
+}
+
+SOURCES = {
+  "fedssp": "table 1 of the follow-up FedIGL, which reprints FedSSP's settings",
+  "ggeur": "secondary reports of the paper's tables, CLIP embeddings; not our data",
+  "rahfl": "tables 5 to 7 as the official repository reproduces them; whole CIFAR-10",
+  "lorasculpt": "table 1 as a third-party reproduction quotes it; LLaVA-1.5-7B on IconQA",
+  "spider": "table 1 of Model-Dowser (arXiv 2602.04509), as a public summary gives it; NVILA-Lite 2B",
+  "bye": "tables 1 and 2 of the paper; LLaVA on ScienceQA",
+}
+
+# Files whose numbers are per cent already; others hold shares of one, unless the file says its unit.
+PERCENT = {"lorasculpt", "spider", "thanora", "mllm_tuning"}
+
+# --- FedSSP ---------------------------------------------------------------------------------------
+
+_PREFERENCE = Need(
+  "the preference acts: its norm reaches that of the published code's options",
+  "its norm",
+  Cell("audit", "fedssp", "preference_norm"),
+  least=Cell("audit", "fedssp", "preference_norm_published"),
+)
+
+
+def _published_setting(index: int, setting: str) -> Claim:
+  """FedSSP against the best rival of one published setting."""
+  rival = max(FEDSSP.keys() - {"fedssp"}, key=lambda row: FEDSSP[row][index])
+  return Claim(
+    "fedssp",
+    "above every rival",
+    f"TU {setting}, accuracy %",
+    Cell(f"fedssp_settings#{setting}", "fedssp", "test_accuracy"),
+    ("fedstar", "gcfl", "fedavg", "fedprox", "fedper", "local"),
+    f"{FEDSSP['fedssp'][index]:.1f}; {rival} {FEDSSP[rival][index]:.1f}",
+    headline=setting in ("SM", "BIO-SN-CV"),
+  )
+
+
+_EMBEDDED = Cell("fedssp_embedded", "fedssp", "test_accuracy")
+FEDSSP_CLAIMS = (
+  *(_published_setting(i, setting) for i, setting in enumerate(SETTINGS)),
+  Claim(
+    "fedssp",
+    "above FedAvg",
+    "TU SM, accuracy %",
+    Cell("fedssp_settings#SM", "fedssp", "test_accuracy"),
+    ("fedavg",),
+    f"{FEDSSP['fedssp'][0]:.1f}; fedavg {FEDSSP['fedavg'][0]:.1f}",
+  ),
+  Claim(
+    "fedssp",
+    "above every rival with its own network",
+    "embedded graphs, accuracy %",
+    _EMBEDDED,
+    ("fedstar", "gcfl", "fedavg", "fedprox", "fedper", "local"),
+  ),
+  Claim(
+    "fedssp",
+    "above local training of the same network",
+    "embedded graphs, accuracy %",
+    _EMBEDDED,
+    ("local_spectral",),
+  ),
+  Claim(
+    "fedssp",
+    "encoder sharing above local training",
+    "embedded graphs, accuracy %",
+    _EMBEDDED._replace(row="gsks"),
+    ("local_spectral",),
+  ),
+  Claim(
+    "fedssp",
+    "the preference adds to encoder sharing",
+    "embedded graphs, accuracy %",
+    _EMBEDDED,
+    ("gsks",),
+    needs=(_PREFERENCE,),
+  ),
+)
+
+# --- GGEUR ----------------------------------------------------------------------------------------
+
+_CLIP = "CIFAR-100, beta 0.1: 77.7; fedavg 68.2"
+GGEUR_CLAIMS = (
+  Claim(
+    "ggeur",
+    "above FedAvg",
+    "Office-Caltech, GoogLeNet features, accuracy %",
+    Cell("ggeur_office", "ggeur", "test_accuracy"),
+    ("fedavg",),
+    _CLIP,
+    headline=True,
+  ),
+  Claim(
+    "ggeur",
+    "above FedAvg and its relatives",
+    "embedded digits, accuracy %",
+    Cell("ggeur_embedded", "ggeur", "test_accuracy"),
+    ("fedavg", "fedprox", "scaffold", "moon", "feddyn", "fedadam", "fedntd", "local"),
+    _CLIP,
+  ),
+  *(
+    Claim(
+      "ggeur",
+      "above FedAvg with as many steps",
+      f"{name}, accuracy %",
+      Cell(f"ggeur_steps_{part}", "ggeur", "test_accuracy"),
+      ("fedavg_repeated",),
+      headline=part == "both",
+    )
+    for part, name in (
+      ("both", "embedded digits"),
+      ("domains", "digits, domain skew alone"),
+      ("labels", "MNIST, label skew alone"),
+    )
+  ),
+  *(
+    Claim(
+      "ggeur",
+      "directions add to balanced copies",
+      f"{name}, accuracy %",
+      Cell(file, "ggeur", "test_accuracy"),
+      ("ggeur_copies",),
+    )
+    for file, name in (
+      ("ggeur_embedded", "embedded digits"),
+      ("ggeur_steps_domains", "digits, domain skew alone"),
+      ("ggeur_steps_labels", "MNIST, label skew alone"),
+    )
+  ),
+)
+
+# --- RAHFL ----------------------------------------------------------------------------------------
+
+_RIVALS = ("local", "aughfl", "rhfl", "fedmd", "feddf", "fedproto")
+RAHFL_CLAIMS = tuple(
+  Claim(
+    "rahfl",
+    "above every rival on corrupted images",
+    f"{name}, corrupted accuracy %",
+    Cell(file, "rahfl", "corrupted_accuracy"),
+    _RIVALS,
+    published,
+    needs=(need,),
+    headline=True,
+  )
+  for file, name, published, need in (
+    (
+      "rahfl_embedded",
+      "embedded digits",
+      "77.8; aughfl 68.5",
+      Need(
+        "training alone is above ridge regression on raw pixels, same images",
+        "local vs ridge",
+        Cell("rahfl_embedded", "local", "corrupted_accuracy"),
+        least=Cell("audit", "ridge", "corrupted_accuracy"),
+      ),
+    ),
+    (
+      "rahfl_cifar",
+      "CIFAR-10 at 16 x 16",
+      "77.6; aughfl 70.0",
+      # ln 2: the cross-entropy of an image that has just half of the probability on its own class.
+      Need(
+        "training alone fits its own images: training cross-entropy below ln 2",
+        "training loss",
+        Cell("audit", "rahfl_cifar", "training_loss"),
+        most=0.69,
+      ),
+    ),
+  )
+)
+
+# --- ACGKD ----------------------------------------------------------------------------------------
+
+_GFKD = ("gfkd", "gfkd_lr=1")
+ACGKD_CLAIMS = tuple(
+  Claim(
+    "acgkd",
+    text,
+    f"{data}, {kind} student, accuracy %",
+    Cell(f"{file}#{kind.lower()}", "acgkd", "test_accuracy"),
+    rivals,
+    headline=data == "MUTAG" and rivals != _GFKD,
+  )
+  for text, rivals in (
+    ("above GFKD", _GFKD),
+    ("above every graph-free rival", (*_GFKD, "gfkd_published", "deepinversion", "random")),
+  )
+  for file, data in (
+    ("acgkd_mutag_students", "MUTAG"),
+    ("acgkd_ptc_mr", "PTC_MR"),
+    ("acgkd_proteins", "PROTEINS"),
+    ("acgkd_imdb_binary", "IMDB-BINARY"),
+    ("acgkd_collab", "COLLAB"),
+    ("acgkd_reddit_binary", "REDDIT-BINARY"),
+  )
+  for kind in ("GCN", "GIN")
+)
+
+# --- tuning of multimodal models ------------------------------------------------------------------
+
+_SUITE = (
+  "joint full full_no_head last_layers projector bitfit attention gate_up magnitude_mask gradient_mask "
+  "random_mask l2_sp ewc dare grafting half wise ties tailor serial_adapter parallel_adapter ia3 prompt "
+  "prefix lora lora_plus rslora dora vera moslora pissa milora corda adalora oft loramoe lorasculpt"
+)
+TUNING_CLAIMS = (
+  Claim(
+    "mllm_tuning",
+    "best row and the next of 39",
+    "digits, 350 steps, H",
+    Cell("mllm_tuning", "spider", "H"),
+    tuple(_SUITE.split()),
+    headline=True,
+    no_verdict="a comparison, no claim",
+  ),
+  Claim(
+    "lorasculpt",
+    "forgets less than LoRA",
+    "digits, 350 steps, Source %",
+    Cell("lorasculpt", "lorasculpt", "Source"),
+    ("lora",),
+    "Source 56.1; lora not read",
+    needs=(
+      Need(
+        "LoRA forgets 10 points or more (F)",
+        "LoRA's F",
+        Cell("lorasculpt", "lora", "F"),
+        most=-10.0,
+      ),
+    ),
+    headline=True,
+  ),
+  Claim(
+    "lorasculpt",
+    "old and new together above LoRA",
+    "digits, 350 steps, H",
+    Cell("lorasculpt", "lorasculpt", "H"),
+    ("lora",),
+    needs=(
+      Need(
+        "LoRA forgets 10 points or more (F)",
+        "LoRA's F",
+        Cell("lorasculpt", "lora", "F"),
+        most=-10.0,
+      ),
+    ),
+  ),
+  Claim(
+    "lorasculpt",
+    "to prune early is better than to prune at the end",
+    "digits, 350 steps, H",
+    Cell("lorasculpt", "lorasculpt", "H"),
+    ("post_pruned",),
+  ),
+  Claim(
+    "spider",
+    "above full and half tuning of the same layers",
+    "digits, 350 steps, H",
+    Cell("spider", "spider", "H"),
+    ("full", "half"),
+    "upstream 59.6; full 24.0",
+    headline=True,
+  ),
+  Claim(
+    "spider",
+    "above simpler masks and edits",
+    "digits, 350 steps, H",
+    Cell("spider", "spider", "H"),
+    ("grad_mask", "random_mask", "magnitude_mask", "l2_sp", "dare", "grafting"),
+    "upstream 59.6; grafting 38.7",
+    headline=True,
+  ),
+  Claim(
+    "spider",
+    "soft weights above the hard choice",
+    "digits, 350 steps, H",
+    Cell("spider", "spider", "H"),
+    ("spider_hard",),
+  ),
+  Claim(
+    "thanora",
+    "above one joint LoRA and the routers",
+    "digits and counting, 350 steps, mean %",
+    Cell("thanora", "thanora", "Mean"),
+    ("lora", "dora", "corda", "hydralora", "loramoe"),
+    needs=(
+      Need(
+        "the tasks disturb each other: a LoRA for each above one joint LoRA",
+        "single - joint",
+        Cell("thanora", "single", "Mean"),
+        minus=Cell("thanora", "lora", "Mean"),
+        least=0.0,
+      ),
+    ),
+    headline=True,
+  ),
+)
+
+# --- trustworthy models ---------------------------------------------------------------------------
+
+TRUST_CLAIMS = (
+  *(
+    Claim(
+      "bye",
+      "finds the poison",
+      f"counting, {steps} steps, F1 %",
+      Cell(f"bye_{steps}", "bye", "f1"),
+      ("loss",),
+      "96.7; k-means 96.7",
+      needs=(
+        Need(
+          f"the attack is learnt in {steps} steps (attack success)",
+          "attack success",
+          Cell(f"bye_{steps}", "bye", "attack_before"),
+          least=90.0,
+        ),
+      ),
+      headline=steps == "1800",
+    )
+    for steps in ("900", "1800")
+  ),
+  Claim(
+    "bye",
+    "the second tuning has no backdoor",
+    "counting, 1800 steps, attack success %",
+    Cell("bye_second_tuning", "bye", "attack_after"),
+    ("loss", "spectral", "random"),
+    "0.05; ZIP 66.5",
+    lower=True,
+  ),
+  Claim(
+    "cot_kinetics",
+    "ranks answers better than other scores",
+    "embedded reasoner, AUROC %",
+    Cell("cot_kinetics_embedded", "cot_kinetics", "auroc"),
+    ("perplexity", "max_prob", "entropy", "length", "self_consistency", "coe_r", "coe_c"),
+    needs=(
+      Need(
+        "embedded reasoner: share of right answers",
+        "right answers",
+        Cell("cot_kinetics_embedded", "cot_kinetics", "accuracy"),
+        least=20.0,
+        most=80.0,
+      ),
+    ),
+    headline=True,
+  ),
+  *(
+    Claim(
+      "cot_kinetics",
+      text,
+      "SmolLM2-135M, AUROC %",
+      Cell("cot_kinetics_smollm2", row, "auroc"),
+      ("perplexity", "max_prob", "entropy", "length", "self_consistency", "coe_r", "coe_c"),
+      needs=(
+        Need(
+          "SmolLM2: share of right answers",
+          "right answers",
+          Cell("cot_kinetics_smollm2", "cot_kinetics", "accuracy"),
+          least=20.0,
+          most=80.0,
+        ),
+      ),
+      headline=row == "cot_kinetics",
+    )
+    for row, text in (
+      ("cot_kinetics", "ranks answers better than other scores"),
+      ("kinetics_calibrated", "so does the form that calibration chooses"),
+    )
+  ),
+)
+
+CLAIMS: tuple[Claim, ...] = (
+  FEDSSP_CLAIMS + GGEUR_CLAIMS + RAHFL_CLAIMS + ACGKD_CLAIMS + TUNING_CLAIMS + TRUST_CLAIMS
+)
+
+SPEED = (
+  Ratio("federated round, dense net, 100 clients", "fedjax", "fedavg",
+        ("main", 0, "ours_cpu_median_s"), ("main", 0, "fedjax_cpu_median_s")),
+  Ratio("federated round, convnet, 100 clients", "fedjax", "fedavg",
+        ("main", 1, "ours_cpu_median_s"), ("main", 1, "fedjax_cpu_median_s")),
+  Ratio("LoRA step, memory kept", "PEFT", "lora",
+        ("ratios", "default", "train_step", "cpu_median_ms")),
+  Ratio("LoRA step, memory kept on both sides", "PEFT", "lora",
+        ("ratios", "kept", "train_step", "cpu_median_ms")),
+  Ratio("LoRA step, both with an untouched allocator", "PEFT", "lora",
+        ("ratios", "untouched", "train_step", "cpu_median_ms")),
+  Ratio("GIN training step", "PyTorch Geometric", "gin",
+        ("ratios", "step", "cpu_median_ms")),
+)  # fmt: skip
