@@ -250,7 +250,7 @@ RAHFL_CLAIMS = tuple(
       "77.8; aughfl 68.5",
       Need(
         "training alone is above ridge regression on raw pixels, same images",
-        "local vs ridge",
+        "vs ridge",
         Cell("rahfl_embedded", "local", "corrupted_accuracy"),
         least=Cell("audit", "ridge", "corrupted_accuracy"),
       ),
