@@ -1,6 +1,11 @@
 """Tests run on CPU, compile quickly, and keep compiled programs: most of their time is compilation."""
 
+import contextlib
+import ctypes
+import gc
+import importlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxmethods.runtime import command
 from tests import tiny_graphs
 
 ROOT = Path(__file__).parents[1]
@@ -55,15 +61,61 @@ def spawn(tmp_path: Path) -> Callable[..., subprocess.Popen]:
 
 
 @pytest.fixture
-def cli(spawn: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.CompletedProcess]:
+def process(spawn: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.CompletedProcess]:
   """Runs `python -m MODULE ARGUMENTS` to its end."""
 
   def run(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    process = spawn(module, *arguments, **environment)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    started = spawn(module, *arguments, **environment)
+    out, err = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
 
   return run
+
+
+# What changes how jax runs in the whole process.
+OWN_PROCESS = {"--debug", "--no_cache", "--mesh", "--coordinator", "--num_processes", "XLA_FLAGS"}
+
+
+@pytest.fixture
+def cli(
+  process: Callable[..., subprocess.CompletedProcess], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+  """The same in this process, where nothing asks for another: starting one takes seconds."""
+
+  def run(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    argv = list(map(str, arguments))
+    if OWN_PROCESS.intersection((*argv, *environment)):
+      return process(module, *argv, **environment)
+    main = importlib.import_module(module).main
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path):
+      for name, value in environment.items():
+        patch.setenv(name, value)
+      status = command.run(main, argv)
+    return subprocess.CompletedProcess([module, *argv], status, *capfd.readouterr())
+
+  return run
+
+
+# Beyond this much memory a module's programs are let go when it is done; the disk still has them.
+KEPT_BYTES = 3 * 2**29
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_let_go() -> Iterator[None]:
+  """Frees the compiled programs of a module, which jax keeps for as long as the process lives."""
+  yield
+  if "jax" in sys.modules and resident_bytes() > KEPT_BYTES:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+      ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+  """Memory of this process; 0 where the system does not tell."""
+  statm = Path("/proc/self/statm")
+  return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 @pytest.fixture(scope="session")

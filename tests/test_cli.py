@@ -18,12 +18,12 @@ def lines(workdir: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("module", ["train.run", "eval.run", "eval.compare"])
-def test_help_is_quick(cli, module):
-  cli(module, "--help")  # the disk's cache
+def test_help_is_quick(process, module):
+  process(module, "--help")  # the disk's cache
   seconds = []
   for _ in range(3):
     start = time.perf_counter()
-    result = cli(module, "--help")
+    result = process(module, "--help")
     seconds.append(time.perf_counter() - start)
   assert result.returncode == 0
   assert "--method" in result.stdout
@@ -41,7 +41,7 @@ def slowness() -> float:
   "arguments",
   [["--help"], ["--list"], [*TINY, "--print_config"], [*TINY, "--stepz", "3"], ["--method", "x"]],
 )
-def test_answers_without_jax(cli, arguments):
+def test_answers_without_jax(arguments):
   code = (
     "import sys, runpy\n"
     f"sys.argv = ['train.run', *{list(arguments)!r}]\n"

@@ -2,82 +2,33 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import question_files
-from jaxmethods.data.vision_sources import load_model
-from jaxmethods.data.weights_files import save_checkpoint
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
 from jaxmethods.experiments.thanora import checkpoint as checkpoint_mixtures
 from jaxmethods.experiments.thanora import config as thanora
 from jaxmethods.experiments.thanora import desk as mixture_tuning
-from jaxmethods.models.mllm import MLLMConfig, table
-from jaxmethods.models.weights import export_params
+from jaxmethods.models.mllm import MLLMConfig
 from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
 from jaxmethods.testbeds.multimodal import suite as tuning_rows
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.settings import Checkpoint
 from jaxmethods.trees import flatten, unflatten
 from jaxmethods.tuning.tuner import adamw, answer_loss, init_state, tuning_step
-
-WORDS = (checkpoint_tuning.BEFORE + checkpoint_tuning.AFTER + " what is it red green cup").split()
-VOCABULARY = {word: i for i, word in enumerate(dict.fromkeys(("<unk>", "<s>", "</s>", *WORDS)))}
-CONFIG = {
-  "model_type": "llava",
-  "image_token_index": len(VOCABULARY),
-  "vision_config": {
-    "model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
-  },
-  "text_config": {
-    "model_type": "llama", "vocab_size": len(VOCABULARY) + 1, "hidden_size": 8,
-    "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "rms_norm_eps": 1e-5,
-  },
-}  # fmt: skip
+from tests import tiny_llava
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A checkpoint with its tokenizer, and three files of questions about 12 images."""
-  path = tmp_path_factory.mktemp("llava")
-  random = load_model(f"random:{json.dumps(CONFIG)}")
-  save_checkpoint(path, export_params(random.params, table(random.model.config)), CONFIG)
-  processor = {
-    "image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 8, "width": 8},
-    "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-  }  # fmt: skip
-  (path / "preprocessor_config.json").write_text(json.dumps(processor))
-  words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-  words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-  )
-  tokenizer.save_pretrained(path)
-  for part, start, count in (("train", 0, 8), ("test", 8, 2), ("other", 10, 2)):
-    lines = []
-    for i in range(start, start + count):
-      colour = "red" if i % 2 else "green"
-      image = Image.new("RGB", (10, 6), (200, 0, 0) if i % 2 else (0, 200, 0))
-      image.save(path / f"{i}.png")
-      if part == "test":  # LLaVA's own form
-        turns = [{"value": "<image>\nwhat is it"}, {"value": f"{colour} cup"}]
-        lines.append({"image": f"{i}.png", "conversations": turns})
-      else:
-        lines.append({"image": f"{i}.png", "question": "what is it", "answer": f"{colour} cup"})
-    (path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  return path
+  return tiny_llava.write(tmp_path_factory.mktemp("llava"))
 
 
 def config(folder, **changes):
@@ -100,11 +51,11 @@ def test_texts_and_labels(material):
   (ids,), (labels,) = batch["ids"][0], batch["labels"][0]
   assert batch["features"].shape == (2, 8, 8, 3)
   assert len(ids) % 32 == 0
-  words = {i: word for word, i in VOCABULARY.items()}
+  words = {i: word for word, i in tiny_llava.VOCABULARY.items()}
   place = np.flatnonzero(labels != IGNORED)
   assert [words[i] for i in labels[place]] == ["green", "cup", "</s>"]
   assert [words[i] for i in ids[place]] == ["ASSISTANT:", "green", "cup"]
-  image = np.flatnonzero(ids == CONFIG["image_token_index"])
+  image = np.flatnonzero(ids == tiny_llava.CONFIG["image_token_index"])
   assert len(image) == 4
   assert words[ids[image[0] - 1]] == "USER:"
   assert [words[i] for i in ids[image[-1] + 1 : place[0]]] == ["what", "is", "it"]

@@ -97,13 +97,13 @@ def test_memory_is_kept_from_inside(switch):
     assert faults < 400  # 16 MB are 4,096 pages, which otherwise are touched anew at every call
 
 
-def test_compiled_programs_are_kept_unless_told_not_to(cli, tmp_path):
+def test_compiled_programs_are_kept_unless_told_not_to(process, tmp_path):
   command = ("train.run", "--method", "tests.tiny", "--steps", 2)
   environment = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
   cache = tmp_path / ".cache/jaxmethods/xla"
-  assert cli(*command, "--workdir", "a", "--no_cache", **environment).returncode == 0
+  assert process(*command, "--workdir", "a", "--no_cache", **environment).returncode == 0
   assert not cache.exists()
-  result = cli(*command, **environment)
+  result = process(*command, **environment)
   assert result.returncode == 0, result.stderr
   assert list(cache.iterdir())
   assert (tmp_path / "runs/tests.tiny/default/report.html").exists()  # the default workdir
