@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxmethods import experiments
+from jaxmethods.errors import InputError
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime import config as config_lib
 from tests import tiny_llava
@@ -29,12 +30,16 @@ DESK = {
 SMALLER = {
   "acgkd": {"teacher_epochs": 1, "teacher_layers": 3, "teacher_width": 8},
   "bye": DESK,
+  "cot_kinetics": {
+    "num_problems": 12, "calibration": 6, "operations": 1, "width": 16, "layers": 2, "samples": 2,
+    "temperatures": [1.0],
+  },
   "ggeur": {"encoder_epochs": 1},
   "lorasculpt": DESK,
   "mllm_tuning": DESK,
   "spider": DESK,
   "thanora": DESK,
-}
+}  # fmt: skip
 
 # The paper configs: published settings, on what is there. FOLDER: of `tests.tiny_llava`.
 QUESTIONS = {
@@ -156,6 +161,12 @@ def test_short_runs(method, monkeypatch):
 def test_published_settings(method, monkeypatch, llava):
   changes = json.loads(json.dumps(PAPER[method]).replace("FOLDER", str(llava)))
   check(method, config_of(method, f"{method}_paper.yaml", changes), monkeypatch)
+
+
+@pytest.mark.parametrize("method", sorted({*experiments.METHODS} - {*PAPER}))
+def test_published_settings_that_need_files_say_so(method):
+  with pytest.raises(InputError):
+    experiments.load(method).build(config_of(method, f"{method}_paper.yaml", {}))
 
 
 @pytest.mark.parametrize(
