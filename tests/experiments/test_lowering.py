@@ -50,8 +50,8 @@ PAPER = {
   "bye": DESK,
   "fedssp": {"data": "embedded:MUTAG"},
   "ggeur": {"data": "embedded:digit-domains", "encoder_epochs": 1},
-  "lorasculpt": QUESTIONS,
-  "mllm_tuning": QUESTIONS,
+  "lorasculpt": {**QUESTIONS, "rank": 4},
+  "mllm_tuning": {**QUESTIONS, "rank": 4},
   "rahfl": {
     "data": "embedded:mnist5k", "public": "digits", "image_size": 16, "private_examples": 300,
     "public_examples": 256, "kinds": ["contrast"],
