@@ -358,7 +358,7 @@ def rows_table(file: str, *metrics: str) -> str:
   body = [
     (
       row,
-      str(max(1, len(rows[row][metrics[0]].values))),
+      str(len(rows[row][metrics[0]].values) or "-"),
       *(shown(rows[row].get(metric)) for metric in metrics),
       " ".join(f"{value:.1f}" for value in rows[row][metrics[0]].values.values()) or "-",
     )

@@ -155,6 +155,10 @@ def test_shares_are_printed_in_per_cent_once():
   assert tables.read(claims.Cell("audit", "ridge", "corrupted_accuracy")).mean == 77.0
 
 
+def test_rows_whose_seeds_were_not_kept_say_so():
+  assert "| spectral | - | 99.6 ± 0.4 |" in tables.rows_table("bye_second_tuning", "attack_after")
+
+
 def test_students_are_those_that_validation_chooses():
   # As benchmarks.acgkd_tables wrote them down.
   log = (tables.RESULTS / "acgkd_mutag_students.md").read_text().split("## GIN student")[1]
