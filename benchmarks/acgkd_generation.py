@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -34,21 +35,22 @@ CASES = (
 
 
 def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> dict:
-  """One case: ms an iteration (None with --memory_only), MB, parameters."""
+  """Measures one case: ms an iteration (absent with --memory_only), MB, parameters."""
   import jax
   import jax.numpy as jnp
 
-  from jaxmethods.experiments.acgkd import build as graph_free
-  from jaxmethods.experiments.acgkd import config as acgkd
+  from jaxmethods.experiments.acgkd import generator
+  from jaxmethods.experiments.acgkd.config import Config, rows
   from jaxmethods.models.graph_classifier import Classifier, GraphEncoder, init_head
   from jaxmethods.runtime import compiler
 
-  rows = acgkd.rows(acgkd.Config(gen_iters=args.iterations, gen_chunk=args.iterations, form=form))
-  row = dataclasses.replace(rows[algorithm], xi=xi)
+  config = Config(gen_iters=args.iterations, gen_chunk=args.iterations, form=form)
+  row = dataclasses.replace(rows(config)[algorithm], xi=xi)
   low, high = args.nodes
-  sizes = graph_free.Sizes(args.graphs, low, high, args.features, args.classes, True)
+  sizes = generator.Sizes(args.graphs, low, high, args.features, args.classes, True)
   encoder = GraphEncoder("gcn", 5, 64, symmetric=not row.directed)
-  start, generate, _, _ = graph_free.make_generator(row, sizes, encoder)
+  made = generator.Generator(row, sizes, encoder)
+  start = functools.partial(generator.start, made)
   key = jax.random.key(0)
 
   def teacher_of(key):
@@ -59,7 +61,7 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
 
   teacher = compiler.jit(teacher_of)(key)
   shapes = jax.eval_shape(start, key, teacher)
-  chunk = compiler.jit(generate, donate_argnums=1)
+  chunk = compiler.jit(functools.partial(generator.generate, made), donate_argnums=1)
   began = time.perf_counter()
   program = chunk.lower(teacher, shapes, jax.ShapeDtypeStruct((), jnp.int32), key).compile()
   compiled = time.perf_counter() - began
@@ -87,20 +89,20 @@ def measure(args: argparse.Namespace, algorithm: str, form: str, xi: float) -> d
 
 
 def two_nodes(key, features: int):
-  """The smallest batch, to make weights from."""
+  """Builds the smallest batch, for the shapes of weights."""
   import jax.numpy as jnp
 
-  from jaxmethods.methods import acgkd as method
+  from jaxmethods.methods import acgkd
 
   num_nodes = jnp.array([2])
-  pairs = method.draw_candidates(key, num_nodes, 2)
-  return method.assemble(
+  pairs = acgkd.draw_candidates(key, num_nodes, 2)
+  return acgkd.assemble(
     pairs, jnp.zeros(pairs.source.shape), jnp.zeros((1, 2, features)), num_nodes
   )
 
 
 def picture(results: list[dict], path: Path) -> None:
-  """Memory and parameters against xi."""
+  """Draws memory and parameters against xi."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -1,11 +1,11 @@
 """ACGKD, its parts and its rivals: test accuracy of students on one data set, and accuracy against xi.
 
-The protocol of `eval.compare --method acgkd`, cheaper where many rows are wanted: rows that differ in
-the student only (curriculum, temperature, classifier, architecture) share the pseudo-graphs of a seed.
-Every student is trained with each of `--rates`; of a row and a kind of student, the rate with the best
-validation counts: the accuracy on the teacher's training graphs, the only real graphs that settings may
-be chosen on. Accuracies are those of the last epoch. Pseudo-graphs and finished students are kept in the
-workdir, so the same command goes on where it was stopped.
+The protocol is that of `eval.compare --method acgkd`, cheaper for many rows: rows that differ in the
+student only (curriculum, temperature, classifier, architecture) share the pseudo-graphs of a seed. Every
+student is trained with each of `--rates`. For each row and kind of student the rate with the best
+validation counts: the accuracy on the training graphs of the teacher, the only real graphs that settings
+may be chosen on. Accuracies are those of the last epoch. Pseudo-graphs and finished students are kept in
+the workdir, so the same command continues where it was stopped.
 
   JAXMETHODS_DATA=DIR python -m benchmarks.acgkd_tables [--seeds 5] [--students gcn,gin] \
     [--rates 0.01,0.001] [--rows acgkd,gfkd,...] [--xi 0.1,0.3] [--gfkd_lr 1] \
@@ -30,14 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.data.files import data_dir
-from jaxmethods.experiments.acgkd import build as graph_free
-from jaxmethods.experiments.acgkd import config as acgkd
+from jaxmethods.experiments.acgkd.build import build
+from jaxmethods.experiments.acgkd.config import Config, rows
+from jaxmethods.experiments.acgkd.generator import Pseudo
 from jaxmethods.runtime import compiler, launch, seeds
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.runtime.workdir import write_json
 
 RESULTS = Path(__file__).parent / "results"
-# What only distillation reads: rows that agree in everything else have the same pseudo-graphs.
+# Read by the distillation only: rows that agree in everything else have the same pseudo-graphs.
 STUDENT = (
   "steps", "student_kind", "student_layers", "student_width", "dropout", "batch_size",
   "learning_rate", "curriculum", "curriculum_start", "curriculum_grow", "classifier", "temperature",
@@ -46,14 +48,14 @@ STUDENT = (
 COLUMNS = ("pseudo_accuracy", "pseudo_gap", "pseudo_edges")
 
 
-def graphs_of(row: acgkd.Config) -> acgkd.Config:
-  """What the pseudo-graphs of a row depend on."""
-  plain = acgkd.Config()
+def graphs_of(row: Config) -> Config:
+  """Returns the settings of a row that its pseudo-graphs depend on."""
+  plain = Config()
   return dataclasses.replace(row, **{name: getattr(plain, name) for name in STUDENT})
 
 
-def pseudo_graphs(row: acgkd.Config, seed: int, path: Path, experiment) -> graph_free.Pseudo | None:
-  """The pseudo-graphs of a seed, made or read; None for rows that are given real or other graphs."""
+def pseudo_graphs(row: Config, seed: int, path: Path, experiment: Experiment) -> Pseudo | None:
+  """Makes or reads the pseudo-graphs of a seed; None for rows whose graphs are given."""
   state = experiment.init(jax.random.key(seed))
   if state.pseudo is None:
     return None
@@ -71,9 +73,9 @@ def pseudo_graphs(row: acgkd.Config, seed: int, path: Path, experiment) -> graph
 
 
 def run(
-  name: str, row: acgkd.Config, kinds: list[str], rates: list[float], count: int, workdir: Path
+  name: str, row: Config, kinds: list[str], rates: list[float], count: int, workdir: Path
 ) -> None:
-  """All students of one row that are not finished."""
+  """Trains the students of one row that are not finished."""
   file = lambda kind, rate, seed: workdir / "students" / f"{name}~{kind}~{rate:g}~{seed}.json"
   maker = None
   for kind in kinds:
@@ -83,13 +85,13 @@ def run(
       missing = [rate for rate in rates if not file(kind, rate, seed).exists()]
       if not missing:
         continue
-      maker = maker or graph_free.build(graphs_of(row))
+      maker = maker or build(graphs_of(row))
       path = workdir / "graphs" / f"{graph_id(row)}.{seed}.npz"
       pseudo = pseudo_graphs(graphs_of(row), seed, path, maker)
       if step is None:
         if pseudo is not None:  # the generation is done: a program of distillation only
           student_row = dataclasses.replace(student_row, algorithm="random")
-        experiment = graph_free.build(student_row)
+        experiment = build(student_row)
         step = compiler.jit(experiment.step, donate_argnums=0)
         evaluate = compiler.jit(experiment.evaluate)
       for rate in missing:
@@ -109,9 +111,9 @@ def run(
     write(workdir)
 
 
-def graph_id(row: acgkd.Config) -> str:
-  """A readable name for the settings of pseudo-graphs."""
-  plain = acgkd.Config()
+def graph_id(row: Config) -> str:
+  """Names the settings of pseudo-graphs readably."""
+  plain = Config()
   changed = {
     key: value
     for key, value in dataclasses.asdict(graphs_of(row)).items()
@@ -124,7 +126,7 @@ Runs = dict[int, dict[str, float]]  # {seed: metrics}
 
 
 def collect(workdir: Path) -> dict[tuple[str, str], dict[float, Runs]]:
-  """{(row, kind): {rate: runs}} of the finished students."""
+  """Reads the finished students: {(row, kind): {rate: runs}}."""
   found: dict[tuple[str, str], dict[float, Runs]] = {}
   for file in sorted((workdir / "students").glob("*.json")):
     name, kind, rate, seed = file.stem.split("~")
@@ -134,7 +136,7 @@ def collect(workdir: Path) -> dict[tuple[str, str], dict[float, Runs]]:
 
 
 def best_rate(tried: dict[float, Runs], published: float) -> float:
-  """The rate with the best mean validation; the published one for rows that have no validation."""
+  """Returns the rate with the best mean validation; the published one where there is none."""
   complete = max(map(len, tried.values()))
   scores = {
     rate: np.mean([run["validation_accuracy"] for run in runs.values()])
@@ -147,7 +149,7 @@ def best_rate(tried: dict[float, Runs], published: float) -> float:
 
 
 def write(workdir: Path) -> None:
-  """Writes tables and picture of what is finished."""
+  """Writes tables and picture of the finished students."""
   about = json.loads((workdir / "about.json").read_text())
   found = collect(workdir)
   rates = {
@@ -191,7 +193,7 @@ def write(workdir: Path) -> None:
 
 
 def rate_table(found: dict, rows: list[str], kinds: list[str]) -> list[str]:
-  """Every rate that was tried."""
+  """Lists every rate that was tried."""
   rates = sorted({rate for tried in found.values() for rate in tried}, reverse=True)
   lines = ["", "## Rates of the student", "", "Mean test accuracy (validation) of each."]
   lines += ["", f"| row, student | {' | '.join(f'{rate:g}' for rate in rates)} |"]
@@ -210,7 +212,7 @@ def rate_table(found: dict, rows: list[str], kinds: list[str]) -> list[str]:
 
 
 def mean(runs: list[dict[str, float]], column: str) -> str:
-  """Mean and interval of a metric, "-" where a row has none."""
+  """Writes mean and interval of a metric, "-" where a row has none."""
   values = [run[column] for run in runs if column in run]
   if not values:
     return "-"
@@ -220,7 +222,7 @@ def mean(runs: list[dict[str, float]], column: str) -> str:
 
 
 def picture(found: dict, about: dict[str, Any], path: Path) -> None:
-  """Accuracy against xi, test and validation, where several values have been run."""
+  """Draws test and validation accuracy against xi, where several values have been run."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -254,7 +256,7 @@ def picture(found: dict, about: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-  """Runs what is missing and writes the tables."""
+  """Trains the missing students and writes the tables."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--config", type=Path, default=Path("configs/acgkd_paper.yaml"))
   parser.add_argument("--rows", help="default: all of eval.compare")
@@ -269,20 +271,22 @@ def main() -> int:
   overrides = [
     (key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)
   ]
-  config = config_lib.load(acgkd.Config, args.config, overrides=overrides, method="acgkd")
-  rows = acgkd.rows(config)
-  rows |= {f"xi={xi}": dataclasses.replace(config, xi=float(xi)) for xi in args.xi.split(",") if xi}
-  rows |= {
-    f"gfkd_lr={lr}": dataclasses.replace(rows["gfkd"], structure_lr=float(lr))
+  config = config_lib.load(Config, args.config, overrides=overrides, method="acgkd")
+  table = rows(config)
+  table |= {
+    f"xi={xi}": dataclasses.replace(config, xi=float(xi)) for xi in args.xi.split(",") if xi
+  }
+  table |= {
+    f"gfkd_lr={lr}": dataclasses.replace(table["gfkd"], structure_lr=float(lr))
     for lr in args.gfkd_lr.split(",")
     if lr
   }
-  chosen = args.rows.split(",") if args.rows else list(rows)
+  chosen = args.rows.split(",") if args.rows else list(table)
   for folder in ("graphs", "students"):
     (args.workdir / folder).mkdir(parents=True, exist_ok=True)
   xi = {
     name: row.xi
-    for name, row in rows.items()
+    for name, row in table.items()
     if name in ("acgkd", "all_pairs") or name.startswith("xi=")
   }
   about = {
@@ -291,9 +295,9 @@ def main() -> int:
     "command": " ".join(["python -m benchmarks.acgkd_tables", *sys.argv[1:]]).replace(
       str(args.workdir), "DIR"
     ),
-    "about": graph_free.build(config).about.replace(str(data_dir()), "$JAXMETHODS_DATA"),
+    "about": build(config).about.replace(str(data_dir()), "$JAXMETHODS_DATA"),
     "settings": dataclasses.asdict(config),
-    "rows": list(rows),
+    "rows": list(table),
     "xi": xi,
   }
   kept = args.workdir / "about.json"
@@ -302,7 +306,7 @@ def main() -> int:
   write_json(kept, about)
   rates = [float(rate) for rate in args.rates.split(",")]
   for name in chosen:
-    run(name, rows[name], args.students.split(","), rates, args.seeds, args.workdir)
+    run(name, table[name], args.students.split(","), rates, args.seeds, args.workdir)
   write(args.workdir)
   print((RESULTS / f"{args.name}.md").read_text())
   return 0

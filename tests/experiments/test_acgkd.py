@@ -1,6 +1,7 @@
 """The experiment around ACGKD: teachers, rows, phases, bad input."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -10,21 +11,22 @@ import pytest
 
 from benchmarks import acgkd_tables
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.acgkd import build as graph_free
-from jaxmethods.experiments.acgkd import config as acgkd
-from jaxmethods.experiments.acgkd import teachers as graph_teachers
+from jaxmethods.experiments.acgkd import generator, teachers
+from jaxmethods.experiments.acgkd.build import build
+from jaxmethods.experiments.acgkd.config import Config, rows
+from jaxmethods.models.graph_classifier import GraphEncoder
 from tests.graphs.random_graphs import from_adjacencies
 
-CONFIG = acgkd.Config(
+CONFIG = Config(
   data="tu:RINGS", teacher="trained", teacher_layers=3, teacher_width=8, teacher_epochs=2,
   student_width=4, batch_size=8, pseudo_graphs=10, gen_iters=4, gen_chunk=2, steps=4,
 )  # fmt: skip
-ROWS = acgkd.rows(CONFIG)
+ROWS = rows(CONFIG)
 
 
 def run(config):
-  """(experiment, first state, state after every step, metrics of every step)."""
-  experiment = graph_free.build(config)
+  """Returns the experiment, the states before and after every step, and the metrics of every step."""
+  experiment = build(config)
   states = [experiment.init(jax.random.key(config.seed))]
   step, history = jax.jit(experiment.step), []
   for _, batch in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
@@ -39,7 +41,7 @@ def run(config):
 
 @pytest.fixture(scope="module")
 def trained(tiny_graphs_here):
-  """One run of ACGKD."""
+  """Trains ACGKD once."""
   return run(ROWS["acgkd"])
 
 
@@ -79,9 +81,31 @@ def test_the_rate_with_the_best_validation_is_chosen():
   assert acgkd_tables.best_rate(unjudged, 0.001) == 0.03
 
 
+@pytest.mark.parametrize("name", ["acgkd", "gfkd", "real", "teacher"])
+def test_a_run_traces_without_values(name):
+  """`init` may be traced, and the step is a program for other backends; no weight is baked into it."""
+  config = dataclasses.replace(ROWS[name], form="edges", student_width=32)
+  experiment = build(config)
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  work = jax.eval_shape(lambda: next(experiment.batches(0)))
+  exported = jax.export.export(jax.jit(experiment.step), platforms=("tpu", "cuda"))(state, work)
+  assert exported.platforms == ("tpu", "cuda")
+  teacher = jax.tree.leaves(work.teacher)
+  consts = jax.make_jaxpr(experiment.step)(state, work).consts
+  assert teacher and not any(x.shape == w.shape for x in consts for w in teacher)
+
+
+def test_the_key_of_the_cached_teachers_is_that_of_the_first_version():
+  training = teachers.Training(GraphEncoder("gin", 5, 64, symmetric=True), 300, 0.01, 0.5)
+  assert teachers.described(training, 32) == (
+    b"(GraphEncoder(\n    # attributes\n    kind = 'gin'\n    layers = 5\n    width = 64\n"
+    b"    projection = 0\n    batch_norm = True\n    symmetric = True\n), 300, 32, 0.01, 0.5)"
+  )
+
+
 def test_the_teacher_is_never_changed(trained):
   experiment, states, _ = trained
-  before, after = experiment.test.teacher, graph_free.build(ROWS["acgkd"]).test.teacher
+  before, after = experiment.test.teacher, build(ROWS["acgkd"]).test.teacher
   chex.assert_trees_all_equal(before, after)  # the second comes from the cache
   assert set(states[-1].student.params) == {"encoder"}  # no classifier of its own
   assert "projection" in states[-1].student.params["encoder"]
@@ -106,21 +130,22 @@ def test_both_forms_make_the_same_graphs(trained):
 
 
 def test_graphs_made_straight_through_survive_hardening():
-  """What is kept is what the teacher saw, down to its batch-norm statistics."""
-  material = graph_teachers.load(CONFIG)
+  """The kept graphs equal those that the teacher saw, down to its batch-norm statistics."""
+  material = teachers.load(CONFIG)
 
   def gaps(relaxation):
-    """Of the hardened start, of the best iterate as the teacher saw it, of the final graphs."""
+    """Returns the gaps of the hardened start, of the best iterate as seen, and of the final graphs."""
     config = dataclasses.replace(
       CONFIG, relaxation=relaxation, gen_iters=100, gen_chunk=100, structure_lr=1.0, xi=1.0,
       bn_weight=1.0,
     )  # fmt: skip
-    sizes = graph_free.choose_sizes(config, material)
-    start, generate, final, _ = graph_free.make_generator(config, sizes, material.encoder)
+    sizes = generator.choose_sizes(config, material)
+    made = generator.Generator(config, sizes, material.encoder)
     key = jax.random.key(0)
-    first = start(key, material.teacher)
-    last = jax.jit(generate)(material.teacher, first, jnp.int32(0), key)
-    assert set(np.unique(final(last)[0])) <= {0, 1}
+    first = generator.start(made, key, material.teacher)
+    generate = jax.jit(functools.partial(generator.generate, made))
+    last = generate(material.teacher, first, jnp.int32(0), key)
+    assert set(np.unique(generator.final(made, last)[0])) <= {0, 1}
     return float(first.gap), float(last.best.terms["batch_norm"]), float(last.gap)
 
   before, seen, kept = gaps("straight_through")
@@ -132,9 +157,9 @@ def test_graphs_made_straight_through_survive_hardening():
 
 def test_rows_that_differ_in_the_student_share_their_graphs(trained):
   _, states, _ = trained
-  tables = acgkd_tables.graphs_of
+  graphs_of = acgkd_tables.graphs_of
   for name in ("no_curriculum", "fixed_temperature", "own_classifier"):
-    assert tables(ROWS[name]) == tables(ROWS["acgkd"])
+    assert graphs_of(ROWS[name]) == graphs_of(ROWS["acgkd"])
   made = {acgkd_tables.graph_id(row) for row in ROWS.values()}
   assert len(made) == 8  # the four above, and each of the other rows
   _, others, _ = run(dataclasses.replace(ROWS["own_classifier"], student_kind="gin", steps=1))
@@ -180,15 +205,15 @@ def test_figures(trained):
 
 
 def test_split_is_seeded_and_complete():
-  train, test = graph_teachers.split(188, 0.7, 29)
+  train, test = teachers.split(188, 0.7, 29)
   assert len(train) == 131 and sorted([*train, *test]) == list(range(188))
-  np.testing.assert_array_equal(train, graph_teachers.split(188, 0.7, 29)[0])
+  np.testing.assert_array_equal(train, teachers.split(188, 0.7, 29)[0])
 
 
 def test_spatial_complexity_modes():
-  material = graph_teachers.load(CONFIG)
+  material = teachers.load(CONFIG)
   sizes = {
-    mode: graph_free.choose_sizes(dataclasses.replace(CONFIG, xi_mode=mode), material)
+    mode: generator.choose_sizes(dataclasses.replace(CONFIG, xi_mode=mode), material)
     for mode in ("pairs", "nodes", "penalty")
   }
   assert sizes["nodes"].high < sizes["pairs"].high == sizes["penalty"].high
@@ -221,7 +246,7 @@ def test_impossible_values_name_their_key(key, options):
 
 
 def save_teacher(path, features=3, classes=2, width=4, norms=True):
-  """A GCN-2 under the published names."""
+  """Saves a GCN-2 under the published names."""
   rng = np.random.default_rng(0)
   arrays = {
     "gcnlayers.0.weight": rng.normal(size=(features, width)),
@@ -252,38 +277,38 @@ def test_a_teacher_without_batch_norm_is_used_and_said(tmp_path):
 )
 def test_a_teacher_that_does_not_fit(tmp_path, options, message):
   with pytest.raises(InputError, match=message):
-    graph_teachers.load(save_teacher(tmp_path / "t.npz", **options))
+    teachers.load(save_teacher(tmp_path / "t.npz", **options))
 
 
 def test_teacher_files_that_cannot_be_read(tmp_path):
   config = dataclasses.replace(CONFIG, teacher=f"npz:{tmp_path / 't.npz'}")
   with pytest.raises(InputError, match="no such file"):
-    graph_teachers.load(config)
+    teachers.load(config)
   (tmp_path / "t.npz").write_bytes(b"PK\x03\x04")
   with pytest.raises(InputError, match="not a readable npz"):
-    graph_teachers.load(config)
+    teachers.load(config)
   np.savez(tmp_path / "t.npz", x=np.zeros(3))
   with pytest.raises(InputError, match="no arrays teacher"):
-    graph_teachers.load(config)
+    teachers.load(config)
   np.savez(tmp_path / "t.npz", **{"teacher/other.weight": np.zeros(3)})
   with pytest.raises(InputError, match=r"other\.weight: not a weight of a GFKD network"):
-    graph_teachers.load(config)
+    teachers.load(config)
   with pytest.raises(InputError, match="the published one belongs to"):
-    graph_teachers.load(dataclasses.replace(CONFIG, teacher="published"))
+    teachers.load(dataclasses.replace(CONFIG, teacher="published"))
 
 
 def test_zero_nodes(monkeypatch):
   data = from_adjacencies(
     [np.ones((3, 3)) - np.eye(3), np.zeros((0, 0))], [np.eye(3), np.zeros((0, 3))], [0, 1], 2
   )
-  monkeypatch.setattr(graph_teachers.sources, "load_graphs", lambda name, max_degree: [data])
+  monkeypatch.setattr(teachers.sources, "load_graphs", lambda name, max_degree: [data])
   with pytest.raises(InputError, match="graph 1 has no nodes"):
-    graph_teachers.load(CONFIG)
+    teachers.load(CONFIG)
 
 
 def test_an_empty_part_of_the_split():
   with pytest.raises(InputError, match="train_share"):
-    graph_teachers.split(3, 0.1, 29)
+    teachers.split(3, 0.1, 29)
 
 
 def test_one_line_from_the_command_line(cli, tiny_graphs_environment):

@@ -6,8 +6,8 @@ import pytest
 
 from jaxmethods.data import gfkd
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.acgkd import config as acgkd
-from jaxmethods.experiments.acgkd import teachers as graph_teachers
+from jaxmethods.experiments.acgkd import teachers
+from jaxmethods.experiments.acgkd.config import Config
 from jaxmethods.graphs.batching import batch_graphs
 
 needs_published = pytest.mark.skipif(
@@ -18,9 +18,9 @@ needs_published = pytest.mark.skipif(
 
 @needs_published
 def test_published_teacher():
-  """0.8947 of the 57 test graphs, 0.8244 in training, and the recorded logits."""
+  """The teacher reaches its recorded accuracies, 0.8947 and 0.8244, and logits."""
   published = gfkd.load()
-  material = graph_teachers.load(acgkd.Config())
+  material = teachers.load(Config())
   data = material.data
 
   def logits(data):
@@ -49,4 +49,4 @@ def test_published_teacher():
 def test_a_missing_archive_says_what_to_do(monkeypatch, tmp_path):
   monkeypatch.setenv("JAXMETHODS_DATA", str(tmp_path))
   with pytest.raises(InputError, match=r"gfkd_mutag\.npz: no such file; .* JAXMETHODS_DATA"):
-    graph_teachers.load(acgkd.Config())
+    teachers.load(Config())

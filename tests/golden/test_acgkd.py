@@ -17,7 +17,7 @@ TOLERANCE = {"float64": {"rtol": 1e-7, "atol": 1e-9}, "float32": {"rtol": 1e-4, 
 
 
 class Case:
-  """The recorded problem in one precision."""
+  """Reads the recorded problem in one precision."""
 
   def __init__(self, golden, dtype):
     self.golden, self.dtype = golden, dtype
@@ -37,14 +37,14 @@ class Case:
     }
     return from_published(weights)
 
-  @functools.cache  # noqa: B019, worked out once, outside of what is compiled
+  @functools.cache  # noqa: B019, computed once, outside of compiled functions
   def all_pairs(self, form, directed):
-    """Every pair of each graph."""
+    """Lists every pair of each graph."""
     with jax.ensure_compile_time_eval():
       return self.pairs(form, directed)
 
   def pairs(self, form, directed, kept=None):
-    """Every pair of each graph, or those of the (P, n, n) mask `kept`."""
+    """Lists every pair of each graph, or those of the (P, n, n) mask `kept`."""
     source, target, counts = [], [], []
     for i, n in enumerate(self.num_nodes):
       allowed = np.zeros((self.slots, self.slots), bool)
@@ -82,7 +82,7 @@ def form(request):
 
 
 def check_terms(case, name, form, directed, structure, theta):
-  """Loss, its parts and the gradient for features of one structure; returns that for theta."""
+  """Checks loss, parts and feature gradient of one structure; returns the gradient for theta."""
   encoder, teacher = case.network("teacher/")
   bn_weight, entropy_weight = case[f"{name}/bn_coef"], case[f"{name}/onehot_coef"]
 

@@ -20,7 +20,7 @@ uniform = lambda seed, shape: jax.random.uniform(jax.random.key(seed), shape)
 
 
 def problem(seed=0, *, xi=1.0, directed=False, edge_form=False, slots=N):
-  """(pairs, weights, features) of random graphs; weights do not depend on the form."""
+  """Draws (pairs, weights, features) of random graphs; weights do not depend on the form."""
   keys = jax.random.split(jax.random.key(seed), 3)
   pairs = acgkd.draw_candidates(
     keys[0], SIZES, slots, xi=xi, directed=directed, edge_form=edge_form
@@ -40,7 +40,7 @@ ENCODERS = {
 
 
 def variables_of(encoder):
-  """Parameters, with running statistics that are not the neutral ones."""
+  """Draws parameters, and running statistics that are not the neutral ones."""
   batch = acgkd.assemble(*problem(), SIZES)
   variables = encoder.init(jax.random.key(3), batch)
   moved = encoder.apply(variables, batch, train=True, mutable=["batch_stats"])[1]
@@ -93,6 +93,67 @@ def test_concrete_refuses_noise():
     acgkd.concrete(THETA, THETA, 0.5, "normal")
 
 
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: acgkd.concrete(THETA, THETA[:3], 0.5), "uniform: expected shape (33,), got (3,)"),
+    (
+      lambda: acgkd.concrete(THETA, THETA, jnp.ones(2)),
+      "temperature: expected shape (), got (2,)",
+    ),
+    (
+      lambda: acgkd.draw_candidates(jax.random.key(0), SIZES[None], N),
+      "num_nodes: expected shape (P,), got (1, 5)",
+    ),
+    (
+      lambda: acgkd.assemble(*problem(), SIZES[:2]),
+      "num_nodes: expected shape (P=5,), got (2,)",
+    ),
+    (
+      lambda: acgkd.cross_entropy(jnp.zeros((4, 3)), jnp.zeros(3, int)),
+      "labels: expected shape (P=4,), got (3,)",
+    ),
+    (
+      lambda: acgkd.feature_entropy(jnp.zeros((4, 3, 2)), jnp.ones((4, 2), bool)),
+      "mask: expected shape (P=4, N=3), got (4, 2)",
+    ),
+    (
+      lambda: acgkd.antithetic_gradient(
+        jnp.zeros((4, 3)), jnp.zeros((4, 3)), lambda e: (e, e.sum())
+      ),
+      "cross_entropy: expected shape (4,), got (4, 3)",
+    ),
+    (
+      lambda: acgkd.distillation_loss(jnp.zeros((4, 3)), jnp.zeros((4, 2)), 2.0),
+      "teacher_logits: expected shape (B=4, C=3), got (4, 2)",
+    ),
+    (lambda: acgkd.easy_to_hard(jnp.zeros((2, 2))), "complexity: expected shape (P,), got (2, 2)"),
+    (
+      lambda: acgkd.ascend(jnp.zeros(()), jnp.zeros(2), 0.1, 1.0),
+      "gradient: expected shape (), got (2,)",
+    ),
+  ],
+)
+def test_wrong_shapes_are_named_in_one_line(call, message):
+  with pytest.raises(ValueError) as error:
+    call()
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: acgkd.draw_candidates(jax.random.key(0), SIZES, 1), "max_nodes: must be at least 2"),
+    (lambda: acgkd.curriculum_size(0, 10, 0.0), r"first_share: must be in \(0, 1\]"),
+    (lambda: acgkd.curriculum_size(0, 10, 0.5, 0), "grow_epochs: must be positive"),
+    (lambda: acgkd.inverse_temperature(9.0), r"tau: must be in \(1.0, 8.0\), got 9.0"),
+  ],
+)
+def test_values_out_of_range(call, message):
+  with pytest.raises(ValueError, match=f"^{message}"):
+    call()
+
+
 def test_straight_through():
   soft, hard = uniform(0, (4,)), jnp.arange(4.0)
   value, gradient = jax.value_and_grad(
@@ -136,7 +197,7 @@ def test_xi_outside_its_range(xi):
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("directed", [False, True])
 def test_dense_and_edge_form_agree(name, directed):
-  """Value, gradients for weights and features; also with more padding."""
+  """So do the gradients for weights and features, also with more padding."""
   encoder, variables = ENCODERS[name], VARIABLES[name]
   results = []
   for edge_form, slots in ((False, N), (True, N), (False, N + 3), (True, N + 3)):
@@ -174,7 +235,7 @@ def test_padding_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_hard_graphs_equal_jraph_batches(name):
-  """The adjacency of 0 and 1 gives what the sparse layers give for the same graphs."""
+  """Dense layers on an adjacency of 0 and 1 equal sparse layers on the same graphs."""
   encoder, variables = ENCODERS[name], VARIABLES[name]
   pairs, weights, features = problem()
   hard = acgkd.harden(weights - 0.6)

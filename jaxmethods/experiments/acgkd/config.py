@@ -1,11 +1,12 @@
 """ACGKD and its rivals: a graph network distilled without any graph.
 
 A teacher is given (published, or trained once on 70 % of a data set and kept in the cache).
-Pseudo-graphs are optimised against it, then a student learns from it on them; the real graphs serve for
-testing only. Size range, features and classes of the real graphs are taken as known, as GFKD does.
+Pseudo-graphs are optimised against it, then a student learns from it on them. The real graphs serve for
+testing only; their size range, features and classes are taken as known, as in GFKD.
 
 A reconstruction: the parts of the paper that could not be read are completed by us and marked
-(inferred) below; each has a switch.
+(inferred) below; each has a switch. Defaults are those of GFKD's published code unless a comment says
+otherwise.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 Algorithm = Literal["acgkd", "gfkd", "deepinversion", "random", "published", "real", "teacher"]
 Kind = Literal["gcn", "gin"]
+Curriculum = Literal["edges", "teacher_loss", "off"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-  """Defaults are GFKD's published code unless a comment says otherwise."""
+class TrainingSettings:
+  """Shared by the trainings of teacher and student."""
 
-  steps: int = (
-    300  # epochs of distillation; the generation goes before, `gen_chunk` iterations a step
-  )
-  eval_every: int = 10
-  checkpoint_every: int = 50
-  algorithm: Algorithm = "acgkd"
+  batch_size: int = 32
+  # Falls to 0 in a straight line. On MUTAG a GIN student of a GCN teacher wants 0.0003, by validation
+  # (benchmarks/results/acgkd_mutag_students.md); on PTC_MR 0.01 was as good.
+  learning_rate: float = 0.01
+  dropout: float = 0.5  # on the logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSettings(TrainingSettings):
+  """Real graphs and the teacher."""
 
   data: str = "gfkd:mutag"  # or any source of graphs, such as tu:PROTEINS
   max_degree: int = 0  # clips one-hot degree features; 0: no clipping
@@ -39,11 +46,13 @@ class Config(RunConfig):
   teacher_layers: int = 5
   teacher_width: int = 64
   teacher_epochs: int = 300
-  student_kind: Kind = "gcn"
-  student_layers: int = 3
-  student_width: int = 32
-  dropout: float = 0.5  # on the logits
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+  """How the pseudo-graphs are made."""
+
+  algorithm: Algorithm = "acgkd"
   pseudo_graphs: int = 0  # 0: as many as there were training graphs
   # 0: MUTAG 10 and 29; other sets the 10 % and 90 % quantiles of the training graphs.
   min_nodes: int = 0
@@ -59,7 +68,7 @@ class Config(RunConfig):
   entropy_weight: float = 1e-6
   concrete_temperature: float = 0.5  # (inferred)
   concrete_end: float = 0.5  # (inferred) the temperature moves there geometrically
-  # What the teacher sees while graphs are made: relaxed edges and features (summary), or their roundings
+  # The teacher's view of unfinished graphs: relaxed edges and features (summary), or their roundings
   # with the gradients of the relaxed ones (inferred). Relaxed ones fit the teacher only as long as they
   # are not hardened: its batch-norm gap is then tenfold (benchmarks/results/acgkd_mutag.md).
   relaxation: Literal["soft", "straight_through"] = "straight_through"
@@ -70,11 +79,15 @@ class Config(RunConfig):
   hard_features: bool = True
   form: Literal["auto", "dense", "edges"] = "auto"  # dense adjacency, or candidate edges only
 
-  batch_size: int = 32
-  # To 0 in a straight line. On MUTAG a GIN student of a GCN teacher wants 0.0003, by validation
-  # (benchmarks/results/acgkd_mutag_students.md); on PTC_MR 0.01 was as good.
-  learning_rate: float = 0.01
-  curriculum: Literal["edges", "teacher_loss", "off"] = "edges"  # (inferred)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentSettings(TrainingSettings):
+  """The student and its distillation."""
+
+  student_kind: Kind = "gcn"
+  student_layers: int = 3
+  student_width: int = 32
+  curriculum: Curriculum = "edges"  # (inferred)
   curriculum_start: float = 0.25  # (inferred) share of the graphs in the first epoch
   curriculum_grow: float = 0.5  # (inferred) share of the epochs until all are seen
   classifier: Literal["teacher", "own"] = "teacher"  # (summary)
@@ -86,46 +99,65 @@ class Config(RunConfig):
   tau_epochs: float = 10.0
   feature_weight: float = 0.0  # of the squared distance to the teacher's pooled features
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(StudentSettings, GenerationSettings, TeacherSettings, RunConfig):
+  """Settings of one row."""
+
+  # Epochs of distillation. The generation goes before, `gen_chunk` iterations a step.
+  steps: int = 300
+  eval_every: int = 10
+  checkpoint_every: int = 50
+
   def __post_init__(self) -> None:
     super().__post_init__()
+    checks.at_least(
+      self, 1, "teacher_width", "student_width", "teacher_epochs", "gen_iters", "gen_chunk",
+      "batch_size", "lr_decay_every",
+    )  # fmt: skip
+    checks.at_least(self, 2, "teacher_layers", "student_layers")
+    checks.at_least(
+      self, 0, "pseudo_graphs", "max_degree", "feature_weight", "bn_weight", "entropy_weight"
+    )
+    checks.within(self, "(0, 1)", "train_share")
+    checks.within(self, "[0, 1)", "dropout")
+    checks.within(self, "(0, 1]", "xi", "curriculum_start", "curriculum_grow")
+    checks.positive(self, "concrete_temperature", "concrete_end", "tau_epochs", "tau")
+    self._check_together()
 
-    def check(good: bool, name: str, expected: str) -> None:
-      if not good:
-        raise ValueError(f"{name}: must be {expected}, got {getattr(self, name)}")
-
-    for name in (
-      "teacher_width", "student_width", "teacher_epochs", "gen_iters", "gen_chunk", "batch_size",
-      "lr_decay_every",
-    ):  # fmt: skip
-      check(getattr(self, name) >= 1, name, "at least 1")
-    for name in ("teacher_layers", "student_layers"):
-      check(getattr(self, name) >= 2, name, "at least 2")
-    for name in ("pseudo_graphs", "max_degree", "feature_weight", "bn_weight", "entropy_weight"):
-      check(getattr(self, name) >= 0, name, "at least 0")
-    check(self.gen_iters % self.gen_chunk == 0, "gen_iters", f"a multiple of {self.gen_chunk}")
-    check(0 < self.train_share < 1, "train_share", "in (0, 1)")
-    check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-    check(0 < self.xi <= 1, "xi", "in (0, 1]")
-    check(self.concrete_temperature > 0, "concrete_temperature", "positive")
-    check(self.concrete_end > 0, "concrete_end", "positive")
-    check(0 < self.curriculum_start <= 1, "curriculum_start", "in (0, 1]")
-    check(0 < self.curriculum_grow <= 1, "curriculum_grow", "in (0, 1]")
-    check(self.tau_epochs > 0, "tau_epochs", "positive")
-    check((self.min_nodes == 0) == (self.max_nodes == 0), "max_nodes", "given with min_nodes")
-    check(self.min_nodes == 0 or self.min_nodes >= 2, "min_nodes", "0 or at least 2")
-    check(self.max_nodes >= self.min_nodes, "max_nodes", f"at least {self.min_nodes}")
+  def _check_together(self) -> None:
+    """Checks fields that depend on each other."""
+    chunk, low, high = self.gen_chunk, self.min_nodes, self.max_nodes
+    checks.require(
+      self.gen_iters % chunk == 0,
+      "gen_iters",
+      f"must be a multiple of {chunk}, got {self.gen_iters}",
+    )
+    checks.require(
+      (low == 0) == (high == 0), "max_nodes", f"must be given with min_nodes, got {high}"
+    )
+    checks.require(low == 0 or low >= 2, "min_nodes", f"must be 0 or at least 2, got {low}")
+    checks.require(high >= low, "max_nodes", f"must be at least {low}, got {high}")
     if self.temperature == "adversarial":
-      inside = 0 < self.tau_min < self.tau < self.tau_max
-      check(inside, "tau", f"between tau_min and tau_max ({self.tau_min}, {self.tau_max})")
-    check(self.tau > 0, "tau", "positive")
-    if self.algorithm == "published" and self.data != "gfkd:mutag":
-      raise ValueError(f"algorithm: published graphs belong to data gfkd:mutag, got {self.data!r}")
-    if self.teacher not in ("published", "trained") and not self.teacher.startswith("npz:"):
-      raise ValueError(f"teacher: must be published, trained or npz:PATH, got {self.teacher!r}")
+      checks.require(
+        0 < self.tau_min < self.tau < self.tau_max,
+        "tau",
+        f"must be between tau_min and tau_max ({self.tau_min}, {self.tau_max}), got {self.tau}",
+      )
+    checks.require(
+      self.algorithm != "published" or self.data == "gfkd:mutag",
+      "algorithm",
+      f"published graphs belong to data gfkd:mutag, got {self.data!r}",
+    )
+    checks.require(
+      self.teacher in ("published", "trained") or self.teacher.startswith("npz:"),
+      "teacher",
+      f"must be published, trained or npz:PATH, got {self.teacher!r}",
+    )
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """ACGKD, each part of it left out, its rivals, and what bounds them: real graphs, the teacher.
+  """Lists ACGKD, each part of it left out, its rivals, and its bounds: real graphs, the teacher.
 
   `gfkd_published` distils on the graphs that the published code made, where there are any.
   """

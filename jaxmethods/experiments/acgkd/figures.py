@@ -10,14 +10,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.typing import ColorType
 
-from jaxmethods.runtime.pictures import COLOURS
+from jaxmethods.runtime.pictures import COLOURS, open_frame
 
 SHOWN = 6
 
 
 class Graphs(NamedTuple):
-  """Final graphs of P pseudo-graphs; `edges` (P, M) are 0 or 1 at each candidate."""
+  """Final pseudo-graphs.
+
+  Attributes:
+    num_nodes, labels: (P,) int.
+    source, target: (P, M) int, ends of the candidates.
+    edges: (P, M), 0 or 1 at each candidate.
+    features: (P, N, F).
+    probabilities: (P, C) of the teacher.
+  """
 
   num_nodes: np.ndarray
   labels: np.ndarray
@@ -29,7 +38,12 @@ class Graphs(NamedTuple):
 
 
 def before_and_after(drawings: Mapping[str, Graphs], directed: bool) -> Figure:
-  """The same pseudo-graphs at the start and at the end, ordered by the edges they end with."""
+  """Draws some pseudo-graphs at the start and at the end, in the order of their final edges.
+
+  Args:
+    drawings: title of a row -> the same graphs; the last row is the final one.
+    directed: whether they are directed.
+  """
   rows = list(drawings.items())
   order = np.argsort(rows[-1][1].edges.sum(1), kind="stable")
   shown = order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).astype(int)]
@@ -49,13 +63,18 @@ def before_and_after(drawings: Mapping[str, Graphs], directed: bool) -> Figure:
   )  # fmt: skip
   kind = "directed" if directed else "undirected"
   figure.suptitle(
-    f"{len(order)} pseudo-graphs ({kind}), six of them from easy to hard", fontsize=11
+    f"{len(order)} pseudo-graphs ({kind}), {len(shown)} of them from easy to hard", fontsize=11
   )
   return figure
 
 
 def complexity(graphs: Graphs, real: np.ndarray) -> Figure:
-  """Edges of the pseudo-graphs in the order of the curriculum, beside those of real graphs."""
+  """Draws the edges of the pseudo-graphs in the order of the curriculum, beside real graphs.
+
+  Args:
+    graphs: final pseudo-graphs.
+    real: edges of each real graph.
+  """
   edges = np.sort(graphs.edges.sum(1))
   figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
   place = lambda values: np.linspace(0, 1, len(values))
@@ -63,12 +82,12 @@ def complexity(graphs: Graphs, real: np.ndarray) -> Figure:
   axis.plot(place(real), np.sort(real), color=COLOURS[1], label="real test graphs (not used)")
   axis.set(xlabel="share of the graphs", ylabel="edges", ylim=(0, None))
   axis.legend(frameon=False, fontsize=9)
-  axis.spines[["top", "right"]].set_visible(False)
+  open_frame(axis)
   return figure
 
 
 def _draw(axis: Axes, graphs: Graphs, i: int) -> set[int]:
-  """Draws graph i on a circle; returns the kinds of its nodes."""
+  """Draws graph i on a circle; returns the features of its nodes."""
   n = int(graphs.num_nodes[i])
   angle = 2 * np.pi * np.arange(n) / n
   place = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -81,10 +100,10 @@ def _draw(axis: Axes, graphs: Graphs, i: int) -> set[int]:
   sure = graphs.probabilities[i, wanted]
   axis.set_title(f"{int(there.sum())} edges\nclass {wanted}: {sure:.2f}", fontsize=9)
   axis.set(xticks=[], yticks=[], aspect="equal")
-  for spine in axis.spines.values():
-    spine.set_visible(False)
+  axis.spines[:].set_visible(False)
   return set(kinds.tolist())
 
 
-def _colour(kind: int):
+def _colour(kind: int) -> ColorType:
+  """Returns the colour of a feature."""
   return COLOURS[kind] if kind < len(COLOURS) else plt.get_cmap("tab20")(kind % 20)

@@ -1,20 +1,24 @@
-"""What graph-free distillation starts from: a trained teacher, and the graphs it is tested on."""
+"""The trained teacher, and the graphs that students are tested on."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jraph
 import numpy as np
 import optax
+from jax import Array
+from jaxtyping import Float, Int
 
 from jaxmethods.data import gfkd, records, sources
 from jaxmethods.data.array_cache import cached
 from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
+from jaxmethods.experiments.acgkd.config import TeacherSettings
 from jaxmethods.graphs.batching import batch_graphs, stack
 from jaxmethods.models.graph_classifier import (
   Classifier,
@@ -26,11 +30,17 @@ from jaxmethods.models.graph_classifier import (
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.metric_log import Display
 from jaxmethods.stats.dropout import dropout
-
-if TYPE_CHECKING:
-  from jaxmethods.experiments.acgkd.config import Config
+from jaxmethods.trees import Key, Params, PyTree
 
 FORMAT = b"2"  # changes when teachers are trained in another way
+ADAM = optax.scale_by_adam()
+
+
+class Targets(NamedTuple):
+  """Answers of the teacher on graphs: logits (P, C) and pooled features (P, d)."""
+
+  logits: Float[Array, "P C"]
+  pooled: Float[Array, "P d"]
 
 
 class Material(NamedTuple):
@@ -42,7 +52,7 @@ class Material(NamedTuple):
     test: indices of the others.
     encoder: the teacher's network.
     teacher: its weights.
-    about: the line for reports.
+    about: line for reports.
   """
 
   data: GraphData
@@ -53,31 +63,22 @@ class Material(NamedTuple):
   about: str
 
 
-def load(config: Config) -> Material:
+def load(settings: TeacherSettings) -> Material:
   """Loads the data, and loads or trains the teacher.
 
   Raises:
-    InputError: data that are missing, or a teacher that does not fit them.
+    InputError: data are missing, or a teacher does not fit them.
   """
-  if config.data == gfkd.NAME:
-    published = gfkd.load()
-    data, train, test = published.data, published.train, published.test
-  else:
-    found = sources.load_graphs(config.data, max_degree=config.max_degree or None)
-    if len(found) != 1:
-      raise InputError(f"data: {config.data}: expected one set of graphs, got {len(found)}")
-    (data,) = found
-    train, test = split(len(data.labels), config.train_share, config.split_seed)
-  name = data.source.name
+  data, train, test = _graphs(settings)
   if empty := np.flatnonzero(np.asarray(data.graphs.n_node) == 0).tolist():
-    raise InputError(f"{name}: graph {empty[0]} has no nodes")
-  if config.teacher == "trained":
-    encoder, teacher = _trained(config, data, train)
+    raise InputError(f"{data.source.name}: graph {empty[0]} has no nodes")
+  if settings.teacher == "trained":
+    encoder, teacher = _trained(settings, data, train)
   else:
-    encoder, teacher = _read(config, data)
+    encoder, teacher = _read(settings, data)
   about = (
     f"{records.describe([data])}; {len(train)} train the teacher, {len(test)} test; teacher "
-    f"{config.teacher} {encoder.kind.upper()}-{encoder.layers}-{encoder.width}"
+    f"{settings.teacher} {encoder.kind.upper()}-{encoder.layers}-{encoder.width}"
   )
   if not encoder.batch_norm:
     about += " without batch normalisation: that term of the generation is dropped"
@@ -85,7 +86,11 @@ def load(config: Config) -> Material:
 
 
 def split(count: int, train_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of training and test graphs: the first share of a seeded shuffle (GFKD)."""
+  """Splits graphs into training and test: the first share of a seeded shuffle (GFKD).
+
+  Raises:
+    InputError: a part would be empty.
+  """
   order = np.random.RandomState(seed).permutation(count)
   cut = int(train_share * count)
   if not 0 < cut < count:
@@ -94,35 +99,73 @@ def split(count: int, train_share: float, seed: int) -> tuple[np.ndarray, np.nda
 
 
 def real_batches(data: GraphData, ids: np.ndarray, batch_size: int) -> jraph.GraphsTuple:
-  """All batches of the graphs, stacked."""
+  """Stacks all batches of the graphs."""
   return stack(batch_graphs(data, ids, batch_size))
+
+
+def answers(encoder: GraphEncoder, teacher: Classifier, batches: jraph.GraphsTuple) -> Targets:
+  """Asks the teacher about stacked batches."""
+  pooled = jax.lax.map(lambda batch: encoder.apply(teacher.variables, batch), batches)
+  return Targets(teacher.head(pooled), pooled)
+
+
+def accuracy(logits: Float[Array, "S G C"], batches: jraph.GraphsTuple) -> Float[Array, ""]:
+  """Computes the share of real graphs that are classified rightly."""
+  right = logits.argmax(-1) == batches.globals["label"]
+  return right.mean(where=batches.globals["mask"])
 
 
 def train_logits(
   encoder: GraphEncoder,
-  params: Any,
-  batch_stats: Any,
+  params: Params,
+  batch_stats: PyTree,
   head: Head,
   batch: jraph.GraphsTuple,
   rate: float,
-  key: jax.Array,
-) -> tuple[jax.Array, jax.Array, Any]:
-  """Training mode: logits after dropout, pooled features, new running statistics."""
+  key: Key,
+) -> tuple[Float[Array, "G C"], Float[Array, "G d"], PyTree]:
+  """Classifies graphs in training mode.
+
+  Args:
+    encoder: the network.
+    params: its weights.
+    batch_stats: its running statistics.
+    head: classifier.
+    batch: G graphs.
+    rate: share of the logits that are dropped.
+    key: of the dropout.
+
+  Returns:
+    Logits after dropout, pooled features, new running statistics.
+  """
   variables = {"params": params, "batch_stats": batch_stats}
   pooled, changed = encoder.apply(variables, batch, train=True, mutable=["batch_stats"])
   return dropout(head(pooled), rate, key), pooled, changed.get("batch_stats", {})
 
 
-def _read(config: Config, data: GraphData) -> tuple[GraphEncoder, Classifier]:
-  if config.teacher == "published":
-    if config.data != gfkd.NAME:
-      raise InputError(
-        f"teacher: the published one belongs to --data {gfkd.NAME}, got {config.data}; "
-        "--teacher trained trains one"
-      )
+def _graphs(settings: TeacherSettings) -> tuple[GraphData, np.ndarray, np.ndarray]:
+  """Loads the real graphs and their split."""
+  if settings.data == gfkd.NAME:
+    published = gfkd.load()
+    return published.data, published.train, published.test
+  found = sources.load_graphs(settings.data, max_degree=settings.max_degree or None)
+  if len(found) != 1:
+    raise InputError(f"data: {settings.data}: expected one set of graphs, got {len(found)}")
+  (data,) = found
+  return data, *split(len(data.labels), settings.train_share, settings.split_seed)
+
+
+def _read(settings: TeacherSettings, data: GraphData) -> tuple[GraphEncoder, Classifier]:
+  """Reads a teacher under the published names, and checks that it fits the data."""
+  if settings.teacher != "published":
+    path = Path(settings.teacher.removeprefix("npz:")).expanduser()
+  elif settings.data == gfkd.NAME:
     path = gfkd.archive_path()
   else:
-    path = Path(config.teacher.removeprefix("npz:")).expanduser()
+    raise InputError(
+      f"teacher: the published one belongs to --data {gfkd.NAME}, got {settings.data}; "
+      "--teacher trained trains one"
+    )
   try:
     encoder, teacher = from_published(gfkd.teacher_weights(path))
   except ValueError as error:
@@ -144,85 +187,133 @@ def _read(config: Config, data: GraphData) -> tuple[GraphEncoder, Classifier]:
 # --- teachers of our own --------------------------------------------------------------------------
 
 
-def _trained(config: Config, data: GraphData, train: np.ndarray) -> tuple[GraphEncoder, Classifier]:
+class Training(NamedTuple):
+  """Static parts of the training of a teacher.
+
+  Attributes:
+    encoder: the network.
+    epochs: number of epochs, over which the learning rate falls to 0.
+    learning_rate: of the first epoch.
+    dropout: rate, on the logits.
+  """
+
+  encoder: GraphEncoder
+  epochs: int
+  learning_rate: float
+  dropout: float
+
+
+class Trainee(NamedTuple):
+  """A teacher in training: weights (encoder, head), running statistics, moments of Adam."""
+
+  weights: tuple[Params, Head]
+  batch_stats: PyTree
+  moments: optax.OptState
+
+
+def _trained(
+  settings: TeacherSettings, data: GraphData, train: np.ndarray
+) -> tuple[GraphEncoder, Classifier]:
   """Trains a teacher, or takes it from the cache; the same for every seed of a comparison."""
   encoder = GraphEncoder(
-    config.teacher_kind, config.teacher_layers, config.teacher_width, symmetric=True
+    settings.teacher_kind, settings.teacher_layers, settings.teacher_width, symmetric=True
   )
-  graphs = data.graphs
-  settings = (
-    encoder,
-    config.teacher_epochs,
-    config.batch_size,
-    config.learning_rate,
-    config.dropout,
-  )
-  batches = real_batches(data, train, config.batch_size)
+  training = Training(encoder, settings.teacher_epochs, settings.learning_rate, settings.dropout)
+  batches = real_batches(data, train, settings.batch_size)
   key = jax.random.key(0)
   start = _start(encoder, jax.tree.map(lambda x: x[0], batches), data.num_classes, key)
 
   def leaves() -> dict[str, np.ndarray]:
     print(f"training the teacher on {len(train)} graphs", flush=True)
-    teacher = jax.device_get(fit(encoder, start, batches, config, key))
+    teacher = jax.device_get(fit(training, start, batches, key))
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(teacher))}
 
+  graphs = data.graphs
   parts = (graphs.n_node, graphs.senders, graphs.receivers, graphs.nodes, data.labels, train)
-  stored = cached("teachers", [FORMAT, *parts, repr(settings).encode()], leaves)
+  depends_on = [FORMAT, *parts, described(training, settings.batch_size)]
+  stored = cached("teachers", depends_on, leaves)
   kept = [jnp.asarray(stored[str(i)]) for i in range(len(stored))]
   return encoder, jax.tree.unflatten(jax.tree.structure(start), kept)
 
 
-def _start(encoder: GraphEncoder, batch, num_classes: int, key: jax.Array) -> Classifier:
+def described(training: Training, batch_size: int) -> bytes:
+  """Describes the training as a part of the cache key.
+
+  Every field is named here, in the text of the first version: its teachers stay in the cache wherever
+  classes move, and whatever fields they get.
+  """
+  encoder, epochs, learning_rate, dropout = training
+  named = ("kind", "layers", "width", "projection", "batch_norm", "symmetric")
+  network = "".join(f"    {name} = {getattr(encoder, name)!r}\n" for name in named)
+  values = ", ".join(map(repr, (epochs, batch_size, learning_rate, dropout)))
+  return f"(GraphEncoder(\n    # attributes\n{network}), {values})".encode()
+
+
+def _start(
+  encoder: GraphEncoder, batch: jraph.GraphsTuple, num_classes: int, key: Key
+) -> Classifier:
+  """Draws a teacher; the batch gives the shapes."""
   keys = jax.random.split(key)
   variables = compiler.jit(encoder.init)(keys[0], batch)
   head = init_head(keys[1], encoder.width, num_classes)
   return Classifier(variables["params"], variables.get("batch_stats", {}), head)
 
 
-def fit(
-  encoder: GraphEncoder,
-  start: Classifier,
-  batches: jraph.GraphsTuple,
-  config: Config,
-  key: jax.Array,
-) -> Classifier:
-  """Supervised training: cross-entropy, Adam, learning rate to 0 in a straight line."""
-  adam = optax.scale_by_adam()
-  count = batches.n_node.shape[0]
+def fit(training: Training, start: Classifier, batches: jraph.GraphsTuple, key: Key) -> Classifier:
+  """Trains with cross-entropy and Adam; the learning rate falls to 0 in a straight line.
 
-  def loss(weights, batch_stats, batch, key):
-    params, head = weights
-    logits, _, batch_stats = train_logits(
-      encoder, params, batch_stats, head, batch, config.dropout, key
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.globals["label"])
-    return losses.mean(where=batch.globals["mask"]), batch_stats
-
-  def epoch(carry, t, data):
-    order = jax.random.permutation(jax.random.fold_in(key, t), count)
-    rate = config.learning_rate * (1 - t / config.teacher_epochs)
-
-    def step(i, carry):
-      weights, batch_stats, moments, total = carry
-      batch = jax.tree.map(lambda x: x[order[i]], data)
-      mask_key = jax.random.fold_in(key, config.teacher_epochs + t * count + i)
-      (value, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(
-        weights, batch_stats, batch, mask_key
-      )
-      updates, moments = adam.update(gradients, moments)
-      weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
-      return weights, batch_stats, moments, total + value
-
-    *carry, total = jax.lax.fori_loop(0, count, step, (*carry, jnp.float32(0)))
-    return tuple(carry), total / count
-
+  Args:
+    training: static parts.
+    start: initial weights.
+    batches: stacked batches.
+    key: of shuffling and dropout.
+  """
   data = jax.device_put(batches)
   weights = start.params, start.head
-  carry = weights, start.batch_stats, adam.init(weights)
-  run = compiler.jit(epoch, donate_argnums=0)
-  with Display("teacher", 0, config.teacher_epochs) as display:
-    for t in range(config.teacher_epochs):
-      carry, mean = run(carry, jnp.int32(t), data)
+  trainee = Trainee(weights, start.batch_stats, ADAM.init(weights))
+  run = compiler.jit(functools.partial(_epoch, training), donate_argnums=0)
+  with Display("teacher", 0, training.epochs) as display:
+    for t in range(training.epochs):
+      trainee, mean = run(trainee, jnp.int32(t), data, key)
       display.update(t + 1, {"loss": float(mean)})
-  (params, head), batch_stats, _ = carry
-  return Classifier(params, batch_stats, head)
+  params, head = trainee.weights
+  return Classifier(params, trainee.batch_stats, head)
+
+
+def _epoch(
+  training: Training, trainee: Trainee, t: Int[Array, ""], data: jraph.GraphsTuple, key: Key
+) -> tuple[Trainee, Float[Array, ""]]:
+  """Trains for one epoch; returns the mean loss too."""
+  count = data.n_node.shape[0]
+  order = jax.random.permutation(jax.random.fold_in(key, t), count)
+  rate = training.learning_rate * (1 - t / training.epochs)
+
+  def step(i: Array, carry: tuple[Trainee, Array]) -> tuple[Trainee, Array]:
+    (weights, batch_stats, moments), total = carry
+    batch = jax.tree.map(lambda x: x[order[i]], data)
+    mask_key = jax.random.fold_in(key, training.epochs + t * count + i)
+    (value, batch_stats), gradients = jax.value_and_grad(_loss, has_aux=True)(
+      weights, batch_stats, training, batch, mask_key
+    )
+    updates, moments = ADAM.update(gradients, moments)
+    weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
+    return Trainee(weights, batch_stats, moments), total + value
+
+  trainee, total = jax.lax.fori_loop(0, count, step, (trainee, jnp.float32(0)))
+  return trainee, total / count
+
+
+def _loss(
+  weights: tuple[Params, Head],
+  batch_stats: PyTree,
+  training: Training,
+  batch: jraph.GraphsTuple,
+  key: Key,
+) -> tuple[Float[Array, ""], PyTree]:
+  """Computes the mean cross-entropy of a batch, and the new running statistics."""
+  params, head = weights
+  logits, _, batch_stats = train_logits(
+    training.encoder, params, batch_stats, head, batch, training.dropout, key
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.globals["label"])
+  return losses.mean(where=batch.globals["mask"]), batch_stats
