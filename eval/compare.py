@@ -12,14 +12,16 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxmethods import experiments
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import command, launch
 
 if TYPE_CHECKING:
-  from jaxmethods.runtime.experiment import RunConfig
+  from jaxmethods.runtime.command import Given
+  from jaxmethods.runtime.experiment import RunConfig, Values
+  from jaxmethods.runtime.session import Session
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,91 +29,101 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = command.read(_parser(), argv, experiments)
   if given is None:
     return 0
-  args, method, config, file = given
+  args = given.args
+  every_row = given.method.rows(given.config)
+  if args.list_rows:
+    print("\n".join(every_row))
+    return 0
 
+  from jaxmethods.runtime import session
   from jaxmethods.runtime import workdir as workdir_lib
 
-  rows = _chosen(method.rows(config), args.rows)
-  if args.seeds < 1:
-    raise InputError(f"--seeds: must be at least 1, got {args.seeds}")
-  if args.json and not args.json.resolve().parent.is_dir():
-    raise InputError(f"--json {args.json}: there is no directory {args.json.resolve().parent}")
-  workdir = args.workdir or command.default_workdir(args, file, "compare-")
-  workdir_lib.check(workdir, config, method=args.method, seeds=args.seeds)
+  rows = _chosen(every_row, args.rows)
+  _check(args)
+  workdir = command.workdir(given, "compare-")
+  header = {"method": args.method, "seeds": args.seeds}
+  workdir_lib.check(workdir, given.config, **header)
   mesh = launch.start(args)
-
-  import jax
-
-  from jaxmethods.runtime import loop, report, seeds
-
-  # On two CPU cores, 5 seeds: a convnet step takes 88 ms in the loop, 366 under vmap, 690 under scan;
-  # a dense one 440, 584, 401.
-  seed_map = args.seed_map or ("loop" if jax.default_backend() == "cpu" else "vmap")
-  writer = jax.process_index() == 0
-  results: list[dict[str, Any]] = []
-  about = ""
-  for name, row in rows.items():
-    finished, running = workdir / "rows" / f"{name}.json", workdir / "rows" / name
+  results, about = [], ""
+  for name, config in rows.items():
+    finished = workdir / "rows" / f"{name}.json"
     if not finished.exists():
-      experiment = method.build(row, mesh)
-      if writer:
-        workdir_lib.create(workdir, config, method=args.method, seeds=args.seeds)
+      row = session.build(given._replace(config=config), workdir / "rows" / name, mesh)
+      if row.writer:
+        workdir_lib.create(workdir, given.config, **header)
         if not about:
-          print(experiment.about, flush=True)
-      try:
-        trained = seeds.train(
-          experiment,
-          row,
-          running,
-          seeds=args.seeds,
-          seed_map=seed_map,
-          title=name,
-          mesh=mesh,
-        )
-      except loop.Stopped as stopped:
-        print(stopped, flush=True)
-        return stopped.status
-      metrics = {metric: seeds.summarize(numbers) for metric, numbers in trained.values.items()}
-      result = {
-        "name": name,
-        "metrics": metrics,
-        "seconds": round(trained.seconds, 3),
-        "step_seconds": trained.step_seconds,
-        "step_bytes": trained.step_bytes,
-      }
-      about = experiment.about
-      del experiment  # its data, before the next row loads its own
-      if writer:
+          print(row.experiment.about, flush=True)
+      about, result = row.experiment.about, _trained(name, row)
+      if row.writer:
         workdir_lib.write_json(finished, {"about": about, "row": result})
-        shutil.rmtree(running)
+        shutil.rmtree(row.workdir)
+      del row  # its data, before the next row loads its own
     else:
       kept = json.loads(finished.read_text(encoding="utf-8"))
       about, result = kept["about"], kept["row"]
     results.append(result)
-
-  if writer:
-    for target in filter(None, (workdir / "compare.json", args.json)):
-      workdir_lib.write_json(target, {"rows": results})
-    title = f"{args.method}: {args.seeds} seeds, mean ± 95 % interval"
-    header, lines = _table(results)
-    report.print_table(title, header, lines)
-    intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)
-    page = report.write_comparison(
-      workdir,
-      title=title,
-      about=about,
-      header=header,
-      rows=lines,
-      figures={"comparison": intervals} | method.comparison(results),
-    )
-    print(f"see {page}")
+  if session.is_writer():
+    _show(given, workdir, about, results)
   return 0
+
+
+def _trained(name: str, row: Session) -> Values:
+  """Trains all seeds of a row, from its last checkpoint if there is one."""
+  import jax
+
+  from jaxmethods.runtime import seeds
+
+  args = row.given.args
+  # On two CPU cores, 5 seeds: a convnet step takes 88 ms in the loop, 366 under vmap, 690 under scan;
+  # a dense one 440, 584, 401.
+  seed_map = args.seed_map or ("loop" if jax.default_backend() == "cpu" else "vmap")
+  trained = seeds.train(
+    row.experiment,
+    row.given.config,
+    row.workdir,
+    seeds=args.seeds,
+    seed_map=seed_map,
+    title=name,
+    mesh=row.mesh,
+  )
+  metrics = {metric: seeds.summarize(numbers) for metric, numbers in trained.values.items()}
+  return {
+    "name": name,
+    "metrics": metrics,
+    "seconds": round(trained.seconds, 3),
+    "step_seconds": trained.step_seconds,
+    "step_bytes": trained.step_bytes,
+  }
+
+
+def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> None:
+  """Writes compare.json and the page, and prints the table."""
+  from jaxmethods.runtime import report
+  from jaxmethods.runtime import workdir as workdir_lib
+
+  args = given.args
+  for target in filter(None, (workdir / "compare.json", args.json)):
+    workdir_lib.write_json(target, {"rows": results})
+  title = f"{args.method}: {args.seeds} seeds, mean ± 95 % interval"
+  header, lines = _table(results)
+  report.print_table(title, header, lines)
+  intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)
+  page = report.write_comparison(
+    workdir,
+    title=title,
+    about=about,
+    header=header,
+    rows=lines,
+    figures={"comparison": intervals} | given.method.comparison(results),
+  )
+  print(f"see {page}")
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = command.parser("eval.compare", "Trains a method and its baselines alike, many seeds.")
   add = parser.add_argument_group("comparison").add_argument
   add("--rows", metavar="A,B", help="which of the method's rows (default: all)")
+  add("--list_rows", action="store_true", help="list the rows of the method and stop")
   add("--seeds", metavar="N", type=int, default=5, help="seeds for each row (default: 5)")
   add("--json", metavar="FILE", type=Path, help="also write the results there")
   add(
@@ -128,17 +140,24 @@ def _chosen(rows: Mapping[str, RunConfig], names: str | None) -> dict[str, RunCo
   chosen = list(rows) if names is None else [name.strip() for name in names.split(",")]
   for name in chosen:
     if name not in rows:
-      raise InputError(f"--rows: unknown row {name!r}, the nearest is {nearest(name, rows)}")
+      raise InputError(f"--rows: unknown row {name!r}; {hint(name, rows, 'rows')}")
   return {name: rows[name] for name in chosen}
 
 
-def _headline(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _check(args: argparse.Namespace) -> None:
+  if args.seeds < 1:
+    raise InputError(f"--seeds: must be at least 1, got {args.seeds}")
+  if args.json and not args.json.resolve().parent.is_dir():
+    raise InputError(f"--json {args.json}: there is no directory {args.json.resolve().parent}")
+
+
+def _headline(results: Sequence[Values]) -> list[str]:
   """Returns the metrics worth a column; parts of one (`accuracy/MUTAG`) are in the JSON only."""
   names = list(results[0]["metrics"])
   return [name for name in names if "/" not in name] or names
 
 
-def _table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _table(results: Sequence[Values]) -> tuple[list[str], list[list[str]]]:
   """Returns header and lines: the first metric with its seeds, then the others, then the cost."""
   names = _headline(results)
   header = ["", names[0], "each seed", *names[1:], "ms/step", "MB", "seconds"]
@@ -152,12 +171,12 @@ def _table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
   return header, lines
 
 
-def _scaled(row: Mapping[str, Any], name: str, factor: float) -> str:
+def _scaled(row: Values, name: str, factor: float) -> str:
   value = row.get(name)
   return "-" if value is None else f"{value * factor:.3g}"
 
 
-def _interval(result: Mapping[str, Any] | None) -> str:
+def _interval(result: Values | None) -> str:
   if result is None:  # a row without this metric
     return "-"
   if result["mean"] is None:

@@ -84,6 +84,26 @@ def merge(a: Params, b: Params) -> Tree:
   return dict(sorted(out.items()))
 
 
+def check_alike(**arguments: PyTree) -> None:
+  """Checks that trees have the leaves and shapes of the first.
+
+  Raises:
+    ValueError: "end: expected shape (2,) at a/w as in start, got (3,)".
+  """
+  (first, expected), *others = ((name, _shapes(tree)) for name, tree in arguments.items())
+  for name, given in others:
+    for path in {**expected, **given}:
+      want, got = (found.get(path, "nothing") for found in (expected, given))
+      if got != want:
+        raise ValueError(f"{name}: expected shape {want} at {path} as in {first}, got {got}")
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree.leaves_with_path(tree)
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+  return {path: jax.numpy.shape(x) for path, x in named.items()}
+
+
 def everything(path: str) -> bool:
   """Shares every parameter (FedAvg)."""
   del path

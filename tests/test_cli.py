@@ -126,6 +126,8 @@ BAD = {
   "unknown_data": ("train.run", [*TINY, "--data", "digit"], ["data", "'digit'", "digits"]),
   "nothing_to_evaluate": ("eval.run", [*TINY, "--workdir", "nowhere"], ["nowhere", "checkpoint"]),
   "unknown_row": ("eval.compare", [*TINY, "--rows", "sgd,adm"], ["'adm'", "nearest is adam"]),
+  "far_row": ("eval.compare", [*TINY, "--rows", "x"], ["unknown row 'x'; rows are sgd, adam"]),
+  "far_method": ("train.run", ["--method", "x"], ["methods are acgkd, bye,", "--list"]),
   "zero_seeds": ("eval.compare", [*TINY, "--seeds", "0"], ["--seeds", "at least 1"]),
   "json_nowhere": ("eval.compare", [*TINY, "--json", "no/where.json"], ["no/where.json"]),
   "seed_map": ("eval.compare", [*TINY, "--seed_map", "pmap"], ["seed_map", "vmap", "scan"]),
@@ -153,6 +155,48 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, tmp_path, case):
   for word in words:
     assert word in result.stderr
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+OWN = """
+from tests.tiny import Config, build, rows
+"""
+
+
+@pytest.mark.parametrize("method", ["mine", "ideas.mine"])
+def test_a_method_of_ones_own_is_one_file(cli, tmp_path, method):
+  file = tmp_path / f"{method.replace('.', '/')}.py"
+  file.parent.mkdir(exist_ok=True)
+  file.write_text(OWN)
+  found = f"{tmp_path}:{Path(__file__).parents[1]}"
+  result = cli("train.run", "--method", method, "--steps", 3, PYTHONPATH=found)
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "runs" / method / "default/report.html").exists()
+  shown = cli("eval.compare", "--method", method, "--list_rows", PYTHONPATH=found)
+  assert shown.stdout.split() == ["sgd", "adam"]
+
+
+@pytest.mark.parametrize("method", ["mine", "ideas.mine"])
+@pytest.mark.parametrize(
+  ("source", "words"),
+  [
+    ("import no_such_library\n", ["No module named 'no_such_library'", "mine.py, line 1"]),
+    ("x = 1\ny = 1 / 0\n", ["ZeroDivisionError", "mine.py, line 2"]),
+    ("def build(:\n", ["SyntaxError", "mine.py, line 1"]),
+    ("from jaxmethods import nothing\n", ["cannot import name 'nothing'", "mine.py, line 1"]),
+  ],
+)
+def test_a_fault_in_ones_own_module_is_one_line(cli, tmp_path, method, source, words):
+  file = tmp_path / f"{method.replace('.', '/')}.py"
+  file.parent.mkdir(exist_ok=True)
+  file.write_text(source)
+  found = f"{tmp_path}:{Path(__file__).parents[1]}"
+  result = cli("train.run", "--method", method, PYTHONPATH=found)
+  assert result.returncode == 2, result
+  (line,) = result.stderr.splitlines()
+  assert line.startswith(f"error: --method {method}: cannot be imported: ")
+  for word in words:
+    assert word in line
+  assert not (tmp_path / "runs").exists()
 
 
 def test_train_then_evaluate(cli, tmp_path):

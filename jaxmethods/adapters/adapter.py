@@ -19,7 +19,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,12 +29,10 @@ from jaxmethods import trees
 from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
 from jaxmethods.stats.dropout import dropout
-from jaxmethods.trees import below, flatten, owner, unflatten
+from jaxmethods.trees import Json, Params, PyTree, Tree, below, flatten, owner, unflatten
 
-Params = Mapping[str, Any]
-Tree = dict[str, Any]
 Factors = Mapping[str, jax.Array]
-Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
+Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], PyTree]
 
 COLLECTION = "adapter"
 # The entry of a tree for what all its layers have in common (VeRA's projections).
@@ -58,11 +56,11 @@ class Adapter(NamedTuple):
   """
 
   init: Callable[[jax.Array, Params, str], Tree]
-  variables: Callable[[Params, Tree], dict[str, Any]]
+  variables: Callable[[Params, Tree], Tree]
   interceptor: Callable[[Tree], Interceptor]
-  merge: Callable[[Params, Tree], dict[str, Any]] | None
+  merge: Callable[[Params, Tree], Tree] | None
   frozen: frozenset[str]
-  settings: Mapping[str, Any]
+  settings: Json
 
 
 class Linear(NamedTuple):
@@ -94,7 +92,7 @@ class Rule(NamedTuple):
   frozen: frozenset[str] = frozenset()
 
 
-def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
+def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: object) -> Adapter:
   """The adapter that applies `rule` to every target that is a linear layer.
 
   Args:
@@ -131,7 +129,7 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
     keys = jax.random.split(key, stack) if stack else key
     return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
 
-  def variables(params: Params, tree: Tree) -> dict[str, Any]:
+  def variables(params: Params, tree: Tree) -> Tree:
     check(params, tree)
     own = {name: branch for name, branch in tree.items() if name != SHARED}
     return {"params": params, COLLECTION: own}
@@ -174,7 +172,7 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: Any) -> Adapter:
 
     return intercept
 
-  def merge_by(plain: Merge, params: Params, tree: Tree) -> dict[str, Any]:
+  def merge_by(plain: Merge, params: Params, tree: Tree) -> Tree:
     check(params, tree)
     linears, shared = _linears(params), tree.get(SHARED, {})
     flat = flatten(params)
@@ -202,8 +200,8 @@ def applied(adapter: Adapter, tree: Tree) -> Iterator[None]:
 
 
 def apply(
-  adapter: Adapter, model: nn.Module, params: Params, tree: Tree, *args: Any, **kwargs: Any
-) -> Any:
+  adapter: Adapter, model: nn.Module, params: Params, tree: Tree, *args: PyTree, **kwargs: PyTree
+) -> PyTree:
   """`model.apply` of the adapted model; an rng stream "dropout" turns the adapter's dropout on."""
   with applied(adapter, tree):
     return model.apply(adapter.variables(params, tree), *args, **kwargs)

@@ -8,7 +8,7 @@ files fit the published base model. Files themselves are `jaxmethods.data.adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jaxmethods.adapters import low_rank, scaling
 from jaxmethods.adapters.adapter import SHARED, Adapter, Params, Tree, layers_of
 from jaxmethods.errors import InputError
 from jaxmethods.models.weights import Table, tensor_names
-from jaxmethods.trees import below, flatten, unflatten
+from jaxmethods.trees import Json, below, flatten, unflatten
 
 ROOT = "base_model.model."
 
@@ -27,13 +27,13 @@ Tensors = dict[str, np.ndarray]
 class _Format(NamedTuple):
   """How one kind is written: (settings, factors of a layer) -> tensors by suffix; and its config."""
 
-  layer: Callable[[Mapping[str, Any], Tensors], Tensors]
-  config: Callable[[Mapping[str, Any]], dict[str, Any]]
+  layer: Callable[[Json, Tensors], Tensors]
+  config: Callable[[Json], dict[str, object]]
 
 
 def to_peft(
   adapter: Adapter, tree: Tree, table: Table, *, base: str = ""
-) -> tuple[dict[str, Any], Tensors]:
+) -> tuple[dict[str, object], Tensors]:
   """The contents of adapter_config.json and adapter_model.safetensors.
 
   Args:
@@ -78,7 +78,7 @@ def to_peft(
 
 
 def from_peft(
-  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], table: Table, params: Params
+  config: Json, tensors: Mapping[str, np.ndarray], table: Table, params: Params
 ) -> tuple[Adapter, Tree]:
   """Reads what `to_peft` or PEFT itself wrote: LoRA, rsLoRA, DoRA, VeRA, AdaLoRA, OFT and IA3.
 
@@ -140,7 +140,7 @@ def _modules(path: str, shape: tuple[int, ...], table: Table) -> list[list[str]]
   return [[name.removesuffix(".weight") for name in options] for options in names]
 
 
-def _lora(settings: Mapping[str, Any], f: Tensors) -> Tensors:
+def _lora(settings: Json, f: Tensors) -> Tensors:
   a, b = f["a"], f["b"]
   if "mixer" in f:
     a = f["mixer"] @ a
@@ -152,7 +152,7 @@ def _lora(settings: Mapping[str, Any], f: Tensors) -> Tensors:
   return tensors
 
 
-def _lora_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _lora_config(settings: Json) -> dict[str, object]:
   # s = alpha / rank must stay what it is when the rank doubles.
   double = 2 if settings["kind"] in ("pissa", "milora") else 1
   return {
@@ -165,7 +165,7 @@ def _lora_config(settings: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _vera_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _vera_config(settings: Json) -> dict[str, object]:
   return {
     "peft_type": "VERA",
     "r": settings["rank"],
@@ -175,7 +175,7 @@ def _vera_config(settings: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _adalora_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _adalora_config(settings: Json) -> dict[str, object]:
   rank = settings["rank"]
   return {
     "peft_type": "ADALORA",
@@ -194,12 +194,12 @@ def _adalora_unit(rank: int, alpha: float) -> float:
   return (alpha if alpha > 0 else rank) / (rank + 1e-5)
 
 
-def _oft_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _oft_config(settings: Json) -> dict[str, object]:
   exact = {"use_cayley_neumann": False, "coft": False, "block_share": False}
   return {"peft_type": "OFT", "r": 0, "oft_block_size": settings["block_size"], **exact}
 
 
-def _ia3(settings: Mapping[str, Any], f: Tensors) -> Tensors:
+def _ia3(settings: Json, f: Tensors) -> Tensors:
   return {"ia3_l": f["scale_in"][None] if "scale_in" in f else f["scale_out"][:, None]}
 
 
@@ -224,7 +224,7 @@ _FORMATS = {
 
 
 def _reader(
-  config: Mapping[str, Any],
+  config: Json,
 ) -> tuple[Adapter, Callable[[Tensors], Tensors], tuple[str, ...]]:
   """The adapter, what turns a layer's tensors into factors, and their suffixes."""
   kind = config.get("peft_type")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +16,14 @@ import numpy as np
 from jaxmethods.adapters.adapter import Tree
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm_config import CausalLMConfig
+from jaxmethods.trees import Json
 
 _TENSOR = "prompt_embeddings"
 
 
 def prompt_to_peft(
   tree: Tree, config: CausalLMConfig, *, base: str = ""
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
   """The contents of adapter_config.json and adapter_model.safetensors.
 
   Args:
@@ -37,7 +37,7 @@ def prompt_to_peft(
   tree = jax.device_get(tree)
   if "prompt" in tree:
     kind, flat = "PROMPT_TUNING", tree["prompt"]
-    own: dict[str, Any] = {"token_dim": config.width, "num_attention_heads": config.num_heads}
+    own: dict[str, object] = {"token_dim": config.width, "num_attention_heads": config.num_heads}
   else:
     # (L, 2, K, length, d): a layer's keys, then its values.
     both = np.stack([tree["keys"], tree["values"]], axis=1)
@@ -61,7 +61,7 @@ def prompt_to_peft(
 
 
 def prompt_from_peft(
-  settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: CausalLMConfig
+  settings: Json, tensors: Mapping[str, np.ndarray], config: CausalLMConfig
 ) -> Tree:
   """Reads what `prompt_to_peft` or PEFT itself wrote: prompt tuning, p-tuning and prefix tuning.
 

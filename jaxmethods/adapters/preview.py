@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ Summary = TypeVar("Summary")
 
 
 def linear_inputs(
-  run: Callable[[], Any],
+  run: Callable[[], object],
   params: Params,
   targets: str,
   add: Callable[[Summary, jax.Array, jax.Array | None], Summary],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ Score = Callable[[jax.Array, str, jax.Array], jax.Array]
 VECTORS = r"(bias|scale)$"
 
 
-def tuned(share: float = 1.0, score: Score | None = None, **settings: Any) -> Adapter:
+def tuned(share: float = 1.0, score: Score | None = None, **settings: object) -> Adapter:
   """Tunes the targets themselves: theta <- F theta_0 + (1 - F) theta_tuned with a fixed mask F.
 
   The tree holds a float32 "value" of every target, equal to it at the start, and a boolean "mask" of the
@@ -64,7 +63,7 @@ def tuned(share: float = 1.0, score: Score | None = None, **settings: Any) -> Ad
         tree[below(path, "mask")] = (jax.vmap(choose) if stacked else choose)(scores)
     return unflatten(tree)
 
-  def merge(params: Params, tree: Tree) -> dict[str, Any]:
+  def merge(params: Params, tree: Tree) -> Tree:
     flat, entries = dict(flatten(params)), flatten(tree)
     for name, value in entries.items():
       path, mask = owner(name), entries.get(below(owner(name), "mask"))

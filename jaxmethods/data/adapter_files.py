@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxmethods.errors import InputError
+from jaxmethods.trees import Json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_peft(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_peft(folder: Path, config: Json, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes what `adapters.peft_format.to_peft` made."""
   folder.mkdir(parents=True, exist_ok=True)
   save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
   (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_peft(folder: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
   """Reads (config, tensors) for `adapters.peft_format.from_peft`.
 
   Raises:

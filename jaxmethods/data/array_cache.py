@@ -10,10 +10,15 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+
+from jaxmethods.trees import PyTree
+
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
 
 
 def cache_folder() -> Path:
@@ -21,7 +26,7 @@ def cache_folder() -> Path:
   return Path(os.environ.get("JAXMETHODS_CACHE") or Path.home() / ".cache" / "jaxmethods")
 
 
-def described(settings: Any, kind: str, exclude: Iterable[str] = ()) -> bytes:
+def described(settings: DataclassInstance, kind: str, exclude: Iterable[str] = ()) -> bytes:
   """Returns the field values of a dataclass as a part of a cache key.
 
   The name of the class is no part of it, so that a class may be renamed or moved.
@@ -71,9 +76,9 @@ def cached(
 def cached_tree(
   kind: str,
   depends_on: Iterable[bytes | np.ndarray],
-  structure: Any,
-  compute: Callable[[], Any],
-) -> Any:
+  structure: PyTree,
+  compute: Callable[[], PyTree],
+) -> PyTree:
   """`cached` for any tree of arrays; its structure, which the file does not hold, is given."""
 
   def leaves() -> dict[str, np.ndarray]:

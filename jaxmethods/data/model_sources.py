@@ -43,6 +43,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import BUFFERS, CausalLM, CausalLMConfig, table
 from jaxmethods.models.sharding import param_shardings, placement
 from jaxmethods.models.weights import Table, export_params, import_params, on_host
+from jaxmethods.trees import Params, Tree
 
 
 class Wheel(NamedTuple):
@@ -112,7 +113,7 @@ class LoadedLM(NamedTuple):
   """A causal LM with its parameters; `files` has config, tokenizer and provenance."""
 
   model: CausalLM
-  params: dict[str, Any]
+  params: Tree
   files: ModelFiles
 
 
@@ -187,7 +188,7 @@ def load_params(
   ignored: Collection[str],
   mesh: Mesh | None,
   key: jax.Array | None,
-) -> dict[str, Any]:
+) -> Tree:
   """The parameters of a model of any family, read or drawn.
 
   Args:
@@ -211,7 +212,7 @@ def load_params(
   return import_params(files.tensors, table, shapes, ignore=ignored, place=place)
 
 
-def save_causal_lm(folder: Path, loaded: LoadedLM, params: Mapping[str, Any] | None = None) -> None:
+def save_causal_lm(folder: Path, loaded: LoadedLM, params: Params | None = None) -> None:
   """Writes a Hugging Face checkpoint that transformers reads.
 
   Args:

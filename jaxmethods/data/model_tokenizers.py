@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmethods.errors import InputError
+from jaxmethods.trees import Json
 
 # Token types that are found in a text before it is cut into words.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -20,7 +21,7 @@ _QWEN2_WORDS = (
 )
 
 
-def bpe_tokenizer(name: str, fields: Mapping[str, Any]) -> Any:
+def bpe_tokenizer(name: str, fields: Json) -> Any:
   """The byte-level BPE tokenizer in a GGUF file, as transformers knows it.
 
   Args:

@@ -16,7 +16,6 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,6 +26,7 @@ from jaxmethods.data.files import data_dir
 from jaxmethods.data.records import ArrayData, GraphData, Source
 from jaxmethods.data.tu_format import Features, RawGraphs, to_graph_data
 from jaxmethods.errors import InputError
+from jaxmethods.trees import PyTree
 
 
 class Tu(tfds.core.GeneratorBasedBuilder):
@@ -58,11 +58,11 @@ class Tu(tfds.core.GeneratorBasedBuilder):
       disable_shuffling=True,  # keep the published order, on which the published splits rest
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: object) -> dict[str, PyTree]:
     raw, _ = tu.read(self.builder_config.name)
     return {"full": self._generate_examples(raw)}
 
-  def _generate_examples(self, raw: RawGraphs) -> Iterator[tuple[int, dict[str, Any]]]:
+  def _generate_examples(self, raw: RawGraphs) -> Iterator[tuple[int, dict[str, PyTree]]]:
     first_node = np.cumsum(raw.n_node, dtype=np.int32) - raw.n_node
     node_parts = np.cumsum(raw.n_node)[:-1]
     none = np.zeros((int(raw.n_node.sum()), 0))
@@ -107,10 +107,10 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
       disable_shuffling=True,
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: object) -> dict[str, PyTree]:
     return {"full": self._generate_examples()}
 
-  def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+  def _generate_examples(self) -> Iterator[tuple[int, dict[str, PyTree]]]:
     images, labels = embedded.load_arrays("digits").splits["all"]
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
       png = io.BytesIO()

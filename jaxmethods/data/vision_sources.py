@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,14 @@ from jaxmethods.models.causal_lm import BUFFERS
 from jaxmethods.models.clip import CLIP, CLIP_IGNORED, CLIP_TABLE, CLIPConfig
 from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
 from jaxmethods.models.weights import Table
+from jaxmethods.trees import Json, Tree
 
 
 class Loaded(NamedTuple):
   """A model with its parameters; `files` has config, tokenizer and provenance."""
 
   model: nn.Module
-  params: dict[str, Any]
+  params: Tree
   files: ModelFiles
 
 
@@ -73,7 +74,7 @@ def load_model(
   return Loaded(model, params, files)
 
 
-def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+def complete(config: Json) -> dict[str, Any]:
   """Adds to the contents of a `config.json` the defaults of its family, which files leave out."""
   from transformers import AutoConfig
 
@@ -111,26 +112,24 @@ def _pixels(config: ViTConfig) -> jax.Array:
   return jnp.zeros((1, *config.image_size, config.channels))
 
 
-def _vit(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+def _vit(config: Json, tensors: Json, how: Json) -> _Family:
   shape = ViTConfig.from_hugging_face(config, **how)
   return _Family(ViT(shape), VIT_TABLE, [_pixels(shape)])
 
 
-def _clip(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+def _clip(config: Json, tensors: Json, how: Json) -> _Family:
   shape = CLIPConfig.from_hugging_face(config, **how)
   inputs = [_pixels(shape.vision), jnp.zeros((1, 1), jnp.int32)]
   return _Family(CLIP(shape), CLIP_TABLE, inputs, CLIP_IGNORED)
 
 
-def _bert(config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]) -> _Family:
+def _bert(config: Json, tensors: Json, how: Json) -> _Family:
   pooler = any(name.endswith("pooler.dense.weight") for name in tensors)
   shape = BertConfig.from_hugging_face(config, pooler=pooler, **how)
   return _Family(Bert(shape), BERT_TABLE, [jnp.zeros((1, 1), jnp.int32)], BERT_IGNORED)
 
 
-def _llava(
-  config: Mapping[str, Any], tensors: Mapping[str, Any], how: Mapping[str, Any]
-) -> _Family:
+def _llava(config: Json, tensors: Json, how: Json) -> _Family:
   shape = mllm.MLLMConfig.from_hugging_face(config)
   inputs = [jnp.zeros((1, 1), jnp.int32), _pixels(shape.vision)]
   ignored = (*BUFFERS, *CLIP_IGNORED)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmethods.errors import InputError
+from jaxmethods.trees import Json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -87,7 +88,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def save_checkpoint(
   folder: Path,
   tensors: Mapping[str, np.ndarray],
-  config: Mapping[str, Any],
+  config: Json,
   *,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
@@ -148,7 +149,7 @@ class Gguf(NamedTuple):
 
   config: dict[str, Any]
   tensors: Mapping[str, np.ndarray]
-  fields: Mapping[str, Any]
+  fields: Json
 
 
 _GGUF_NAMES = {
@@ -225,10 +226,10 @@ def _from_gguf(name: str) -> str:
   return f"{prefix}{_GGUF_NAMES[part]}.{leaf}"
 
 
-class _Fields(Mapping[str, Any]):
+class _Fields(Json):
   """Metadata of a GGUF file as plain values, each converted when it is asked for."""
 
-  def __init__(self, fields: Mapping[str, Any]) -> None:
+  def __init__(self, fields: Json) -> None:
     self._fields = fields
 
   def __getitem__(self, name: str) -> Any:
@@ -244,7 +245,7 @@ class _Fields(Mapping[str, Any]):
 class _GgufTensors(Mapping[str, np.ndarray]):
   """Dequantises when read; undoes the row order of interleaved rotary pairs."""
 
-  def __init__(self, stored: Mapping[str, Any], interleaved: Mapping[str, int]) -> None:
+  def __init__(self, stored: Json, interleaved: Mapping[str, int]) -> None:
     self._stored, self._interleaved = stored, interleaved
 
   def __getitem__(self, name: str) -> np.ndarray:

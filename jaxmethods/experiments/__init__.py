@@ -14,11 +14,13 @@ A method of one's own is any importable module with `Config`, `build` and `rows`
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
+from jaxmethods.runtime.experiment import Room
 
 
 class Method(NamedTuple):
@@ -95,24 +97,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-class Room(NamedTuple):
-  """A method as the entry points use it; `build` and `comparison` import jax when they are called.
-
-  Attributes:
-    Config: frozen dataclass, a `RunConfig`.
-    rows: config -> {row name: config}, the method and its baselines.
-    build: (config, mesh or None) -> Experiment.
-    untrained: config -> whether there is nothing to train.
-    comparison: rows of the JSON of eval.compare -> {name: figure}.
-  """
-
-  Config: type
-  rows: Callable[[Any], dict[str, Any]]
-  build: Callable[..., Any]
-  untrained: Callable[[Any], bool]
-  comparison: Callable[[Any], dict[str, Any]]
-
-
 def load(name: str) -> Room:
   """Returns a method of `METHODS`, or one's own: an importable module.
 
@@ -122,20 +106,33 @@ def load(name: str) -> Room:
   if name in METHODS:
     config = importlib.import_module(f"{__name__}.{name}.config")
     return _room(config, lambda: importlib.import_module(f"{__name__}.{name}.build"))
-  try:
-    module = importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    if not error.name or (name != error.name and not name.startswith(f"{error.name}.")):
-      raise
-    if "." in name:
-      raise InputError(f"--method {name}: there is no module {error.name}") from None
-    near = nearest(name, METHODS)
-    raise InputError(
-      f"--method {name}: unknown method, the nearest is {near}; --list shows all"
-    ) from None
+  module = _own(name)
   if missing := [part for part in ("Config", "build", "rows") if not hasattr(module, part)]:
     raise InputError(f"--method {name}: the module has no {' and no '.join(missing)}")
   return _room(module, lambda: module)
+
+
+def _own(name: str) -> ModuleType:
+  """Imports a module of the user, from the directory the command is run in too."""
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+      if "." in name:
+        raise InputError(f"--method {name}: there is no module {error.name}") from None
+      raise InputError(
+        f"--method {name}: unknown method, {hint(name, METHODS, 'methods')}; --list shows all"
+      ) from None
+    raise InputError(f"--method {name}: cannot be imported: {_said(error)}") from None
+  except Exception as error:  # whatever the module does when it is imported
+    raise InputError(f"--method {name}: cannot be imported: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+  """Returns kind, words and place of an error in one line: the last frame outside of importlib."""
+  frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+  where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+  return f"{type(error).__name__}: {error}{where}"
 
 
 def _room(config: ModuleType, heavy: Callable[[], ModuleType]) -> Room:

@@ -1,16 +1,20 @@
 """The shape of a federated algorithm: five small pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 
-Params = Any
-ServerState = Any
-Message = Any
-ClientState = Any
-ClientData = Any
-Upload = Any
+from jaxmethods.trees import Key, PyTree
+
+# The engine moves these without a look inside.
+Params: TypeAlias = PyTree
+ServerState: TypeAlias = PyTree
+Message: TypeAlias = PyTree
+ClientState: TypeAlias = PyTree
+ClientData: TypeAlias = PyTree
+Upload: TypeAlias = PyTree
+Metrics: TypeAlias = dict[str, jax.Array]
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -28,11 +32,11 @@ class FederatedAlgorithm(NamedTuple):
     params: (message, client) -> the parameters that this client predicts with.
   """
 
-  init: Callable[[Params, jax.Array], ServerState]
+  init: Callable[[Params, Key], ServerState]
   download: Callable[[ServerState, jax.Array], Message]
   local: Callable[
-    [Message, ClientState, ClientData, jax.Array],
-    tuple[ClientState, Upload, dict[str, jax.Array]],
+    [Message, ClientState, ClientData, Key],
+    tuple[ClientState, Upload, Metrics],
   ]
   server: Callable[[ServerState, Upload, jax.Array], ServerState]
   params: Callable[[Message, ClientState], Params]

@@ -9,20 +9,37 @@ fedopt  Reddi et al. 2021. Adaptive federated optimization (FedAvgM, FedAdam, Fe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxmethods import trees
-from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
-from jaxmethods.federated.batching import Batching, prebatched
+from jaxmethods.federated.algorithm import ClientData, FederatedAlgorithm, Metrics, Params
+from jaxmethods.federated.batching import Batch, Batching, prebatched
 from jaxmethods.federated.engine import weighted_mean
+from jaxmethods.trees import Key, PyTree
 
-Loss = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
+ModelState: TypeAlias = PyTree  # non-trained collections, () without any
+# (parameters, model state, batch, key) -> (scalar, (new model state, metrics))
+Loss: TypeAlias = Callable[
+  [Params, ModelState, Batch, Key], tuple[jax.Array, tuple[ModelState, Metrics]]
+]
 # (parameters, received, the client's own of the round before, batch) -> scalar
-Penalty = Callable[[Params, Params, Params, Any], jax.Array]
+Penalty: TypeAlias = Callable[[Params, Params, Params, Batch], jax.Array]
+
+
+class Options(TypedDict, total=False):
+  """Options of `fedavg` that a variation of it passes on."""
+
+  shared: trees.Predicate
+  proximal: float
+  weighted: bool
+  local_epochs: int
+  keep_optimizer: bool
+  batches: Batching
+  unroll: int | bool
 
 
 class ClientState(NamedTuple):
@@ -36,21 +53,21 @@ class ClientState(NamedTuple):
   """
 
   params: Params
-  model_state: Any
-  opt_state: Any
-  previous: Params = ()
+  model_state: ModelState
+  opt_state: PyTree
+  previous: PyTree = ()
 
 
 class ServerState(NamedTuple):
   """Shared parameters and the state of the server's optimiser (() without one)."""
 
   params: Params
-  opt_state: Any
+  opt_state: PyTree
 
 
 def init_client(
   params: Params,
-  model_state: Any = (),
+  model_state: ModelState = (),
   *,
   shared: trees.Predicate = trees.everything,
   optimizer: optax.GradientTransformation | None = None,
@@ -104,7 +121,7 @@ def fedavg(
     unroll: of the loop over steps; more compiles longer and may run faster.
   """
 
-  def init(params: Params, key: jax.Array) -> ServerState:
+  def init(params: Params, key: Key) -> ServerState:
     del key
     start = trees.split(params, shared)[0]
     return ServerState(start, server_optimizer.init(start) if server_optimizer else ())
@@ -160,22 +177,38 @@ def fedavg(
 
 
 def proximal_term(params: Params, received: Params, mu: float) -> jax.Array:
-  """(mu / 2) ||w - w_server||^2."""
+  """Returns (mu / 2) ||w - w_server||^2 over all parameters (FedProx).
+
+  Args:
+    params: w, of the client.
+    received: w_server, the same tree.
+    mu: weight of the term.
+
+  Raises:
+    ValueError: the trees differ.
+  """
+  trees.check_alike(params=params, received=received)
   drift = jax.tree.map(jnp.subtract, params, received)
   return 0.5 * mu * optax.tree.norm(drift, squared=True)
 
 
-def fedprox(loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.01, **options):
+def fedprox(
+  loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.01, **options
+) -> FederatedAlgorithm:
   """FedAvg with the proximal term (mu / 2) ||w - w_server||^2 in every client's loss."""
   return fedavg(loss, optimizer, proximal=mu, **options)
 
 
-def fedper(loss: Loss, optimizer: optax.GradientTransformation, local: tuple[str, ...], **options):
+def fedper(
+  loss: Loss, optimizer: optax.GradientTransformation, local: tuple[str, ...], **options
+) -> FederatedAlgorithm:
   """FedAvg whose layers named in `local` (any part of the path) stay with the client."""
   return fedavg(loss, optimizer, shared=trees.all_but(*local), **options)
 
 
-def local_only(loss: Loss, optimizer: optax.GradientTransformation, **options):
+def local_only(
+  loss: Loss, optimizer: optax.GradientTransformation, **options
+) -> FederatedAlgorithm:
   """No exchange at all: every client trains alone and keeps its optimiser state."""
   return fedavg(loss, optimizer, shared=trees.nothing, **{"keep_optimizer": True, **options})
 
@@ -186,7 +219,7 @@ def fedavgm(
   server_rate: float = 1.0,
   momentum: float = 0.9,
   **options,
-):
+) -> FederatedAlgorithm:
   """FedAvg with momentum on the server (Hsu et al. 2019)."""
   return fedavg(loss, optimizer, server_optimizer=optax.sgd(server_rate, momentum), **options)
 
@@ -197,7 +230,7 @@ def fedadam(
   server_rate: float = 0.01,
   tau: float = 1e-3,
   **options,
-):
+) -> FederatedAlgorithm:
   """FedAvg with Adam on the server; `tau` is its adaptivity (eps), b1 0.9 and b2 0.99 as published."""
   adam = optax.adam(server_rate, b1=0.9, b2=0.99, eps=tau)
   return fedavg(loss, optimizer, server_optimizer=adam, **options)
@@ -209,7 +242,7 @@ def fedyogi(
   server_rate: float = 0.01,
   tau: float = 1e-3,
   **options,
-):
+) -> FederatedAlgorithm:
   """FedAvg with Yogi on the server, settings as in `fedadam`."""
   yogi = optax.yogi(server_rate, b1=0.9, b2=0.99, eps=tau)
   return fedavg(loss, optimizer, server_optimizer=yogi, **options)
@@ -218,14 +251,14 @@ def fedyogi(
 def local_sgd(
   loss: Loss,
   optimizer: optax.GradientTransformation,
-  state: tuple[Params, Any, Any],
-  data: Any,
-  key: jax.Array,
+  state: tuple[Params, ModelState, PyTree],
+  data: ClientData,
+  key: Key,
   *,
   epochs: int = 1,
   batches: Batching = prebatched,
   unroll: int | bool = 1,
-) -> tuple[tuple[Params, Any, Any], dict[str, jax.Array]]:
+) -> tuple[tuple[Params, ModelState, PyTree], Metrics]:
   """Trains one client for some epochs over its batches.
 
   Args:
@@ -271,5 +304,5 @@ def local_sgd(
   return state, jax.tree.map(lambda m: m.sum(0) / jnp.maximum(steps.sum(), 1), totals)
 
 
-def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxmethods.federated.algorithm import ClientData
+from jaxmethods.trees import Key, PyTree
+
+Batch: TypeAlias = PyTree  # what one step's loss sees, sample mask included
 
 
 class Batches(NamedTuple):
@@ -17,28 +23,33 @@ class Batches(NamedTuple):
     real: (steps,) bool; a step that is not real changes nothing.
   """
 
-  batch: Any
-  real: jax.Array
+  batch: PyTree
+  real: Bool[Array, " steps"]
 
 
-Batching = Callable[[Any, jax.Array], Batches]
+Batching: TypeAlias = Callable[[ClientData, Key], Batches]
 
 
-def prebatched(data: Batches, key: jax.Array) -> Batches:
-  """Batches formed once, the same in every epoch."""
+def prebatched(data: Batches, key: Key) -> Batches:
+  """Returns batches that were formed once, the same in every epoch."""
   del key
   return data
 
 
 def shuffled(batch_size: int, *, drop_last: bool = False) -> Batching:
-  """Batches of a fresh permutation in every epoch, the remainder batch kept unless `drop_last`.
+  """Cuts a fresh permutation into batches in every epoch.
 
-  The returned function takes {"mask": (n,) bool, name: (n, ...)}, with n a multiple of nothing in
-  particular, and gives batches with the same names. Real examples come first, so padding only adds steps
-  that are not real, and the order of the real ones depends on the key alone, not on n.
+  Args:
+    batch_size: examples in a batch.
+    drop_last: whether a last batch that is not full is left out.
+
+  Returns:
+    Function of {"mask": (n,) bool, name: (n, ...)}, any n, that gives batches with the same names. Real
+    examples come first: padding only adds steps that are not real, and the order of the real examples
+    depends on the key alone, not on n.
   """
 
-  def batches(data: dict[str, jax.Array], key: jax.Array) -> Batches:
+  def batches(data: dict[str, jax.Array], key: Key) -> Batches:
     mask = data["mask"]
     steps = -(-mask.shape[0] // batch_size)
     # Threefry's i-th number does not depend on how many are drawn, so padding cannot change the order.

@@ -8,30 +8,32 @@ Both add a linear term to the local loss, so every local step stays plain `local
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmethods import trees
 from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
-from jaxmethods.federated.algorithms import Loss, local_sgd, proximal_term
+from jaxmethods.federated.algorithms import Loss, ModelState, local_sgd, proximal_term
 from jaxmethods.federated.batching import Batching, prebatched
 from jaxmethods.federated.engine import weighted_mean
+from jaxmethods.trees import PyTree
 
 
 class Client(NamedTuple):
   """What a client keeps: its correction (like the parameters) and its non-trained collections."""
 
   correction: Params
-  model_state: Any
+  model_state: ModelState
 
 
 class Server(NamedTuple):
-  """Global parameters, and the correction that belongs to them."""
+  """Global parameters, and the correction that belongs to them, () where it is not sent."""
 
   params: Params
-  correction: Params
+  correction: PyTree
 
 
 class ScaffoldUpload(NamedTuple):
@@ -41,7 +43,7 @@ class ScaffoldUpload(NamedTuple):
   change: Params
 
 
-def init_client(params: Params, model_state: Any = ()) -> Client:
+def init_client(params: Params, model_state: ModelState = ()) -> Client:
   """Returns a client before its first round."""
   return Client(jax.tree.map(jnp.zeros_like, params), model_state)
 
@@ -106,7 +108,20 @@ def scaffold_control(
   steps: jax.Array | int,
   learning_rate: jax.Array | float,
 ) -> Params:
-  """The client's new control c_k - c + (w_g - w_k) / (S lr)."""
+  """Computes the new control of a client, c_k - c + (w_g - w_k) / (S lr).
+
+  Args:
+    control: c_k, of the client.
+    global_control: c, of the server; the same tree.
+    start: w_g, the parameters received.
+    end: w_k, the parameters after the local steps.
+    steps: S, local steps done; 0 counts as 1.
+    learning_rate: lr of the local steps.
+
+  Raises:
+    ValueError: the trees differ.
+  """
+  trees.check_alike(control=control, global_control=global_control, start=start, end=end)
   scale = 1 / (jnp.maximum(steps, 1) * learning_rate)
   return jax.tree.map(
     lambda c_k, c, w_g, w_k: c_k - c + scale * (w_g - w_k), control, global_control, start, end

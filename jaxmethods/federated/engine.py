@@ -25,19 +25,24 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.federated.algorithm import (
   ClientData,
   ClientState,
   FederatedAlgorithm,
+  Metrics,
   ServerState,
+  Upload,
 )
 from jaxmethods.federated.padding import repeat_first
+from jaxmethods.stats import shapes
+from jaxmethods.trees import Key, PyTree
 
 ClientMap = Literal["vmap", "scan", "shard"]
 CLIENT_MAPS = ("vmap", "scan", "shard")
@@ -52,15 +57,15 @@ class Cohort(NamedTuple):
     taking_part: (sum of capacities,) bool, False for rows that only fill a group's capacity.
   """
 
-  rows: tuple[jax.Array, ...]
-  taking_part: jax.Array
+  rows: tuple[Int[Array, " capacity"], ...]
+  taking_part: Bool[Array, " rows"]
 
 
 class Traffic(NamedTuple):
   """Bytes that each client receives and sends in one round, (clients,) int64 each."""
 
-  down: np.ndarray
-  up: np.ndarray
+  down: Int[np.ndarray, " clients"]
+  up: Int[np.ndarray, " clients"]
 
 
 def default_client_map(platform: str | None = None) -> ClientMap:
@@ -73,16 +78,16 @@ def federated_round(
   server: ServerState,
   clients: Sequence[ClientState],
   data: Sequence[ClientData],
-  weights: Sequence[jax.Array],
-  key: jax.Array,
+  weights: Sequence[Float[Array, " group"]],
+  key: Key,
   *,
-  taking_part: jax.Array | None = None,
+  taking_part: Bool[Array, " clients"] | None = None,
   cohort: Cohort | None = None,
-  ids: Sequence[jax.Array] | None = None,
+  ids: Sequence[Int[Array, " group"]] | None = None,
   client_map: ClientMap | None = None,
   mesh: jax.sharding.Mesh | None = None,
   drop_nonfinite: bool = False,
-) -> tuple[ServerState, tuple[ClientState, ...], dict[str, jax.Array]]:
+) -> tuple[ServerState, tuple[ClientState, ...], Metrics]:
   """Runs one round: download, local work of every client, upload, server.
 
   Clients are numbered through the groups in order; that position is the `index` of
@@ -184,12 +189,12 @@ def round_programs(
 
 def map_clients(
   functions: Sequence[Callable],
-  shared: Any,
-  groups: Sequence[tuple[Any, ...]],
+  shared: PyTree,
+  groups: Sequence[tuple[PyTree, ...]],
   *,
   client_map: ClientMap | None = None,
   mesh: jax.sharding.Mesh | None = None,
-) -> list[Any]:
+) -> list[PyTree]:
   """Applies a function to every client of every group.
 
   Args:
@@ -203,7 +208,7 @@ def map_clients(
     Per group, the results stacked on the client axis.
   """
   how = client_map or default_client_map()
-  outcome: dict[int, Any] = {}
+  outcome: dict[int, PyTree] = {}
   alone = [i for i, group in enumerate(groups) if _leading(group) == 1]
   if how == "shard" and len(alone) > 1:
     assert mesh is not None
@@ -245,13 +250,13 @@ def map_programs(
   return run
 
 
-def sample_participants(key: jax.Array, num_clients: int, num: int) -> jax.Array:
+def sample_participants(key: Key, num_clients: int, num: int) -> Bool[Array, " num_clients"]:
   """Draws `num` of `num_clients` clients uniformly without replacement; (num_clients,) bool."""
   _check_sample(num_clients, num)
   return jnp.zeros(num_clients, bool).at[jax.random.permutation(key, num_clients)[:num]].set(True)
 
 
-def sample_cohort(key: jax.Array, sizes: Sequence[int], num: int) -> Cohort:
+def sample_cohort(key: Key, sizes: Sequence[int], num: int) -> Cohort:
   """Draws `num` clients without replacement, spread evenly over the groups.
 
   Systematic sampling over the groups, uniform inside a group: each client is drawn with probability
@@ -279,13 +284,18 @@ def sample_cohort(key: jax.Array, sizes: Sequence[int], num: int) -> Cohort:
   return Cohort(tuple(rows), jnp.concatenate(taking_part))
 
 
-def weighted_mean(uploads: Any, weights: jax.Array) -> Any:
-  """Mean of stacked uploads, sum_i w_i u_i / sum_i w_i.
+def weighted_mean(uploads: Upload, weights: Float[Array, " clients"]) -> PyTree:
+  """Averages stacked uploads, sum_i w_i u_i / sum_i w_i.
 
   Args:
     uploads: pytree of (clients, ...) floating-point arrays.
     weights: (clients,), not negative. If all are zero the result is zero.
+
+  Raises:
+    ValueError: the number of clients differs.
   """
+  shapes.check(weights=(weights, "clients"))
+  shapes.check_leading(len(weights), uploads=uploads)
   share = weights / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
 
   def mean(u):
@@ -296,8 +306,17 @@ def weighted_mean(uploads: Any, weights: jax.Array) -> Any:
   return jax.tree.map(mean, uploads)
 
 
-def finite_rows(tree: Any, size: int) -> jax.Array:
-  """Which clients' rows of stacked arrays hold no NaN and no infinity, (size,) bool."""
+def finite_rows(tree: PyTree, size: int) -> Bool[Array, " size"]:
+  """Marks the clients whose rows of stacked arrays hold no NaN and no infinity.
+
+  Args:
+    tree: pytree of (size, ...) arrays.
+    size: number of clients.
+
+  Raises:
+    ValueError: an array has another number of rows.
+  """
+  shapes.check_leading(size, tree=tree)
   finite = jnp.ones(size, bool)
   for x in jax.tree.leaves(tree):
     if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -310,8 +329,8 @@ def client_params(
   server: ServerState,
   clients: Sequence[ClientState],
   sizes: Sequence[int],
-) -> tuple[Any, ...]:
-  """The parameters that every client predicts with, per group stacked on the client axis.
+) -> tuple[PyTree, ...]:
+  """Collects the parameters that every client predicts with, per group stacked on the client axis.
 
   Args:
     algorithm: the method.
@@ -348,7 +367,7 @@ def traffic(
   return Traffic(np.array(down, np.int64), np.array(up, np.int64))
 
 
-def _traffic_metrics(algorithm, server, uploads, size: int) -> dict[str, jax.Array]:
+def _traffic_metrics(algorithm, server, uploads, size: int) -> Metrics:
   message = jax.eval_shape(algorithm.download, server, jax.ShapeDtypeStruct((), jnp.int32))
   sent = {"bytes_up": _nbytes(uploads) // size, "bytes_down": _nbytes(message)}
   return {name: jnp.full(size, count, jnp.float32) for name, count in sent.items()}
@@ -363,12 +382,12 @@ def _meet(
   algorithm: FederatedAlgorithm,
   server: ServerState,
   clients: Sequence[ClientState],
-  outcome: Sequence[tuple[ClientState, Any, dict[str, jax.Array]]],
+  outcome: Sequence[tuple[ClientState, Upload, Metrics]],
   weights: Sequence[jax.Array],
   taking_part: jax.Array | None,
   *,
   drop_nonfinite: bool,
-) -> tuple[ServerState, list[ClientState], dict[str, jax.Array]]:
+) -> tuple[ServerState, list[ClientState], Metrics]:
   """The round after the clients' work: whose counts, what the server makes of it, the metrics."""
   states = [state for state, _, _ in outcome]
   uploads = _concatenate([upload for _, upload, _ in outcome])
@@ -422,8 +441,11 @@ def _client_map(one_client: Callable, how: ClientMap, mesh: jax.sharding.Mesh | 
 
 
 def _deal(
-  functions: Sequence[Callable], server: Any, groups: Sequence[tuple], mesh: jax.sharding.Mesh
-) -> list[Any]:
+  functions: Sequence[Callable],
+  server: ServerState,
+  groups: Sequence[tuple],
+  mesh: jax.sharding.Mesh,
+) -> list[PyTree]:
   """Runs groups of one client, each on one device: on every device a program of its own."""
   load = [0] * mesh.shape[CLIENTS_AXIS]
   owner = [0] * len(groups)
@@ -434,20 +456,20 @@ def _deal(
   # As jitted functions they are traced once, for their shapes and for their work.
   works = [jax.jit(_client_map(function, "scan", None)) for function in functions]
 
-  def program(device: int, shapes: list[Any]) -> Callable:
+  def program(device: int, forms: list[PyTree]) -> Callable:
     def run(server, groups):
       return [
         work(server, *group)
         if owner[g] == device
-        else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[g])
+        else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms[g])
         for g, (work, group) in enumerate(zip(works, groups, strict=True))
       ]
 
     return run
 
   def one_device(server, groups):
-    shapes = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
-    programs = [program(device, shapes) for device in range(len(load))]
+    forms = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
+    programs = [program(device, forms) for device in range(len(load))]
     return jax.lax.switch(jax.lax.axis_index(CLIENTS_AXIS), programs, server, groups)
 
   outcome = _on_devices(one_device, mesh, jax.P())(server, groups)
@@ -496,11 +518,11 @@ def _check_sample(num_clients: int, num: int) -> None:
     raise ValueError(f"cannot draw {num} of {num_clients} clients")
 
 
-def _take(tree: Any, rows: jax.Array) -> Any:
+def _take(tree: PyTree, rows: jax.Array) -> PyTree:
   return jax.tree.map(lambda x: x[rows], tree)
 
 
-def _concatenate(trees: Sequence[Any]) -> Any:
+def _concatenate(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *trees)
 
 
@@ -508,9 +530,9 @@ def _column(rows: jax.Array, like: jax.Array) -> jax.Array:
   return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
 
 
-def _leading(tree: Any) -> int:
+def _leading(tree: PyTree) -> int:
   return jax.tree.leaves(tree)[0].shape[0]
 
 
-def _nbytes(tree: Any) -> int:
+def _nbytes(tree: PyTree) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -12,18 +12,25 @@ Clients are kept in groups of one architecture (`engine.federated_round`); a gro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.federated import engine
-from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
+from jaxmethods.federated.algorithm import FederatedAlgorithm, Metrics, Params
+from jaxmethods.federated.algorithms import ModelState
+from jaxmethods.stats import shapes
+from jaxmethods.trees import Key, PyTree
 
 # (params, model state, images (B, ...), train) -> features (B, d), logits (B, C), new model state
-Network = Callable[[Params, Any, Array, bool], tuple[Array, Array, Any]]
+Network: TypeAlias = Callable[
+  [Params, ModelState, Float[Array, "B ..."], bool],
+  tuple[Float[Array, "B d"], Float[Array, "B C"], ModelState],
+]
 
 
 class Peer(NamedTuple):
@@ -36,46 +43,53 @@ class Peer(NamedTuple):
   """
 
   params: Params
-  model_state: Any
-  opt_state: Any
+  model_state: ModelState
+  opt_state: PyTree
 
 
 class Teachers(NamedTuple):
   """What the server makes of the answers to one public batch.
 
   Attributes:
-    probabilities: what each client shall predict, (K, B, C).
-    present: which clients have one, (K,) bool; the others are left exactly as they are.
+    probabilities: (K, B, C), targets of every client.
+    present: (K,) bool, clients that have a teacher; the others are left exactly as they are.
   """
 
-  probabilities: Array
-  present: Array
+  probabilities: Float[Array, "K B C"]
+  present: Bool[Array, " K"]
 
 
 class Board(NamedTuple):
   """What the server holds: teachers of the last public batch, and what clients said of themselves."""
 
   teachers: Teachers
-  standing: Any
+  standing: PyTree
+
+
+class Options(TypedDict, total=False):
+  """Options of `engine.federated_round` that an exchange passes on."""
+
+  client_map: engine.ClientMap | None
+  mesh: Mesh | None
 
 
 # (standing, log-probabilities (K, views, B, C), present (K,) bool) -> teachers of all K clients
-Teach = Callable[[Any, Array, Array], Teachers]
+Teach: TypeAlias = Callable[[PyTree, Float[Array, "K V B C"], Bool[Array, " K"]], Teachers]
 
 
 def exchange(
   networks: Sequence[Network],
   teach: Teach,
   optimizer: optax.GradientTransformation,
-  standing: Any,
+  standing: PyTree,
   clients: Sequence[Peer],
-  weights: Sequence[Array],
-  batches: Array,
-  key: Array,
+  weights: Sequence[Float[Array, " clients"]],
+  batches: Float[Array, "steps V B ..."],
+  key: Key,
   *,
   keep_optimizer: bool = False,
-  **options: Any,
-) -> tuple[tuple[Peer, ...], dict[str, Array]]:
+  **options: Unpack[Options],
+) -> tuple[tuple[Peer, ...], Metrics]:
   """All clients answer and learn, public batch after public batch.
 
   Args:
@@ -93,7 +107,17 @@ def exchange(
   Returns:
     The clients, and per client "distillation" (mean loss over the steps), "rejected" (whether an answer
     was not finite), "bytes_up", "bytes_down" of the whole exchange, (K,) each.
+
+  Raises:
+    ValueError: the groups do not fit each other, or `batches` has no axes of steps, views and images.
   """
+  if not len(networks) == len(clients) == len(weights):
+    raise ValueError(
+      "networks, clients and weights need the same number of groups, got "
+      f"{len(networks)}, {len(clients)} and {len(weights)}"
+    )
+  if jnp.ndim(batches) < 3:
+    raise ValueError(f"batches: expected shape (steps, V, B, ...), got {jnp.shape(batches)}")
   count = sum(w.shape[0] for w in weights)
   nothing = [()] * len(clients)
 
@@ -169,25 +193,29 @@ def _learning(
   )
 
 
-def divergence(teacher: Array, logits: Array) -> Array:
-  """KL(teacher || softmax(logits)), averaged over the batch.
+def divergence(teacher: Float[Array, "B C"], logits: Float[Array, "B C"]) -> Float[Array, ""]:
+  """Computes KL(teacher || softmax(logits)), averaged over the batch.
 
   Learning from a mixture sum_i w_i p_i of others has the gradient of sum_i w_i KL(p_i || p): the two
   differ by a constant, so one teacher of (B, C) is all that a client has to receive.
 
   Args:
-    teacher: probabilities (B, C).
+    teacher: (B, C), probabilities.
     logits: (B, C).
+
+  Raises:
+    ValueError: the shapes differ.
   """
+  shapes.check(teacher=(teacher, "B C"), logits=(logits, "B C"))
   log_teacher = jnp.log(jnp.maximum(teacher, jnp.finfo(teacher.dtype).tiny))
   return (teacher * (log_teacher - jax.nn.log_softmax(logits))).sum(-1).mean()
 
 
-def _nothing(params: Params, key: Array) -> Any:
+def _nothing(params: Params, key: Key) -> tuple[()]:
   del params, key
   return ()
 
 
-def _params(message: Any, client: Peer) -> Params:
+def _params(message: PyTree, client: Peer) -> Params:
   del message
   return client.params

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ from jaxmethods.federated.algorithm import (
   ServerState,
 )
 from jaxmethods.federated.engine import finite_rows, sample_participants
+from jaxmethods.trees import Key, PyTree
 
 # (round from 0, server state, metrics as (clients,) arrays) -> None
 Report = Callable[[int, ServerState, dict[str, np.ndarray]], None]
@@ -123,8 +124,8 @@ def server_app(
   *,
   num_clients: int,
   num_rounds: int,
-  key: jax.Array,
-  upload: Any = None,
+  key: Key,
+  upload: PyTree = None,
   taking_part: int | None = None,
   timeout: float | None = None,
   report: Report | None = None,
@@ -189,13 +190,13 @@ def server_app(
   return app
 
 
-def pack(tree: Any) -> ArrayRecord:
+def pack(tree: PyTree) -> ArrayRecord:
   """A pytree of arrays as a record of Flower, by path."""
   named, _ = jax.tree_util.tree_flatten_with_path(tree)
   return ArrayRecord({jax.tree_util.keystr(path): Array(_to_numpy(x)) for path, x in named})
 
 
-def unpack(record: ArrayRecord, like: Any) -> Any:
+def unpack(record: ArrayRecord, like: PyTree) -> PyTree:
   """The pytree that was packed.
 
   Args:
@@ -222,7 +223,7 @@ def unpack(record: ArrayRecord, like: Any) -> Any:
   return jax.tree.unflatten(structure, leaves)
 
 
-def _order(algorithm: FederatedAlgorithm, server: ServerState, index: int, key: jax.Array) -> Any:
+def _order(algorithm: FederatedAlgorithm, server: ServerState, index: int, key: Key) -> PyTree:
   """What a client is sent in a round: its message, and the key to work with."""
   return algorithm.download(server, jnp.int32(index)), key
 
@@ -269,7 +270,9 @@ def _ask(
   return answers
 
 
-def _collect(answers: dict[int, RecordDict], nodes: dict[int, _Node], num_clients: int, like: Any):
+def _collect(
+  answers: dict[int, RecordDict], nodes: dict[int, _Node], num_clients: int, like: PyTree
+):
   """Uploads stacked in client order, their weights, and the metrics."""
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
   uploads, weights = [nothing] * num_clients, np.zeros(num_clients, np.float32)
@@ -287,7 +290,7 @@ def _collect(answers: dict[int, RecordDict], nodes: dict[int, _Node], num_client
   return stacked, jnp.asarray(weights), metrics | {"counted": weights > 0}
 
 
-def _is_finite(upload: Any) -> bool:
+def _is_finite(upload: PyTree) -> bool:
   return bool(finite_rows(jax.tree.map(lambda x: x[None], upload), 1)[0])
 
 

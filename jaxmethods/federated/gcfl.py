@@ -5,14 +5,17 @@ Xie, Ma, Xiong, Yang. Federated graph classification over non-IID graphs. NeurIP
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
-from jaxmethods.federated.algorithms import Loss, fedavg
+from jaxmethods.federated.algorithms import Loss, Options, fedavg
+from jaxmethods.stats import shapes
+from jaxmethods.trees import Key, PyTree
 
 
 class ClusteredState(NamedTuple):
@@ -25,8 +28,8 @@ class ClusteredState(NamedTuple):
   """
 
   params: Params
-  cluster: jax.Array
-  round: jax.Array
+  cluster: Int[Array, " clients"]
+  round: Int[Array, ""]
 
 
 def gcfl(
@@ -38,7 +41,7 @@ def gcfl(
   max_bound: float = 0.1,
   first_rounds: int = 20,
   min_size: int = 3,
-  **options: Any,
+  **options: Unpack[Options],
 ) -> FederatedAlgorithm:
   """FedAvg inside clusters; a cluster whose updates cancel while single ones stay large is cut in two.
 
@@ -53,11 +56,11 @@ def gcfl(
     max_bound: eps2; ... max ||dW|| above this, ...
     first_rounds: ... more rounds than this have come, the current one counted, ...
     min_size: ... and at least this many members took part.
-    **options: of `fedavg` (shared, proximal, local_epochs, keep_optimizer, batches, unroll).
+    **options: of `fedavg` (shared, proximal, local_epochs, ...); not its penalty or server optimiser.
   """
   base = fedavg(loss, optimizer, **options)
 
-  def init(params: Params, key: jax.Array) -> ClusteredState:
+  def init(params: Params, key: Key) -> ClusteredState:
     start = base.init(params, key).params
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), start)
     return ClusteredState(stacked, jnp.zeros(num_clients, jnp.int32), jnp.int32(0))
@@ -89,13 +92,13 @@ def gcfl(
 
 
 def split_clusters(
-  cluster: jax.Array,
-  updates: Params,
-  present: jax.Array,
+  cluster: Int[Array, " clients"],
+  updates: PyTree,
+  present: Bool[Array, " clients"],
   mean_bound: float = 0.01,
   max_bound: float = 0.1,
   min_size: int = 3,
-) -> jax.Array:
+) -> Int[Array, " clients"]:
   """Cuts every cluster that GCFL's two bounds mark, by minimum cut on similarity cos + 1.
 
   Args:
@@ -108,7 +111,12 @@ def split_clusters(
 
   Returns:
     The new (clients,) cluster names.
+
+  Raises:
+    ValueError: the number of clients differs.
   """
+  shapes.check(cluster=(cluster, "clients"), present=(present, "clients"))
+  shapes.check_leading(len(cluster), updates=updates)
   flat = jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(updates)], 1)
   names = jnp.arange(cluster.shape[0])
   members = (cluster == names[:, None]) & present  # row c: cluster c
@@ -134,8 +142,10 @@ def split_clusters(
   return jax.lax.scan(cut, cluster, (members, marked))[0]
 
 
-def minimum_cut(weights: jax.Array, member: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """Minimum cut of a weighted graph (Stoer and Wagner 1997), with fixed loops so that it jits.
+def minimum_cut(
+  weights: Float[Array, "n n"], member: Bool[Array, " n"] | None = None
+) -> tuple[Bool[Array, " n"], Float[Array, ""]]:
+  """Finds a minimum cut of a weighted graph (Stoer and Wagner 1997), with fixed loops so that it jits.
 
   Takes n^2 sequential steps of n operations: fine for hundreds of nodes.
 
@@ -145,10 +155,15 @@ def minimum_cut(weights: jax.Array, member: jax.Array | None = None) -> tuple[ja
 
   Returns:
     One side of the cut as (n,) bool, and the weight of the cut.
+
+  Raises:
+    ValueError: `weights` is not square, or `member` has another length.
   """
+  shapes.check(weights=(weights, "n n"))
   n = weights.shape[0]
   nodes = jnp.arange(n)
   member = jnp.ones(n, bool) if member is None else member
+  shapes.check(member=(member, f"{n}"))
   weights = jnp.where(member[:, None] & member & ~jnp.eye(n, dtype=bool), weights, 0)
 
   def phase(_, state):

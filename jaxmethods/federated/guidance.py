@@ -10,17 +10,20 @@ round before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
-from jaxmethods.federated.algorithms import Loss, fedavg
+from jaxmethods.federated.algorithms import Loss, Options, fedavg
+from jaxmethods.federated.batching import Batch
+from jaxmethods.stats import shapes
 from jaxmethods.stats.losses import mean_of_real
 
-Outputs = Callable[[Params, Any], jax.Array]  # (params, batch) -> (B, h)
+Outputs: TypeAlias = Callable[[Params, Batch], Float[Array, "B h"]]
 
 
 def moon(
@@ -29,7 +32,7 @@ def moon(
   features: Outputs,
   mu: float = 1.0,
   temperature: float = 0.5,
-  **options: Any,
+  **options: Unpack[Options],
 ) -> FederatedAlgorithm:
   """FedAvg with mu times the contrast of `features` (B, h) to the global and the previous model.
 
@@ -51,19 +54,26 @@ def moon(
 
 
 def model_contrast(
-  z: jax.Array, z_global: jax.Array, z_previous: jax.Array, temperature: float = 0.5
-) -> jax.Array:
-  """-log of the share of e^(cos(z, z_global) / tau) beside e^(cos(z, z_previous) / tau).
+  z: Float[Array, "B h"],
+  z_global: Float[Array, "B h"],
+  z_previous: Float[Array, "B h"],
+  temperature: float = 0.5,
+) -> Float[Array, " B"]:
+  """Computes -log of the share of e^(cos(z, z_global) / tau) beside e^(cos(z, z_previous) / tau).
 
   Args:
-    z: (B, h).
-    z_global: (B, h), the positive.
-    z_previous: (B, h), the negative.
+    z: features of the model in training, (B, h).
+    z_global: features of the global model, (B, h), the positive.
+    z_previous: features of the model of the round before, (B, h), the negative.
     temperature: tau.
 
   Returns:
-    (B,).
+    Loss of each example, (B,).
+
+  Raises:
+    ValueError: the shapes differ.
   """
+  shapes.check(z=(z, "B h"), z_global=(z_global, "B h"), z_previous=(z_previous, "B h"))
   positive = optax.losses.cosine_similarity(z, z_global, epsilon=1e-12) / temperature
   negative = optax.losses.cosine_similarity(z, z_previous, epsilon=1e-12) / temperature
   return jax.nn.softplus(negative - positive)
@@ -75,7 +85,7 @@ def fedntd(
   logits: Outputs,
   temperature: float = 1.0,
   beta: float = 0.5,
-  **options: Any,
+  **options: Unpack[Options],
 ) -> FederatedAlgorithm:
   """FedAvg with beta times the divergence from the global model over the classes that are not true.
 
@@ -92,9 +102,26 @@ def fedntd(
 
 
 def not_true_divergence(
-  logits: jax.Array, teacher: jax.Array, labels: jax.Array, temperature: float = 1.0
-) -> jax.Array:
-  """KL(teacher || student) of the softmaxes without the true class, times tau^2: (B, C) -> (B,)."""
+  logits: Float[Array, "B C"],
+  teacher: Float[Array, "B C"],
+  labels: Int[Array, " B"],
+  temperature: float = 1.0,
+) -> Float[Array, " B"]:
+  """Computes KL(teacher || student) of the softmaxes without the true class, times tau^2.
+
+  Args:
+    logits: logits of the student, (B, C).
+    teacher: logits of the teacher, (B, C).
+    labels: true classes, (B,).
+    temperature: tau.
+
+  Returns:
+    Divergence of each example, (B,).
+
+  Raises:
+    ValueError: the shapes do not fit.
+  """
+  shapes.check(logits=(logits, "B C"), teacher=(teacher, "B C"), labels=(labels, "B"))
   true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
   student = jax.nn.log_softmax(jnp.where(true, -jnp.inf, logits / temperature))
   teacher = jax.nn.log_softmax(jnp.where(true, -jnp.inf, teacher / temperature))

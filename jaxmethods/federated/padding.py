@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
+from jaxmethods.trees import PyTree
 
 MASK = "mask"
 
@@ -32,8 +35,8 @@ class Buckets(NamedTuple):
   """
 
   data: tuple[dict[str, jax.Array], ...]
-  weights: tuple[jax.Array, ...]
-  ids: tuple[jax.Array, ...]
+  weights: tuple[Float[Array, " clients"], ...]
+  ids: tuple[Int[Array, " clients"], ...]
 
 
 def bucket_clients(
@@ -61,7 +64,7 @@ def bucket_clients(
   data, weights, ids = [], [], []
   for members in np.split(order, bucket_cuts(lengths[order], max_buckets)):
     length = lengths[members].max()
-    rows: dict[str, Any] = {
+    rows = {
       name: np.stack([_pad(np.asarray(clients[k][name]), length) for k in members])
       for name in clients[0]
     }
@@ -72,8 +75,8 @@ def bucket_clients(
   return Buckets(tuple(data), tuple(weights), tuple(ids))
 
 
-def bucket_cuts(lengths: np.ndarray, max_buckets: int) -> np.ndarray:
-  """Where to cut sorted lengths so that padding each part to its maximum costs least.
+def bucket_cuts(lengths: Int[np.ndarray, " n"], max_buckets: int) -> Int[np.ndarray, " cuts"]:
+  """Cuts sorted lengths so that padding each part to its maximum costs least.
 
   Exact, by dynamic programming over the distinct lengths.
 
@@ -83,7 +86,13 @@ def bucket_cuts(lengths: np.ndarray, max_buckets: int) -> np.ndarray:
 
   Returns:
     Cut positions as for `np.split`, at most max_buckets - 1 of them.
+
+  Raises:
+    ValueError: `lengths` has another rank, or there may be no part.
   """
+  shapes.check(lengths=(lengths, "n"))
+  if max_buckets < 1:
+    raise ValueError(f"max_buckets: must be at least 1, got {max_buckets}")
   values, counts = np.unique(lengths, return_counts=True)
   ends = np.concatenate([[0], np.cumsum(counts)])
   # cost[j]: cheapest total padded length of the first j distinct values, with the parts allowed so far.
@@ -138,7 +147,9 @@ def merge_shapes(
   return groups
 
 
-def pad_clients(groups: Any, weights: jax.Array, multiple: int) -> tuple[Any, jax.Array]:
+def pad_clients(
+  groups: PyTree, weights: Float[Array, " clients"], multiple: int
+) -> tuple[PyTree, Float[Array, " padded"]]:
   """Appends padding clients of weight 0 until a group's size is a multiple of `multiple`.
 
   Args:
@@ -147,13 +158,18 @@ def pad_clients(groups: Any, weights: jax.Array, multiple: int) -> tuple[Any, ja
     multiple: the devices on the mesh axis "clients".
 
   Returns:
-    Both, padded; padding clients repeat the first one's rows.
+    Both, padded; padding clients repeat the rows of the first.
+
+  Raises:
+    ValueError: the number of clients differs.
   """
+  shapes.check(weights=(weights, "clients"))
+  shapes.check_leading(len(weights), groups=groups)
   extra = -weights.shape[0] % multiple
   return repeat_first(groups, extra), jnp.pad(weights, (0, extra))
 
 
-def repeat_first(tree: Any, extra: int) -> Any:
+def repeat_first(tree: PyTree, extra: int) -> PyTree:
   """Appends `extra` copies of the first row: unlike zeros that is a client which surely works."""
   if not extra:
     return tree

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
@@ -67,7 +69,11 @@ def dirichlet(
 
 
 def deal_by_proportions(
-  labels: np.ndarray, proportions: np.ndarray, shuffled: np.ndarray, *, min_per_class: int = 1
+  labels: Int[np.ndarray, " n"],
+  proportions: Float[np.ndarray, "C clients"],
+  shuffled: Int[np.ndarray, " n"],
+  *,
+  min_per_class: int = 1,
 ) -> list[np.ndarray]:
   """Label skew with a floor: the single-domain partition of GGEUR (code).
 
@@ -82,7 +88,11 @@ def deal_by_proportions(
 
   Raises:
     InputError: a class has too few examples.
+    ValueError: a wrong shape.
   """
+  shapes.check(
+    labels=(labels, "n"), proportions=(proportions, "C clients"), shuffled=(shuffled, "n")
+  )
   num_clients = proportions.shape[1]
   parts: list[list[int]] = [[] for _ in range(num_clients)]
   floor = num_clients * min_per_class
@@ -105,7 +115,9 @@ def deal_by_proportions(
 
 
 def deal_below_even_share(
-  labels: np.ndarray, proportions: np.ndarray, shuffled: Sequence[np.ndarray]
+  labels: Int[np.ndarray, " n"],
+  proportions: Float[np.ndarray, "C clients"],
+  shuffled: Sequence[Int[np.ndarray, " class"]],
 ) -> list[np.ndarray]:
   """Label skew in which no client that has its even share gets more: the partition of RAHFL (code).
 
@@ -116,7 +128,11 @@ def deal_below_even_share(
 
   Returns:
     One index array per client; they may be empty, the published code then draws again.
+
+  Raises:
+    ValueError: a wrong shape.
   """
+  shapes.check(labels=(labels, "n"), proportions=(proportions, "C clients"))
   num_clients = proportions.shape[1]
   parts: list[list[int]] = [[] for _ in range(num_clients)]
   for shares, members in zip(proportions, shuffled, strict=True):
@@ -129,7 +145,7 @@ def deal_below_even_share(
 
 
 def domain_label_counts(proportions: Array, counts: Array) -> Array:
-  """Label skew on top of domain skew (Office-Home-LDS): how much of each class a domain's client gets.
+  """Label skew on top of domain skew (Office-Home-LDS): share of each class for the client of a domain.
 
   Args:
     proportions: (domains, C), columns sum to 1.
@@ -137,7 +153,11 @@ def domain_label_counts(proportions: Array, counts: Array) -> Array:
 
   Returns:
     int(proportions * counts), (domains, C).
+
+  Raises:
+    ValueError: the shapes differ.
   """
+  shapes.check(proportions=(proportions, "domains C"), counts=(counts, "domains C"))
   return (proportions * counts).astype(int)
 
 

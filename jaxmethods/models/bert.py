@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jaxmethods.models.transformer import (
   normalise,
 )
 from jaxmethods.models.weights import Rule
+from jaxmethods.trees import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,7 @@ class BertConfig:
   pooler: bool = False
 
   @classmethod
-  def from_hugging_face(
-    cls, config: Mapping[str, Any], *, pooler: bool = False, **encoder: Any
-  ) -> BertConfig:
+  def from_hugging_face(cls, config: Json, *, pooler: bool = False, **encoder: Any) -> BertConfig:
     """Reads the config of a BertModel; `encoder`: how to compute, as in `EncoderConfig`.
 
     Raises:

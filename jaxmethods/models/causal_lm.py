@@ -9,7 +9,7 @@ for small models on CPU). Prompts are padded on the left. What a method wants to
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxmethods.models.causal_lm_config import CausalLMConfig
 from jaxmethods.models.probe import Probe
 from jaxmethods.models.weights import Rule, Table
 from jaxmethods.stats.activations import swiglu
+from jaxmethods.trees import PyTree
 
 
 def table(
@@ -89,8 +90,8 @@ class Cache(NamedTuple):
     length: (), slots filled in every row.
   """
 
-  keys: Any
-  values: Any
+  keys: PyTree
+  values: PyTree
   valid: jax.Array
   length: jax.Array | int
 
@@ -119,10 +120,10 @@ class Output(NamedTuple):
   logits: jax.Array | None
   hidden: jax.Array
   cache: Cache | None = None
-  states: Any = None
-  final: Any = None
-  attention: Any = None
-  folded: Any = None
+  states: PyTree = None
+  final: PyTree = None
+  attention: PyTree = None
+  folded: PyTree = None
 
 
 class _Context(NamedTuple):
@@ -315,7 +316,7 @@ class CausalLM(nn.Module):
     block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
     attributes = (c, self.dtype, self.param_dtype, fresh, probe)
     slides = [window is not None for window in c.windows] or [False] * c.num_layers
-    slots: Any = None if cache is None else (cache.keys, cache.values)
+    slots: PyTree = None if cache is None else (cache.keys, cache.values)
     if self.scan_layers:
       scanned = nn.scan(
         block,
@@ -388,7 +389,7 @@ def empty_cache(
   """A cache of `size` slots for `batch` rows."""
   shape = (batch, config.num_kv_heads, size, config.head_dim)
 
-  def zeros() -> Any:
+  def zeros() -> PyTree:
     if scan_layers:
       return jnp.zeros((config.num_layers, *shape), dtype)
     return tuple(jnp.zeros((1, *shape), dtype) for _ in range(config.num_layers))
@@ -421,7 +422,14 @@ def _check_room(cache: Cache, length: int) -> None:
     raise ValueError(f"a sequence of {used + length} tokens is longer than the cache of {size}")
 
 
-def _dense(c: CausalLMConfig, module: Any, width: int, name: str | None, bias: bool) -> nn.Dense:
+class _Typed(Protocol):
+  """A module that says what its layers compute and keep."""
+
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+
+
+def _dense(c: CausalLMConfig, module: _Typed, width: int, name: str | None, bias: bool) -> nn.Dense:
   return nn.Dense(
     width,
     use_bias=bias,
@@ -432,5 +440,5 @@ def _dense(c: CausalLMConfig, module: Any, width: int, name: str | None, bias: b
   )
 
 
-def _norm(c: CausalLMConfig, module: Any, name: str | None) -> nn.RMSNorm:
+def _norm(c: CausalLMConfig, module: _Typed, name: str | None) -> nn.RMSNorm:
   return nn.RMSNorm(c.norm_eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)

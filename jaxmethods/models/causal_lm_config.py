@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from jaxmethods.trees import Json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -95,7 +96,7 @@ class CausalLMConfig:
       raise ValueError(f"windows: more than one length, {self.windows}")
 
   @classmethod
-  def from_hugging_face(cls, config: Mapping[str, Any]) -> CausalLMConfig:
+  def from_hugging_face(cls, config: Json) -> CausalLMConfig:
     """Reads the contents of a `config.json`.
 
     Args:
@@ -139,9 +140,9 @@ class CausalLMConfig:
       raise ValueError(f"{error.args[0]}: is missing from the config of a {family} model") from None
 
 
-def _rope(config: Mapping[str, Any]) -> Rope:
+def _rope(config: Json) -> Rope:
   """Of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-  given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  given: Json = config.get("rope_parameters") or config.get("rope_scaling") or {}
   base = given.get("rope_theta", config.get("rope_theta", 10000.0))
   kind = given.get("rope_type", given.get("type", "default"))
   if kind not in ("default", "linear", "llama3") or given.get("partial_rotary_factor", 1) != 1:
@@ -156,7 +157,7 @@ def _rope(config: Mapping[str, Any]) -> Rope:
   )
 
 
-def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(config: Json, family: str, layers: int) -> tuple[int | None, ...]:
   """Which layers slide: all of Mistral, the upper ones of Qwen where it is switched on."""
   window = config.get("sliding_window")
   on = family == "mistral" or config.get("use_sliding_window", False)

@@ -25,6 +25,7 @@ from jaxmethods.models.hugging_face import (
 from jaxmethods.models.transformer import Encoded, Encoder, EncoderConfig, layer_norm, normalise
 from jaxmethods.models.vit import ViT, ViTConfig
 from jaxmethods.models.weights import Rule
+from jaxmethods.trees import Json
 
 # In the config of every conversion made before the true id was written there.
 _LEGACY_EOS = 2
@@ -48,7 +49,7 @@ class TextConfig:
   eos: int
 
   @classmethod
-  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> TextConfig:
+  def from_hugging_face(cls, config: Json, **encoder: Any) -> TextConfig:
     """Reads the config of CLIP's text tower."""
     family(config, "clip_text_model")
     return cls(
@@ -68,7 +69,7 @@ class CLIPConfig:
   projection: int
 
   @classmethod
-  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> CLIPConfig:
+  def from_hugging_face(cls, config: Json, **encoder: Any) -> CLIPConfig:
     """Reads the config of a CLIPModel; `encoder`: how to compute, as in `EncoderConfig`.
 
     Raises:

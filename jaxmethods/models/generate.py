@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.models.mllm import MLLM
+from jaxmethods.trees import Params, PyTree
 
 
 class Generated(NamedTuple):
@@ -29,7 +30,7 @@ class Generated(NamedTuple):
 
 def generate(
   model: CausalLM | MLLM,
-  variables: Mapping[str, Any],
+  variables: Params,
   ids: jax.Array,
   mask: jax.Array | None = None,
   *,
@@ -43,7 +44,7 @@ def generate(
   num_samples: int = 1,
   cache_size: int | None = None,
   use_cache: bool = True,
-  **prompt: Any,
+  **prompt: PyTree,
 ) -> Generated:
   """Continues prompts until each has said `eos` or has N = `max_new_tokens` new tokens.
 
@@ -111,7 +112,7 @@ def generate(
     logits = restrict(logits.astype(jnp.float32) / temperature, top_k, top_p)
     return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
-  def next_logits(step: jax.Array, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+  def next_logits(step: jax.Array, tokens: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
     if use_cache:
       newest = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
       out = apply(variables, newest, cache=cache, logits="last")

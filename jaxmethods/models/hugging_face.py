@@ -11,11 +11,12 @@ import numpy as np
 from jaxmethods.errors import InputError
 from jaxmethods.models.transformer import EncoderConfig
 from jaxmethods.models.weights import Layout, Rule
+from jaxmethods.trees import Json
 
 Rules = tuple[Rule, ...]
 
 
-def family(config: Mapping[str, Any], *expected: str) -> str:
+def family(config: Json, *expected: str) -> str:
   """Returns the `model_type` of a Hugging Face config, which must be one of `expected`.
 
   Raises:
@@ -27,7 +28,7 @@ def family(config: Mapping[str, Any], *expected: str) -> str:
   return found
 
 
-def setting(config: Mapping[str, Any], name: str) -> Any:
+def setting(config: Json, name: str) -> Any:
   """Returns a value of a Hugging Face config.
 
   Raises:
@@ -38,7 +39,7 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
   return config[name]
 
 
-def encoder_config(config: Mapping[str, Any], **how: Any) -> EncoderConfig:
+def encoder_config(config: Json, **how: Any) -> EncoderConfig:
   """Reads the shape of an encoder; `how` are fields of `EncoderConfig` that no file knows."""
   # ViT and BERT say it in one way, CLIP in another.
   on_weights = config.get("attention_probs_dropout_prob", config.get("attention_dropout", 0.0))

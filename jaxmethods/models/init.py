@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 from flax.linen.initializers import Initializer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
+
+from jaxmethods.trees import PyTree
 
 
 class LinearInit(TypedDict):
@@ -41,7 +43,7 @@ def torch_linear(fan_in: int) -> LinearInit:
   return {"kernel_init": uniform, "bias_init": uniform}
 
 
-def draw_variables(init: Callable[..., Any], key: jax.Array, *shapes: Any) -> Any:
+def draw_variables(init: Callable[..., PyTree], key: jax.Array, *shapes: PyTree) -> PyTree:
   """`init(key, *arrays)` for an initialiser that reads the shapes of the arrays alone.
 
   Only what the result needs is run, one operation after the other. Flax's `lazy_init` also compiles an
@@ -65,7 +67,7 @@ def draw_variables(init: Callable[..., Any], key: jax.Array, *shapes: Any) -> An
   return jax.tree.unflatten(jax.tree.structure(shape), drawn)
 
 
-def draw_on_host(shapes: Any, random: np.random.Generator) -> Any:
+def draw_on_host(shapes: PyTree, random: np.random.Generator) -> PyTree:
   """Variables whose layers all start as `torch_linear`, norms as identities, without compiling.
 
   Compiling the initialiser of a convnet of fifty layers takes half a minute, drawing its numbers none.
@@ -76,7 +78,7 @@ def draw_on_host(shapes: Any, random: np.random.Generator) -> Any:
     random: numpy's generator.
   """
 
-  def fill(tree: Any) -> Any:
+  def fill(tree: PyTree) -> PyTree:
     if not any(hasattr(leaf, "shape") for leaf in tree.values()):
       return {name: fill(inner) for name, inner in tree.items()}
     fan_in = math.prod(tree["kernel"].shape[:-1]) if "kernel" in tree else None

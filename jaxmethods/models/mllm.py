@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import jax
@@ -21,6 +20,7 @@ from jaxmethods.models.hugging_face import dense, family, rooted, setting
 from jaxmethods.models.transformer import ACTIVATIONS, check_activation
 from jaxmethods.models.vit import ViT, ViTConfig
 from jaxmethods.models.weights import Rule
+from jaxmethods.trees import Json, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class MLLMConfig:
     return self.vision.num_tokens - (self.select == "default")
 
   @classmethod
-  def from_hugging_face(cls, config: Mapping[str, Any]) -> MLLMConfig:
+  def from_hugging_face(cls, config: Json) -> MLLMConfig:
     """Reads the contents of a LLaVA `config.json`, of transformers 4 or 5.
 
     Raises:
@@ -128,7 +128,7 @@ class MLLM(nn.Module):
   def setup(self) -> None:
     """Declares the parameters."""
     config, width = self.config, self.config.language.width
-    how: dict[str, Any] = {
+    how: dict[str, PyTree] = {
       "scan_layers": self.scan_layers,
       "dtype": self.dtype,
       "remat": self.remat,
@@ -138,7 +138,7 @@ class MLLM(nn.Module):
     self.projector = Projector(width, config.activation, self.dtype, self.param_dtype)
     self.language = CausalLM(config.language, param_dtype=self.param_dtype, **how)
 
-  def __call__(self, ids: jax.Array, pixels: jax.Array | None = None, **keywords: Any) -> Output:
+  def __call__(self, ids: jax.Array, pixels: jax.Array | None = None, **keywords: PyTree) -> Output:
     """Runs the model on texts with images in them.
 
     Args:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxmethods.trees import PyTree
 
 
 class Probe(NamedTuple):
@@ -20,10 +22,10 @@ class Probe(NamedTuple):
       what two layers tell together. Causal language models only.
   """
 
-  states: Callable[[jax.Array], Any] | None = None
+  states: Callable[[jax.Array], PyTree] | None = None
   queries: jax.Array | None = None
-  attention: Callable[[jax.Array], Any] = lambda rows: rows
-  fold: Callable[[Any, jax.Array], Any] | None = None
+  attention: Callable[[jax.Array], PyTree] = lambda rows: rows
+  fold: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 def masked_mean(mask: jax.Array) -> Callable[[jax.Array], jax.Array]:

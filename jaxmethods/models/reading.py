@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.models.probe import Probe, masked_mean
 from jaxmethods.stats.dropout import dropout
+from jaxmethods.trees import Params, PyTree
 
 # Dense layers whose outputs are added to the residual stream.
 _BRANCHES = ("out", "down")
@@ -49,8 +50,8 @@ class Reading(NamedTuple):
 
   states: jax.Array
   final: jax.Array
-  folded: Any
-  tokens: Any
+  folded: PyTree
+  tokens: PyTree
 
 
 def predicting(text: Text, states: jax.Array, official_first_token: bool = False) -> jax.Array:
@@ -72,11 +73,11 @@ def predicting(text: Text, states: jax.Array, official_first_token: bool = False
 
 def read(
   model: CausalLM,
-  variables: Mapping[str, Any],
+  variables: Params,
   text: Text,
-  per_token: Callable[[jax.Array, jax.Array], Any],
+  per_token: Callable[[jax.Array, jax.Array], PyTree],
   *,
-  fold: Callable[[Any, jax.Array], Any] | None = None,
+  fold: Callable[[PyTree, jax.Array], PyTree] | None = None,
   official_first_token: bool = False,
   at_once: int = 512,
 ) -> Reading:
@@ -137,7 +138,7 @@ def with_final_norm(reading: Reading) -> jax.Array:
 
 def dropout_probs(
   model: CausalLM,
-  variables: Mapping[str, Any],
+  variables: Params,
   text: Text,
   column: jax.Array,
   keys: jax.Array,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmethods.models.weights import LAYERS, Place
+from jaxmethods.trees import Params, Tree
 
 Rules = Sequence[tuple[str, P]]
 
@@ -33,9 +33,7 @@ RULES: Rules = (
 )
 
 
-def param_shardings(
-  shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh, rules: Rules = RULES
-) -> dict[str, Any]:
+def param_shardings(shapes: Params, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Tree:
   """The sharding of every parameter.
 
   An axis that the mesh lacks is left out, and so is one that does not divide its dimension (three
@@ -60,7 +58,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
 
 
-def placement(shapes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> Place:
+def placement(shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Place:
   """How `weights.import_params` streams a checkpoint to a mesh.
 
   Stacked parameters are allocated on the devices and filled layer by layer, so that the host holds
@@ -97,9 +95,7 @@ def placement(shapes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> Pl
   return place
 
 
-def bytes_per_device(
-  shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh, rules: Rules = RULES
-) -> int:
+def bytes_per_device(shapes: Params, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> int:
   """Memory that the parameters take on each device; an `AbstractMesh` needs no devices."""
   flat = flatten_dict(shapes, sep="/")
   return sum(

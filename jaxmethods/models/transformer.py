@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxmethods.models.attention import (
 from jaxmethods.models.probe import Probe
 from jaxmethods.stats.activations import gelu
 from jaxmethods.stats.dropout import dropout
+from jaxmethods.trees import PyTree
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": gelu,
@@ -48,7 +49,7 @@ def check_activation(name: str) -> None:
 
 # (hidden state before a block, this block's slice of `inputs`) -> hidden state, such as one with
 # this layer's prompts put in.
-Edit = Callable[[jax.Array, Any], jax.Array]
+Edit = Callable[[jax.Array, PyTree], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,8 @@ class Encoded(NamedTuple):
   """
 
   hidden: jax.Array
-  states: Any = None
-  attention: Any = None
+  states: PyTree = None
+  attention: PyTree = None
 
 
 class Attention(nn.Module):
@@ -196,8 +197,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, index: jax.Array | int, inputs: Any, bias: jax.Array
-  ) -> tuple[jax.Array, Any]:
+    self, x: jax.Array, index: jax.Array | int, inputs: PyTree, bias: jax.Array
+  ) -> tuple[jax.Array, PyTree]:
     """The hidden state (B, T, D) after block `index`, and what the probe keeps of it."""
     before = x
     if self.edit is not None:
@@ -250,7 +251,7 @@ class Encoder(nn.Module):
     *,
     depth: int | None = None,
     edit: Edit | None = None,
-    inputs: Any = None,
+    inputs: PyTree = None,
     probe: Probe | None = None,
     train: bool = False,
   ) -> Encoded:
@@ -279,7 +280,7 @@ class Encoder(nn.Module):
     length = x.shape[1]
     visible = jnp.ones((1, 1, 1), bool) if visible is None else visible
     bias = masked_bias(jnp.broadcast_to(visible, (len(visible), length, length)))
-    block: Any = Block
+    block: Callable = Block
     if self.config.remat:
       block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
     if self.config.scan_layers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -23,6 +22,7 @@ from jaxmethods.models.hugging_face import (
 )
 from jaxmethods.models.transformer import Encoded, Encoder, EncoderConfig, layer_norm
 from jaxmethods.models.weights import Rule
+from jaxmethods.trees import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class ViTConfig:
     return self.grid[0] * self.grid[1] + 1
 
   @classmethod
-  def from_hugging_face(cls, config: Mapping[str, Any], **encoder: Any) -> ViTConfig:
+  def from_hugging_face(cls, config: Json, **encoder: Any) -> ViTConfig:
     """Reads the config of a `vit` or of CLIP's image tower; `encoder`: how to compute, as there.
 
     Raises:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxmethods.trees import Params, PyTree, Tree
 
 Layout = Literal["as_is", "transpose", "conv"]
 
@@ -44,7 +46,7 @@ class Rule(NamedTuple):
 Table = Sequence[Rule]
 
 # (path, tensors of the layers in order, whether they are to be stacked) -> parameter.
-Place = Callable[[str, Iterator[np.ndarray], bool], Any]
+Place = Callable[[str, Iterator[np.ndarray], bool], PyTree]
 
 
 def on_host(path: str, tensors: Iterator[np.ndarray], stacked: bool) -> np.ndarray:
@@ -56,11 +58,11 @@ def on_host(path: str, tensors: Iterator[np.ndarray], stacked: bool) -> np.ndarr
 def import_params(
   tensors: Mapping[str, np.ndarray],
   table: Table,
-  shapes: Mapping[str, Any],
+  shapes: Params,
   *,
   ignore: Collection[str] = (),
   place: Place = on_host,
-) -> dict[str, Any]:
+) -> Tree:
   """Fills a model's parameters from a checkpoint.
 
   Args:
@@ -108,7 +110,7 @@ def import_params(
   return unflatten_dict(placed, sep="/")
 
 
-def export_params(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+def export_params(params: Params, table: Table) -> dict[str, np.ndarray]:
   """The tensors of a checkpoint, under the first name of each rule: `import_params` undone.
 
   Args:

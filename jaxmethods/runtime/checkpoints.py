@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -39,7 +38,7 @@ class Checkpoints:
   def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, *error: Any) -> None:
+  def __exit__(self, *error: object) -> None:
     self._manager.close()  # waits for the save under way
 
   def save(self, step: int, state: State) -> None:
@@ -63,7 +62,7 @@ class Checkpoints:
       InputError: if there are checkpoints and none can be read.
     """
 
-    def describe(x: Any) -> Any:
+    def describe(x: object) -> object:
       if not isinstance(x, jax.Array):  # numpy comes back as numpy
         return x
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -6,7 +6,8 @@ Infinite values and NaN pass none of them. Imports no jax.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from jaxmethods.errors import InputError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
   from jax.sharding import Mesh
 
 
-def at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:
+def at_least(config: object, least: float, *names: str, prefix: str = "") -> None:
   """Checks that fields are finite and at least `least`.
 
   Args:
@@ -27,13 +28,13 @@ def at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:
     _check(config, name, lambda x: x >= least, f"at least {least:g}", prefix)
 
 
-def positive(config: Any, *names: str, prefix: str = "") -> None:
+def positive(config: object, *names: str, prefix: str = "") -> None:
   """Checks that fields are finite and above 0."""
   for name in names:
     _check(config, name, lambda x: x > 0, "positive", prefix)
 
 
-def within(config: Any, interval: str, *names: str, prefix: str = "") -> None:
+def within(config: object, interval: str, *names: str, prefix: str = "") -> None:
   """Checks that fields lie in an interval written as in mathematics: "(0, 1]", "[0, 1)"."""
   low, high = (float(end) for end in interval[1:-1].split(","))
   above = (lambda x: x >= low) if interval[0] == "[" else (lambda x: x > low)
@@ -58,7 +59,9 @@ def no_mesh(method: str, mesh: Mesh | None) -> None:
     raise InputError(f"--mesh: {method} runs on one device; leave the flag out")
 
 
-def _check(config: Any, name: str, holds: Any, expected: str, prefix: str) -> None:
+def _check(
+  config: object, name: str, holds: Callable[[float], bool], expected: str, prefix: str
+) -> None:
   value = getattr(config, name)
   if not (math.isfinite(value) and holds(value)):
     raise ValueError(f"{prefix}{name}: must be {expected}, got {value!r}")

@@ -7,16 +7,26 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
-from jaxmethods.errors import InputError
+from jaxmethods.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+  from jaxmethods.runtime.experiment import Room, RunConfig
 
 # Beside the package in a clone; absent from a wheel, where the dataclass defaults are all there is.
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # Results go to standard output, and so does progress; an error is alone on standard error.
 BAD_INPUT = 2
+
+
+class Registry(Protocol):
+  """The methods, `jaxmethods.experiments`."""
+
+  def load(self, name: str) -> Room: ...
+
+  def listing(self) -> str: ...
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,40 +88,72 @@ def parse(
   return args, overrides
 
 
-class Given(NamedTuple):
-  """What a command line asks for: its flags, the method's module, the config and its file."""
+class Asked(NamedTuple):
+  """A command line before any config is read: its flags, the method, and the keys it sets."""
 
   args: argparse.Namespace
-  method: ModuleType
-  config: Any
+  method: Room
+  overrides: Sequence[tuple[str, str]]
+
+
+class Given(NamedTuple):
+  """A command line understood: its flags, the method, the config and the file it came from."""
+
+  args: argparse.Namespace
+  method: Room
+  config: RunConfig
   file: Path | None
 
 
 def read(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None, experiments: ModuleType
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None, experiments: Registry
 ) -> Given | None:
-  """Loads what the command line names; None if it wanted a list or a config, which is printed here.
+  """Loads what the command line names; None if it wanted a list or a config, which is printed here."""
+  asked = ask(parser, argv, experiments)
+  if asked is None or printed(found := given(asked)):
+    return None
+  return found
+
+
+def ask(
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None, experiments: Registry
+) -> Asked | None:
+  """Finds the method; None if the command line wanted the list, which is printed here.
 
   Args:
     parser: from `parser`.
     argv: the words of the command line; None: of this process.
-    experiments: the registry, which knows `load(name)` and `listing()`.
+    experiments: the registry.
   """
   args, overrides = parse(parser, argv)
-  from jaxmethods.runtime import config as config_lib
-
   if args.list:
     print(experiments.listing())
     return None
-  method = experiments.load(args.method)
-  file = config_file(args)
-  config = config_lib.load(
-    method.Config, file, short=args.short, overrides=overrides, method=args.method
+  return Asked(args, experiments.load(args.method), overrides)
+
+
+def given(asked: Asked) -> Given:
+  """Loads the config of `--config`, or the default of the method."""
+  file = config_file(asked.args)
+  return Given(asked.args, asked.method, load(asked, file, short=asked.args.short), file)
+
+
+def load(asked: Asked, file: Path | None, *, short: bool = False) -> RunConfig:
+  """Loads a config file under the keys of the command line."""
+  from jaxmethods.runtime import config as config_lib
+
+  return config_lib.load(
+    asked.method.Config, file, short=short, overrides=asked.overrides, method=asked.args.method
   )
-  if args.print_config:
-    print(config_lib.to_yaml(config, method=args.method), end="")
-    return None
-  return Given(args, method, config, file)
+
+
+def printed(given: Given) -> bool:
+  """Prints the config if `--print_config` asks for it, and tells whether it did."""
+  from jaxmethods.runtime import config as config_lib
+
+  if given.args.print_config:
+    print(config_lib.to_yaml(given.config, method=given.args.method), end="")
+  return given.args.print_config
 
 
 def config_file(args: argparse.Namespace) -> Path | None:
@@ -120,17 +162,22 @@ def config_file(args: argparse.Namespace) -> Path | None:
   return args.config or (default if default.is_file() else None)
 
 
-def default_workdir(args: argparse.Namespace, file: Path | None, kind: str = "") -> Path:
-  """Returns runs/METHOD/`default`, `paper`, ...: the config file's name; short runs apart."""
+def workdir(given: Given, kind: str = "") -> Path:
+  """Returns `--workdir`, else runs/METHOD/`default`, `paper`, ...: the config file; short runs apart."""
+  args, file = given.args, given.file
   stem = file.stem if file else args.method
   name = "default" if stem == args.method else stem.removeprefix(f"{args.method}_")
-  return Path("runs", args.method, kind + name + ("-short" if args.short else ""))
+  default = Path("runs", args.method, kind + name + ("-short" if args.short else ""))
+  return args.workdir or default
 
 
-def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> Any:
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
   """Calls `main`, and turns an `InputError` into one line and exit status 2."""
   try:
     return main(argv)
+  except Stopped as stopped:
+    print(stopped, flush=True)
+    return stopped.status
   except InputError as error:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)

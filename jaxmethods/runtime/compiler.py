@@ -20,7 +20,7 @@ def jit(function: Callable, **options: Any) -> Callable:
   return jax.jit(function, compiler_options=_compiler_options(), **options)
 
 
-def num_bytes(function: Any, *args: Any) -> int | None:
+def num_bytes(function: Callable, *args: object) -> int | None:
   """Bytes a device holds while a jitted function runs: arguments, results, temporaries.
 
   Nothing is compiled if the function has been called with such arguments. None where the backend does

@@ -11,16 +11,17 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jaxmethods.errors import InputError, nearest
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.errors import InputError, hint
+from jaxmethods.runtime.experiment import RunConfig, Values
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+_Schema: TypeAlias = object  # a type as annotations have it: a class, `int | None`, a Literal
 
 # Top-level names of a config file that are not keys of the config: what `to_yaml` puts first, and
 # the part for `--short`.
@@ -77,13 +78,15 @@ def load(
     raise InputError(f"{where}: {_first_line(error)}" if where else _first_line(error)) from None
 
 
-def to_yaml(config: RunConfig, **header: Any) -> str:
+def to_yaml(config: RunConfig, **header: object) -> str:
   """Returns the resolved config as YAML, `header` entries (method, ...) first."""
   body = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
   return (yaml.safe_dump(header, sort_keys=False) if header else "") + body
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+  old: Mapping[str, object], new: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
   """Returns {dotted key: (old value, new value)} for every key that differs."""
   flat_old, flat_new = dict(_leaves(old)), dict(_leaves(new))
   keys = [*flat_new, *(key for key in flat_old if key not in flat_new)]
@@ -91,7 +94,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path) -> Values:
   try:
     contents = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
   except OSError as error:
@@ -105,20 +108,20 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     raise InputError(f"{file}{where}: is not valid YAML: {problem}") from None
   if not isinstance(contents, dict):
     raise InputError(f"{file}: must hold `key: value` lines, got {_brief(contents)}")
-  return typing.cast(dict[str, Any], contents)
+  return typing.cast(Values, contents)
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str) -> object:
   try:
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
   except yaml.YAMLError:
     raise InputError(f"--{key}: {text!r} is not a YAML value") from None
-  return typing.cast(dict[str, Any], parsed)["value"]
+  return typing.cast(Values, parsed)["value"]
 
 
-def _set(config: DictConfig, key: str, value: Any, source: str) -> DictConfig:
+def _set(config: DictConfig, key: str, value: object, source: str) -> DictConfig:
   """Sets one leaf, so that every error knows its key."""
-  schema = OmegaConf.get_type(config)
+  schema: _Schema = OmegaConf.get_type(config)
   parts = key.split(".")
   for depth, part in enumerate(parts):
     fields = _fields(schema)
@@ -126,8 +129,8 @@ def _set(config: DictConfig, key: str, value: Any, source: str) -> DictConfig:
       break  # inside a free-form dict, whose keys are the user's, or below a leaf
     if part not in fields:
       known = ".".join(parts[: depth + 1])
-      near = nearest(known, _all_keys(OmegaConf.get_type(config)))
-      raise InputError(f"{source}{key}: unknown key, the nearest valid key is {near}")
+      keys = _all_keys(OmegaConf.get_type(config))
+      raise InputError(f"{source}{key}: unknown key; {hint(known, keys, 'keys')}")
     schema = fields[part]
   try:
     nested = value
@@ -140,7 +143,7 @@ def _set(config: DictConfig, key: str, value: Any, source: str) -> DictConfig:
     raise InputError(f"{source}{key}: expected {_describe(schema)}, got {_brief(value)}") from None
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
   for key, value in tree.items():
     if isinstance(value, Mapping) and value:
       yield from _leaves(value, f"{prefix}{key}.")
@@ -148,7 +151,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
       yield f"{prefix}{key}", value
 
 
-def _fields(schema: Any) -> dict[str, Any]:
+def _fields(schema: _Schema) -> dict[str, _Schema]:
   """Returns {field: type} of a dataclass (also an optional one), {} for anything else."""
   for option in (schema, *typing.get_args(schema)):
     if isinstance(option, type) and dataclasses.is_dataclass(option):
@@ -157,7 +160,7 @@ def _fields(schema: Any) -> dict[str, Any]:
   return {}
 
 
-def _all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+def _all_keys(schema: _Schema, prefix: str = "") -> Iterator[str]:
   for name, inner in _fields(schema).items():
     if nested := list(_all_keys(inner, f"{prefix}{name}.")):
       yield from nested
@@ -165,7 +168,7 @@ def _all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
       yield prefix + name
 
 
-def _describe(schema: Any) -> str:
+def _describe(schema: _Schema) -> str:
   if fields := _fields(schema):
     return f"a mapping with the keys {', '.join(fields)}"
   if schema is type(None):
@@ -178,7 +181,7 @@ def _describe(schema: Any) -> str:
   return str(schema) if options else getattr(schema, "__name__", str(schema))
 
 
-def _brief(value: Any, limit: int = 60) -> str:
+def _brief(value: object, limit: int = 60) -> str:
   text = repr(value)
   return text if len(text) <= limit else text[: limit - 3] + "..."
 

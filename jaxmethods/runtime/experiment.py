@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
   import jax
+  from jax.sharding import Mesh
   from matplotlib.figure import Figure
 
-State = Any
-Batch = Any
+# `trees.PyTree` without jax.
+State: TypeAlias = Any
+Batch: TypeAlias = Any
+Test: TypeAlias = Any
+Metrics: TypeAlias = Mapping[str, Any]  # name -> scalar array, on the device until it is logged
+Values: TypeAlias = dict[str, Any]  # name -> number or list of numbers, as JSON holds it
 Config = TypeVar("Config", bound="RunConfig")
-Metrics = Mapping[str, Any]  # name -> scalar array, on the device until it is logged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ def in_common(config: Config, free: Iterable[str]) -> Config:
   whose result is shared may depend on any of these.
   """
   run = {field.name for field in dataclasses.fields(RunConfig)} - {"steps"}
-  plain: dict[str, Any] = {
+  plain: Values = {
     field.name: field.default
     for field in dataclasses.fields(config)
     if field.name in run.union(free)
@@ -85,10 +89,28 @@ class Experiment(NamedTuple):
   init: Callable[[jax.Array], State]
   batches: Callable[[int], Iterator[Batch]]
   step: Callable[[State, Batch], tuple[State, Metrics]]
-  evaluate: Callable[[State, Any], Metrics]
-  test: Any
+  evaluate: Callable[[State, Test], Metrics]
+  test: Test
   figures: Callable[[State], dict[str, Figure]]
   num_steps: int
   about: str
   files: Callable[[State], dict[str, str]] = lambda state: {}
   programs: tuple[Callable, Callable] | None = None
+
+
+class Room(NamedTuple):
+  """A method as the entry points use it; `build` and `comparison` import jax when they are called.
+
+  Attributes:
+    Config: frozen dataclass.
+    rows: config -> {row name: config}, the method and its baselines.
+    build: (config, mesh or None) -> Experiment.
+    untrained: config -> whether there is nothing to train.
+    comparison: rows of the JSON of eval.compare -> {name: figure}.
+  """
+
+  Config: type[RunConfig]
+  rows: Callable[[RunConfig], dict[str, RunConfig]]
+  build: Callable[[RunConfig, Mesh | None], Experiment]
+  untrained: Callable[[RunConfig], bool]
+  comparison: Callable[[list[Values]], dict[str, Figure]]

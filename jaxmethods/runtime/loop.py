@@ -10,28 +10,37 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxmethods.errors import InputError
+from jaxmethods.errors import InputError, Stopped
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.checkpoints import Checkpoints
-from jaxmethods.runtime.experiment import Experiment, RunConfig, State
+from jaxmethods.runtime.experiment import (
+  Batch,
+  Experiment,
+  Metrics,
+  RunConfig,
+  State,
+  Test,
+  Values,
+)
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display, MetricLog, plain
 from jaxmethods.runtime.workdir import CHECKPOINTS
 
 
-class Stopped(Exception):
-  """The run was asked to stop, and has saved what it had; `status` is the exit status."""
+class Tools(NamedTuple):
+  """What a run is kept, logged, shown and stopped with; only one process has a log."""
 
-  def __init__(self, name: str, status: int, step: int):
-    super().__init__(f"stopped by {name}, saved at step {step}; the same command continues")
-    self.status = status
+  checkpoints: Checkpoints
+  signals: Signals
+  log: MetricLog | None
+  display: Display
 
 
 def train(
@@ -43,7 +52,7 @@ def train(
   title: str,
   mesh: Mesh | None = None,
   debug: bool = False,
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[State, Values]:
   """Runs an experiment to its end, from its last checkpoint if `workdir` has one.
 
   Args:
@@ -64,7 +73,7 @@ def train(
     Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
   writer = jax.process_index() == 0
-  experiment, last = ordered(experiment), experiment.num_steps
+  experiment = ordered(experiment)
   state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
   step, evaluate = compile_experiment(experiment, state, mesh, donate=not debug)
   if writer:
@@ -74,45 +83,59 @@ def train(
     start, state = checkpoints.restore(state) or (0, state)
     if start and writer:
       print(f"continuing from step {start} in {workdir}", flush=True)
-    evaluated: dict[str, Any] = {}
     with (
       Signals() as signals,
       MetricLog(workdir, start) if writer else contextlib.nullcontext() as log,
-      Display(title, start, last, quiet=not writer) as display,
+      Display(title, start, experiment.num_steps, quiet=not writer) as display,
     ):
-      batches = experiment.batches(start)
-      pending: dict[int, Any] = {}  # step -> metrics still on the device
-      clock = time.perf_counter()
-      for k in range(start + 1, last + 1):
-        with _nan_named(k, debug):
-          state, pending[k] = step(state, next(batches))
-        logged = k % config.log_every == 0 or k == last
-        if logged:
-          metrics = _fetch_checked(pending)
-          if _evaluation_due(k, config, last):
-            evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
-            metrics |= evaluated
-          seconds, clock = time.perf_counter() - clock, time.perf_counter()
-          if log:
-            log.write(k, {"loss": metrics["loss"], **metrics, "seconds": round(seconds, 4)})
-        display.update(k, {"loss": metrics["loss"], **evaluated} if logged else None)
-        stop = signals.received(agree=logged)
-        if stop or k % config.checkpoint_every == 0 or k == last:
-          _fetch_checked(pending)  # a state whose loss is not finite must not replace a good one
-          if log:
-            log.sync()
-          checkpoints.save(k, state)
-        if stop and k < last:
-          checkpoints.wait()
-          raise Stopped(stop.name, 128 + stop, k)
-  if not evaluated:  # the run was complete already
-    evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+      tools = Tools(checkpoints, signals, log, display)
+      state, evaluated = _steps(experiment, config, (step, evaluate), tools, start, state, debug)
+  # {}: the run was complete already.
+  return state, evaluated or plain(jax.device_get(evaluate(state, experiment.test)))
+
+
+def _steps(
+  experiment: Experiment,
+  config: RunConfig,
+  programs: tuple[Callable, Callable],
+  tools: Tools,
+  start: int,
+  state: State,
+  debug: bool,
+) -> tuple[State, Values]:
+  """Does the steps after `start`; returns the state and its evaluation, {} without a step."""
+  (step, evaluate), last = programs, experiment.num_steps
+  batches, evaluated = experiment.batches(start), Values()
+  pending: dict[int, Metrics] = {}  # step -> metrics still on the device
+  clock = time.perf_counter()
+  for k in range(start + 1, last + 1):
+    with _nan_named(k, debug):
+      state, pending[k] = step(state, next(batches))
+    logged = k % config.log_every == 0 or k == last
+    if logged:
+      metrics = _fetch_checked(pending)
+      if _evaluation_due(k, config, last):
+        evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+        metrics |= evaluated
+      seconds, clock = time.perf_counter() - clock, time.perf_counter()
+      if tools.log:
+        tools.log.write(k, {"loss": metrics["loss"], **metrics, "seconds": round(seconds, 4)})
+    tools.display.update(k, {"loss": metrics["loss"], **evaluated} if logged else None)
+    stop = tools.signals.received(agree=logged)
+    if stop or k % config.checkpoint_every == 0 or k == last:
+      _fetch_checked(pending)  # a state whose loss is not finite must not replace a good one
+      if tools.log:
+        tools.log.sync()
+      tools.checkpoints.save(k, state)
+    if stop and k < last:
+      tools.checkpoints.wait()
+      raise Stopped(stop.name, 128 + stop, k)
   return state, evaluated
 
 
 def evaluate(
   experiment: Experiment, config: RunConfig, checkpoints: Path, mesh: Mesh | None = None
-) -> tuple[int, State, dict[str, Any]]:
+) -> tuple[int, State, Values]:
   """Returns (step, state, metrics) of the newest checkpoint in the directory `checkpoints`."""
   experiment = ordered(experiment)
   state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
@@ -136,8 +159,8 @@ def compile_experiment(
   """
   if experiment.programs:
     return experiment.programs
-  sharding: Any = None
-  replicated: Any = None
+  sharding: State = None
+  replicated: jax.sharding.NamedSharding | None = None
   if mesh:
     sharding = jax.tree.map(lambda x: x.sharding, state)
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
@@ -150,13 +173,13 @@ def compile_experiment(
 
 
 def advance(
-  step: Callable[[State, Any], tuple[State, Any]],
+  step: Callable[[State, Batch], tuple[State, Metrics]],
   state: State,
-  batches: Iterator[Any],
+  batches: Iterator[Batch],
   count: int,
   title: str,
 ) -> State:
-  """The state after `count` steps of what several runs share, with progress; nothing is written."""
+  """Does `count` steps of what several runs share, with progress; nothing is written."""
   with Display(title, 0, count) as display:
     for k in range(1, count + 1):
       state, metrics = step(state, next(batches))
@@ -168,23 +191,23 @@ def advance(
 def ordered(experiment: Experiment) -> Experiment:
   """Returns the experiment with metrics that keep their order through jit, which sorts a dict."""
 
-  def step(state: State, batch: Any) -> tuple[State, OrderedDict]:
+  def step(state: State, batch: Batch) -> tuple[State, OrderedDict]:
     state, metrics = experiment.step(state, batch)
     return state, OrderedDict(metrics)
 
-  def evaluate(state: State, test: Any) -> OrderedDict:
+  def evaluate(state: State, test: Test) -> OrderedDict:
     return OrderedDict(experiment.evaluate(state, test))
 
   return experiment._replace(step=step, evaluate=evaluate)
 
 
 def _evaluation_due(k: int, config: RunConfig, last: int) -> bool:
-  """Whether a multiple of `eval_every` lies between the logged step `k` and the one before it."""
+  """Tells whether a multiple of `eval_every` lies between the logged step `k` and the one before it."""
   previous = (k - 1) // config.log_every * config.log_every
   return k == last or k // config.eval_every > previous // config.eval_every
 
 
-def _fetch_checked(pending: dict[int, Any]) -> dict[str, Any]:
+def _fetch_checked(pending: dict[int, Metrics]) -> Values:
   """Empties `pending`; returns its last metrics. Raises if a loss in it is not finite."""
   fetched = jax.device_get(pending)
   pending.clear()
@@ -195,9 +218,9 @@ def _fetch_checked(pending: dict[int, Any]) -> dict[str, Any]:
   return plain(fetched[max(fetched)]) if fetched else {}
 
 
-def _not_finite(k: int, what: str) -> InputError:
+def _not_finite(k: int, problem: str) -> InputError:
   return InputError(
-    f"step {k}: {what}; the last checkpoint before it is kept. Try a smaller learning rate; "
+    f"step {k}: {problem}; the last checkpoint before it is kept. Try a smaller learning rate; "
     "--debug names the operation that makes a NaN"
   )
 
@@ -213,19 +236,24 @@ def _nan_named(k: int, debug: bool) -> Iterator[None]:
     raise _not_finite(k, str(error).split("\n", 1)[0]) from None
 
 
+_Handler: TypeAlias = (
+  Callable[[int, FrameType | None], object] | int | None
+)  # as signal.signal says
+
+
 class Signals:
   """Remembers SIGTERM and SIGINT until the loop can act; a second one acts at once."""
 
   def __init__(self) -> None:
     self._received: signal.Signals | None = None
-    self._previous: dict[int, Any] = {}
+    self._previous: dict[int, _Handler] = {}
 
   def __enter__(self) -> Signals:
     for number in (signal.SIGTERM, signal.SIGINT):
       self._previous[number] = signal.signal(number, self._handle)
     return self
 
-  def __exit__(self, *error: Any) -> None:
+  def __exit__(self, *error: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 

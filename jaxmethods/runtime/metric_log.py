@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -21,6 +22,9 @@ from rich.progress import (
 )
 
 from jaxmethods.runtime import workdir as workdir_lib
+from jaxmethods.runtime.experiment import Metrics, Values
+
+Number: TypeAlias = int | float | None  # None: not finite
 
 METRICS = "metrics.jsonl"
 
@@ -46,12 +50,12 @@ class MetricLog:
   def __enter__(self) -> MetricLog:
     return self
 
-  def __exit__(self, *error: Any) -> None:
+  def __exit__(self, *error: object) -> None:
     self.sync()
     self._lines.close()
     self._events.close()
 
-  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+  def write(self, step: int, metrics: Values) -> None:
     """Appends a line; `metrics` are what `plain` returns."""
     self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
     self._lines.flush()
@@ -65,7 +69,7 @@ class MetricLog:
     os.fsync(self._lines.fileno())
 
 
-def read(workdir: Path) -> list[dict[str, Any]]:
+def read(workdir: Path) -> list[Values]:
   """Returns the complete lines of metrics.jsonl; a last line cut short by a kill is left out."""
   lines = []
   for text in (workdir / METRICS).read_text(encoding="utf-8").splitlines():
@@ -76,16 +80,16 @@ def read(workdir: Path) -> list[dict[str, Any]]:
   return lines
 
 
-def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def plain(metrics: Metrics) -> Values:
   """Returns numpy metrics as numbers and lists that JSON can hold; None for what is not finite."""
 
-  def number(x: Any) -> int | float | None:
+  def number(x: np.ndarray | np.generic) -> Number:
     # Through text, because the shortest decimal of a float32 is 0.1, not 0.10000000149.
     value = float(str(x)) if isinstance(x, np.floating) else int(x)
     return value if math.isfinite(value) else None
 
-  def convert(x: Any) -> Any:
-    x = np.asarray(x)
+  def convert(value: ArrayLike) -> Number | list:
+    x = np.asarray(value)
     x = x.astype(np.float32) if x.dtype.kind == "V" else x  # bfloat16
     return number(x[()]) if x.ndim == 0 else [convert(row) for row in x]
 
@@ -114,10 +118,10 @@ class Display:
     self._bar.start()
     return self
 
-  def __exit__(self, *error: Any) -> None:
+  def __exit__(self, *error: object) -> None:
     self._bar.stop()
 
-  def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+  def update(self, step: int, metrics: Mapping[str, object] | None = None) -> None:
     """Shows that `step` is done, and as many of the metrics as fit."""
     if metrics is None:
       self._bar.update(self._task, completed=step)
@@ -131,7 +135,7 @@ class Display:
       self._console.print(f"{self._title} {step}/{self._num_steps} {text}", markup=False)
 
 
-def _describe(metrics: Mapping[str, Any], room: int) -> str:
+def _describe(metrics: Mapping[str, object], room: int) -> str:
   """Returns the scalar metrics as `name value` text, as many as have room."""
   text = ""
   for name, value in metrics.items():

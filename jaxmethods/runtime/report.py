@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmethods.runtime import metric_log, workdir
+from jaxmethods.runtime.experiment import Values
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -31,7 +32,7 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
 figcaption, .about { color: #555; }
 """
-_PLOT: dict[Any, Any] = {
+_PLOT: Any = {  # matplotlib types it by a list of all its keys
   "figure.dpi": 120,
   "font.size": 11,
   "axes.spines.top": False,
@@ -49,7 +50,7 @@ def write(
   title: str,
   about: str,
   step: int,
-  metrics: Mapping[str, Any],
+  metrics: Mapping[str, object],
   figures: Mapping[str, Figure],
   files: Mapping[str, str],
 ) -> Path:
@@ -92,7 +93,7 @@ def write_comparison(
   return _page(directory, title, about, body)
 
 
-def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def metric_rows(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
   """Returns (name, text) of every metric."""
   return [(name, _text(value)) for name, value in metrics.items()]
 
@@ -110,7 +111,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
   console.print(table)
 
 
-def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
+def curves(lines: Sequence[Values]) -> Figure:
   """Draws every scalar of metrics.jsonl against the step; `group/name` ones share a panel."""
   panels: dict[str, list[str]] = {}
   for name in dict.fromkeys(name for line in lines for name in line):
@@ -140,9 +141,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
   return figure
 
 
-def intervals(
-  rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], *, highlight: str = ""
-) -> Figure:
+def intervals(rows: Sequence[Values], metrics: Sequence[str], *, highlight: str = "") -> Figure:
   """Draws mean, 95% interval and single seeds of every row, one panel for each metric.
 
   Args:
@@ -166,9 +165,7 @@ def intervals(
   return figure
 
 
-def _interval_panel(
-  axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str, highlight: str
-) -> None:
+def _interval_panel(axis: Axes, rows: Sequence[Values], metric: str, highlight: str) -> None:
   for height, row in enumerate(rows):
     result = row["metrics"].get(metric)
     if result is None or result["mean"] is None:
@@ -222,7 +219,7 @@ def _page(directory: Path, title: str, about: str, body: Sequence[str]) -> Path:
   return page
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
   if isinstance(value, list):
     return ", ".join("-" if v is None else f"{v:.3g}" for v in np.ravel(np.array(value, object)))
   return "not finite" if value is None else f"{value:.6g}"

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import special
 
+from jaxmethods.errors import Stopped
 from jaxmethods.runtime import compiler, loop
 from jaxmethods.runtime.checkpoints import Checkpoints
-from jaxmethods.runtime.experiment import Experiment, RunConfig, State
+from jaxmethods.runtime.experiment import Batch, Experiment, Metrics, RunConfig, State, Values
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display
 
 
 class Trained(NamedTuple):
-  """What a row of a comparison came to.
+  """Result of one row of a comparison.
 
   Attributes:
     values: metric -> value of each seed.
@@ -36,6 +37,18 @@ class Trained(NamedTuple):
   seconds: float
   step_seconds: float | None
   step_bytes: int | None
+
+
+class _Programs(NamedTuple):
+  """Step, evaluation, and (state, batch) -> bytes of a step, each of all seeds."""
+
+  step: Callable
+  evaluate: Callable
+  num_bytes: Callable[[State, Batch], int | None]
+
+
+# "state", "sums" (metric -> (seeds,)) and "seconds" (1,): all that a killed comparison needs.
+_Kept: TypeAlias = dict[str, State]
 
 
 def train(
@@ -65,60 +78,81 @@ def train(
     mesh: devices to use; None for one.
 
   Raises:
-    loop.Stopped: SIGTERM or SIGINT came; the state has been saved.
+    Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
   experiment, last = loop.ordered(experiment), experiment.num_steps
   copies = [experiment.init(jax.random.key(config.seed + seed)) for seed in range(seeds)]
   shapes = jax.eval_shape(experiment.evaluate, copies[0], experiment.test)
   names = [name for name, value in shapes.items() if value.shape == ()]
-  sums = {name: np.zeros(seeds) for name in names}
-  state, step, evaluate, num_bytes = _over_seeds(experiment, copies, seed_map, mesh)
+  state, programs = _over_seeds(experiment, copies, seed_map, mesh)
   del copies
-  evaluated = [last - i * config.eval_every for i in range(config.average_last)]
-  evaluated = [k for k in evaluated if k > 0]
 
-  writer = jax.process_index() == 0
   with Checkpoints(directory) as checkpoints, loop.Signals() as signals:
-    # What a killed comparison needs: the states, and what was measured so far.
-    start, kept = 0, {"state": state, "sums": sums, "seconds": np.zeros(1)}
-    if restored := checkpoints.restore(kept):
-      start, kept = restored
-    state, sums = kept["state"], kept["sums"]
-    earlier, clock = float(kept["seconds"][0]), time.perf_counter()
-    del kept
-    batch, since, times = None, (start, clock), []
-    with Display(title, start, last, quiet=not writer) as display:
-      batches = experiment.batches(start)
-      for k in range(start + 1, last + 1):
-        batch = next(batches)
-        state, metrics = step(state, batch)
-        if k in evaluated:
-          measured = _fetch(evaluate(state, experiment.test))
-          sums = {name: sums[name] + measured[name] for name in sums}
-        logged = k % config.log_every == 0 or k == last
-        if logged:
-          display.update(k, {"loss": float(np.mean(_fetch(metrics)["loss"]))})
-          now = (k, time.perf_counter())
-          times.append((now[1] - since[1]) / (now[0] - since[0]) / seeds)
-          since = now
-        stop = signals.received(agree=logged)
-        seconds = earlier + time.perf_counter() - clock
-        if stop or k % config.checkpoint_every == 0 or k == last:
-          kept = {"state": state, "sums": sums, "seconds": np.array([seconds])}
-          checkpoints.save(k, kept)
-        if stop and k < last:
-          checkpoints.wait()
-          raise loop.Stopped(stop.name, 128 + stop, k)
-  values = {name: (np.asarray(sums[name]) / len(evaluated)).tolist() for name in names}
+    kept: _Kept = {
+      "state": state,
+      "sums": {name: np.zeros(seeds) for name in names},
+      "seconds": np.zeros(1),
+    }
+    start, kept = checkpoints.restore(kept) or (0, kept)
+    del state  # the loop donates it
+    with Display(title, start, last, quiet=jax.process_index() != 0) as display:
+      tools = loop.Tools(checkpoints, signals, None, display)
+      kept, times, num_bytes = _steps(experiment, config, programs, tools, start, kept)
+  count = len(_evaluated(config, last))
   return Trained(
-    values,
-    seconds=earlier + time.perf_counter() - clock,
-    step_seconds=float(np.median(times[1:])) if len(times) > 1 else None,  # the first one compiles
-    step_bytes=num_bytes(state, batch) if start < last else None,
+    {name: (np.asarray(kept["sums"][name]) / count).tolist() for name in names},
+    seconds=float(kept["seconds"][0]),
+    # By seed; the first one compiles.
+    step_seconds=float(np.median(times[1:]) / seeds) if len(times) > 1 else None,
+    step_bytes=num_bytes,
   )
 
 
-def summarize(values: Sequence[float]) -> dict[str, Any]:
+def _steps(
+  experiment: Experiment,
+  config: RunConfig,
+  programs: _Programs,
+  tools: loop.Tools,
+  start: int,
+  kept: _Kept,
+) -> tuple[_Kept, list[float], int | None]:
+  """Does the steps after `start`; returns (kept, seconds of a step between two logs, its bytes)."""
+  last, evaluated = experiment.num_steps, _evaluated(config, experiment.num_steps)
+  state, sums, earlier = kept.pop("state"), kept["sums"], float(kept["seconds"][0])
+  batches, batch, times = experiment.batches(start), None, []
+  clock = time.perf_counter()
+  since = (start, clock)
+  for k in range(start + 1, last + 1):
+    batch = next(batches)
+    state, metrics = programs.step(state, batch)
+    if k in evaluated:
+      measured = _fetch(programs.evaluate(state, experiment.test))
+      sums = {name: sums[name] + measured[name] for name in sums}
+    logged = k % config.log_every == 0 or k == last
+    if logged:
+      tools.display.update(k, {"loss": float(np.mean(_fetch(metrics)["loss"]))})
+      now = (k, time.perf_counter())
+      times.append((now[1] - since[1]) / (now[0] - since[0]))
+      since = now
+    stop = tools.signals.received(agree=logged)
+    seconds = np.array([earlier + time.perf_counter() - clock])
+    if stop or k % config.checkpoint_every == 0 or k == last:
+      tools.checkpoints.save(k, {"state": state, "sums": sums, "seconds": seconds})
+    if stop and k < last:
+      tools.checkpoints.wait()
+      raise Stopped(stop.name, 128 + stop, k)
+  num_bytes = programs.num_bytes(state, batch) if start < last else None
+  seconds = np.array([earlier + time.perf_counter() - clock])
+  return {"state": state, "sums": sums, "seconds": seconds}, times, num_bytes
+
+
+def _evaluated(config: RunConfig, last: int) -> list[int]:
+  """Returns the steps whose evaluations are averaged."""
+  steps = (last - i * config.eval_every for i in range(config.average_last))
+  return [k for k in steps if k > 0]
+
+
+def summarize(values: Sequence[float]) -> Values:
   """Returns {"mean", "ci95", "values"}; ci95 is the half width of Student's 95% interval."""
   finite = bool(np.all(np.isfinite(values)))
   n = len(values)
@@ -132,18 +166,17 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
 
 def _over_seeds(
   experiment: Experiment, copies: list[State], seed_map: str, mesh: Mesh | None
-) -> tuple[State, Callable, Callable, Callable]:
-  """Returns (state, step, evaluate, bytes of a step) of all seeds; batches and test are shared."""
+) -> tuple[State, _Programs]:
+  """Returns the state of all seeds, and their programs; batches and test are shared."""
   if seed_map == "loop":
     states = replicate(copies, mesh)
     one_step, one_evaluate = loop.compile_experiment(experiment, states[0], mesh)
 
-    def step(states: list[State], batch: Any) -> tuple[list[State], list[Any]]:
+    def step(states: list[State], batch: Batch) -> tuple[list[State], list[Metrics]]:
       done = [one_step(state, batch) for state in states]
       return [state for state, _ in done], [metrics for _, metrics in done]
 
-    return (
-      states,
+    return states, _Programs(
       step,
       lambda states, test: [one_evaluate(state, test) for state in states],
       lambda states, batch: compiler.num_bytes(one_step, states[0], batch),
@@ -159,12 +192,13 @@ def _over_seeds(
   )
   state = replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies), mesh)
   every_step, evaluate = loop.compile_experiment(together, state, mesh)
-  return state, every_step, evaluate, functools.partial(compiler.num_bytes, every_step)
+  num_bytes = functools.partial(compiler.num_bytes, every_step)
+  return state, _Programs(every_step, evaluate, num_bytes)
 
 
-def _fetch(metrics: Any) -> dict[str, np.ndarray]:
+def _fetch(metrics: Metrics | list[Metrics]) -> dict[str, np.ndarray]:
   """Returns metrics with a leading axis of seeds, from either form that `_over_seeds` makes."""
   metrics = jax.device_get(metrics)
   if isinstance(metrics, list):
     return {name: np.stack([one[name] for one in metrics]) for name in metrics[0]}
-  return metrics
+  return dict(metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,7 +16,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 
-def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **header: Any) -> None:
+def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **header: object) -> None:
   """Raises `InputError` if the run in `workdir` has another config than this one.
 
   Args:
@@ -39,7 +38,7 @@ def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **heade
   except (OSError, ValueError, AttributeError, yaml.YAMLError):
     raise InputError(f"{file}: is not the config of a run; choose another --workdir") from None
   before, now = differing.get("steps", (0, 0))
-  if may_extend and isinstance(before, int) and before < now:
+  if may_extend and isinstance(before, int) and isinstance(now, int) and before < now:
     print(f"{workdir}: going on from {before} to {now} steps")
     del differing["steps"]
   if differing:
@@ -47,7 +46,7 @@ def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **heade
     raise InputError(f"--workdir {workdir}: holds a run with another config: {listed}")
 
 
-def create(workdir: Path, config: RunConfig, **header: Any) -> None:
+def create(workdir: Path, config: RunConfig, **header: object) -> None:
   """Makes the directory and writes its config."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -66,6 +65,6 @@ def write_text(file: Path, text: str) -> None:
   temporary.replace(file)
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: object) -> None:
   """Replaces `file` by `value` as JSON, in one step."""
   write_text(file, json.dumps(value, indent=2) + "\n")

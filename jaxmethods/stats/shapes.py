@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import chex
+import jax
 from jax.typing import ArrayLike
 from numpy import shape as shape_of
+
+from jaxmethods.trees import PyTree
 
 
 def check(**arguments: tuple[ArrayLike, str]) -> None:
@@ -33,3 +36,15 @@ def check(**arguments: tuple[ArrayLike, str]) -> None:
       inside = ", ".join(shown) + ("," if len(shown) == 1 else "")
       raise ValueError(f"{name}: expected shape ({inside}), got {given}") from None
     sizes |= {axis: size for axis, size in known.items() if not axis.isdigit()}
+
+
+def check_leading(size: int, **trees: PyTree) -> None:
+  """Checks that every array of some trees has `size` rows.
+
+  Raises:
+    ValueError: "uploads: expected 4 rows, got an array of shape (3, 2)".
+  """
+  for name, tree in trees.items():
+    for x in jax.tree.leaves(tree):
+      if shape_of(x)[:1] != (size,):
+        raise ValueError(f"{name}: expected {size} rows, got an array of shape {shape_of(x)}")

@@ -1,0 +1,124 @@
+"""The one path of the entry points: start, build, train or restore, report.
+
+Imports no jax before `start`: what is wrong with the workdir is said at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxmethods.errors import InputError
+from jaxmethods.runtime import launch
+from jaxmethods.runtime import workdir as workdir_lib
+from jaxmethods.runtime.command import Given
+from jaxmethods.runtime.experiment import Experiment, State
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+
+class Session(NamedTuple):
+  """A method that is ready to run.
+
+  Attributes:
+    given: the command line.
+    workdir: directory of the run.
+    experiment: what its room built.
+    mesh: devices to use; None for one.
+    writer: whether this process writes and prints.
+  """
+
+  given: Given
+  workdir: Path
+  experiment: Experiment
+  mesh: Mesh | None
+  writer: bool
+
+
+class Outcome(NamedTuple):
+  """A state, the step it is of, and its evaluation."""
+
+  step: int
+  state: State
+  metrics: Mapping[str, object]
+
+
+def start(given: Given, workdir: Path) -> Session:
+  """Starts the devices and builds the method."""
+  return build(given, workdir, launch.start(given.args))
+
+
+def build(given: Given, workdir: Path, mesh: Mesh | None) -> Session:
+  """Builds the method on devices that are started."""
+  experiment = given.method.build(given.config, mesh)
+  return Session(given, workdir, experiment, mesh, is_writer())
+
+
+def is_writer() -> bool:
+  """Tells whether this process is the one that writes and prints."""
+  import jax
+
+  return jax.process_index() == 0
+
+
+def train(session: Session) -> Outcome:
+  """Trains to the end, from the last checkpoint if there is one.
+
+  Raises:
+    Stopped: SIGTERM or SIGINT came; the state has been saved.
+  """
+  from jaxmethods.runtime import loop
+
+  given, workdir, name = session.given, session.workdir, session.given.args.method
+  state, metrics = loop.train(
+    session.experiment,
+    given.config,
+    workdir,
+    create_workdir=lambda: workdir_lib.create(workdir, given.config, method=name),
+    title=name,
+    mesh=session.mesh,
+    debug=given.args.debug,
+  )
+  return Outcome(session.experiment.num_steps, state, metrics)
+
+
+def restore(session: Session) -> Outcome:
+  """Restores the last checkpoint and evaluates it."""
+  from jaxmethods.runtime import loop
+
+  checkpoints = session.workdir / workdir_lib.CHECKPOINTS
+  return Outcome(
+    *loop.evaluate(session.experiment, session.given.config, checkpoints, session.mesh)
+  )
+
+
+def report(session: Session, outcome: Outcome) -> Path | None:
+  """Writes report.html with its pictures and files; returns the page, None where others write."""
+  # By every process: they may compute on the whole mesh.
+  figures = session.experiment.figures(outcome.state)
+  files = session.experiment.files(outcome.state)
+  if not session.writer:
+    return None
+  from jaxmethods.runtime import report as page  # matplotlib takes 0.6 s
+
+  return page.write(
+    session.workdir,
+    title=session.given.args.method,
+    about=session.experiment.about,
+    step=outcome.step,
+    metrics=outcome.metrics,
+    figures=figures,
+    files=files,
+  )
+
+
+def require_checkpoints(workdir: Path) -> None:
+  """Raises where there is nothing to evaluate.
+
+  Raises:
+    InputError: `workdir` holds no checkpoints.
+  """
+  if not (workdir / workdir_lib.CHECKPOINTS).is_dir():
+    raise InputError(f"--workdir {workdir}: there is no run with a checkpoint")
