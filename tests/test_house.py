@@ -54,7 +54,7 @@ def test_equations_never_jit():
     if file.name != "flower.py"
     for node in jits(parsed(file))
   ]
-  assert found == []
+  assert not found, "\n".join(["", *found])
 
 
 @pytest.mark.parametrize("room", ["experiments", "testbeds"])
@@ -68,7 +68,7 @@ def test_functions_are_short_and_not_nested_deeply(room):
         found.append(f"{place(file, node)} {node.name}: {lines} lines")
       if depth > DEEPEST:
         found.append(f"{place(file, node)} {node.name}: nested {depth} deep")
-  assert found == []
+  assert not found, "\n".join(["", *found])
 
 
 def test_any_is_rare():

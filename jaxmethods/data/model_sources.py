@@ -208,7 +208,7 @@ def load_params(
   if files.tensors is None:
     shardings = None if mesh is None else param_shardings(shapes, mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(0) if key is None else key)
-  place = on_host if mesh is None else placement(shapes, mesh)
+  place = on_host if mesh is None else placement(shapes, mesh, jit=jax.jit)
   return import_params(files.tensors, table, shapes, ignore=ignored, place=place)
 
 

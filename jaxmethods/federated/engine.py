@@ -28,6 +28,7 @@ from concurrent import futures
 from typing import Literal, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -151,7 +152,7 @@ def federated_round(
 def round_programs(
   algorithms: Sequence[FederatedAlgorithm],
   *,
-  jit: Callable = jax.jit,
+  jit: Callable,
   client_map: ClientMap | None = None,
   drop_nonfinite: bool = False,
 ) -> Callable:
@@ -223,7 +224,7 @@ def map_clients(
 def map_programs(
   functions: Sequence[Callable],
   *,
-  jit: Callable = jax.jit,
+  jit: Callable,
   client_map: ClientMap | None = None,
 ) -> Callable:
   """Returns (shared, groups) -> what `map_clients` returns, in a program for every group.
@@ -453,23 +454,21 @@ def _deal(
     owner[group] = load.index(min(load))
     load[owner[group]] += _nbytes(groups[group])
 
-  # As jitted functions they are traced once, for their shapes and for their work.
-  works = [jax.jit(_client_map(function, "scan", None)) for function in functions]
-
-  def program(device: int, forms: list[PyTree]) -> Callable:
+  def program(device: int, traced: list[tuple[Callable, PyTree]]) -> Callable:
     def run(server, groups):
       return [
         work(server, *group)
         if owner[g] == device
-        else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms[g])
-        for g, (work, group) in enumerate(zip(works, groups, strict=True))
+        else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
+        for g, ((work, form), group) in enumerate(zip(traced, groups, strict=True))
       ]
 
     return run
 
   def one_device(server, groups):
-    forms = [jax.eval_shape(work, server, *g) for work, g in zip(works, groups, strict=True)]
-    programs = [program(device, forms) for device in range(len(load))]
+    works = [_client_map(function, "scan", None) for function in functions]
+    traced = [_traced(work, server, *g) for work, g in zip(works, groups, strict=True)]
+    programs = [program(device, traced) for device in range(len(load))]
     return jax.lax.switch(jax.lax.axis_index(CLIENTS_AXIS), programs, server, groups)
 
   outcome = _on_devices(one_device, mesh, jax.P())(server, groups)
@@ -478,6 +477,13 @@ def _deal(
     jax.tree.map(lambda x, row=row: x[row : row + 1], rows)
     for row, rows in zip(owner, outcome, strict=True)
   ]
+
+
+def _traced(function: Callable, *args: PyTree) -> tuple[Callable, PyTree]:
+  """Traces a function once, for its work on such arguments and for the shapes of its results."""
+  closed, forms = jax.make_jaxpr(function, return_shape=True)(*args)
+  work, structure = jax.extend.core.jaxpr_as_fun(closed), jax.tree.structure(forms)
+  return lambda *args: jax.tree.unflatten(structure, work(*jax.tree.leaves(args))), forms
 
 
 def _on_devices(function: Callable, mesh: jax.sharding.Mesh, in_specs) -> Callable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,12 @@ def param_shardings(shapes: Params, mesh: Mesh | AbstractMesh, rules: Rules = RU
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays with the batch first: split over all devices but those of "tensor"."""
+  """Splits arrays with the batch first over all devices but those of "tensor"."""
   return NamedSharding(mesh, P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
 
 
-def placement(shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Place:
-  """How `weights.import_params` streams a checkpoint to a mesh.
+def placement(shapes: Params, mesh: Mesh, rules: Rules = RULES, *, jit: Callable) -> Place:
+  """Streams a checkpoint to a mesh, as `weights.import_params` wants it.
 
   Stacked parameters are allocated on the devices and filled layer by layer, so that the host holds
   one tensor at a time.
@@ -68,6 +68,7 @@ def placement(shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Place:
     shapes: of all parameters.
     mesh: where to.
     rules: see `param_shardings`.
+    jit: compiles the one program there is, such as `jax.jit`.
 
   Returns:
     The `place` argument of `import_params`.
@@ -81,9 +82,7 @@ def placement(shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Place:
       return jax.device_put(next(tensors), sharding)
     one_layer = NamedSharding(mesh, P(*sharding.spec[1:]))
     # The one program here: written in place, since the stack may be half of the device's memory.
-    write = jax.jit(
-      lambda stack, x, i: stack.at[i].set(x), donate_argnums=0, out_shardings=sharding
-    )
+    write = jit(lambda stack, x, i: stack.at[i].set(x), donate_argnums=0, out_shardings=sharding)
     stack = None
     for i, tensor in enumerate(tensors):
       if stack is None:

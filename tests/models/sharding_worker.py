@@ -19,7 +19,10 @@ sizes = tuple(map(int, axes.values()))
 mesh = jax.make_mesh(sizes, tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
 on_one = jax.device_get(problem.params())
 streamed = import_params(
-  export_params(on_one, problem.TABLE), problem.TABLE, on_one, place=placement(on_one, mesh)
+  export_params(on_one, problem.TABLE),
+  problem.TABLE,
+  on_one,
+  place=placement(on_one, mesh, jit=jax.jit),
 )
 wanted = param_shardings(on_one, mesh)
 jax.tree.map(
