@@ -163,15 +163,15 @@ from tests.tiny import Config, build, rows
 
 
 @pytest.mark.parametrize("method", ["mine", "ideas.mine"])
-def test_a_method_of_ones_own_is_one_file(cli, tmp_path, method):
+def test_a_method_of_ones_own_is_one_file(process, tmp_path, method):
   file = tmp_path / f"{method.replace('.', '/')}.py"
   file.parent.mkdir(exist_ok=True)
   file.write_text(OWN)
   found = f"{tmp_path}:{Path(__file__).parents[1]}"
-  result = cli("train.run", "--method", method, "--steps", 3, PYTHONPATH=found)
+  result = process("train.run", "--method", method, "--steps", 3, PYTHONPATH=found)
   assert result.returncode == 0, result.stderr
   assert (tmp_path / "runs" / method / "default/report.html").exists()
-  shown = cli("eval.compare", "--method", method, "--list_rows", PYTHONPATH=found)
+  shown = process("eval.compare", "--method", method, "--list_rows", PYTHONPATH=found)
   assert shown.stdout.split() == ["sgd", "adam"]
 
 
@@ -185,12 +185,12 @@ def test_a_method_of_ones_own_is_one_file(cli, tmp_path, method):
     ("from jaxmethods import nothing\n", ["cannot import name 'nothing'", "mine.py, line 1"]),
   ],
 )
-def test_a_fault_in_ones_own_module_is_one_line(cli, tmp_path, method, source, words):
+def test_a_fault_in_ones_own_module_is_one_line(process, tmp_path, method, source, words):
   file = tmp_path / f"{method.replace('.', '/')}.py"
   file.parent.mkdir(exist_ok=True)
   file.write_text(source)
   found = f"{tmp_path}:{Path(__file__).parents[1]}"
-  result = cli("train.run", "--method", method, PYTHONPATH=found)
+  result = process("train.run", "--method", method, PYTHONPATH=found)
   assert result.returncode == 2, result
   (line,) = result.stderr.splitlines()
   assert line.startswith(f"error: --method {method}: cannot be imported: ")
