@@ -321,7 +321,8 @@ def test_one_line_from_the_command_line(cli, tiny_graphs_environment):
 
 def test_one_program_for_all_steps(trained):
   experiment, states, _ = trained
-  step = jax.jit(chex.assert_max_traces(experiment.step, n=1))
+  once = chex.assert_max_traces(lambda state, work: experiment.step(state, work), n=1)
+  step = jax.jit(once)
   batches = experiment.batches(0)
   state = states[0]
   for _ in range(3):
