@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -68,50 +69,62 @@ def dirichlet(
   return [np.sort(part) for part in parts]
 
 
-def deal_by_proportions(
-  labels: Int[np.ndarray, " n"],
-  proportions: Float[np.ndarray, "C clients"],
-  shuffled: Int[np.ndarray, " n"],
+def owner_by_proportions(
+  labels: Int[jax.Array, " n"],
+  proportions: Float[jax.Array, "C clients"],
+  shuffled: Int[jax.Array, " n"],
   *,
   min_per_class: int = 1,
-) -> list[np.ndarray]:
-  """Label skew with a floor: the single-domain partition of GGEUR (code).
+  cumulative: bool = False,
+) -> Int[jax.Array, " n"]:
+  """Label skew with a floor: the single-domain partition of GGEUR (code), to be traced.
 
   Of every class each client first gets `min_per_class` examples, in order; the rest is cut by the
-  class's proportions, rounded, the last client taking the remainder.
+  class's proportions, rounded, the last client taking the remainder. A class with fewer examples than
+  the floor needs goes to the first clients.
 
   Args:
-    labels: (n,) integers.
+    labels: (n,) integers; other labels than 0..C-1 go to nobody.
     proportions: share of each client, (C, clients), rows sum to 1.
-    shuffled: examples in random order; what has another label than 0..C-1 goes to nobody.
+    shuffled: examples in random order, (n,).
     min_per_class: examples of each class for each client.
+    cumulative: round the cumulated shares, so that a client without a share gets nothing of the rest.
+
+  Returns:
+    Client of every example, (n,) int32; -1 for nobody.
 
   Raises:
-    InputError: a class has too few examples.
     ValueError: a wrong shape.
   """
   shapes.check(
     labels=(labels, "n"), proportions=(proportions, "C clients"), shuffled=(shuffled, "n")
   )
-  num_clients = proportions.shape[1]
-  parts: list[list[int]] = [[] for _ in range(num_clients)]
+  num_classes, num_clients = proportions.shape
   floor = num_clients * min_per_class
-  for label, shares in enumerate(proportions):
-    members = shuffled[labels[shuffled] == label]
-    if len(members) < floor:
-      raise InputError(
-        f"class {label} has {len(members)} examples: {num_clients} clients with at least "
-        f"{min_per_class} each need {floor}"
-      )
-    for part, first in zip(parts, members[:floor].reshape(num_clients, min_per_class), strict=True):
-      part.extend(first.tolist())
-    rest = members[floor:]
-    counts = np.rint(shares * len(rest)).astype(int)
-    # Rounding up can ask for more than there is; the published code then counts below zero.
-    ends = np.minimum(np.cumsum(counts)[:-1], len(rest))
-    for part, share in zip(parts, np.split(rest, ends), strict=True):
-      part.extend(share.tolist())
-  return [np.array(part, int) for part in parts]
+  known = (labels >= 0) & (labels < num_classes)
+  label = jnp.where(known, labels, 0)
+  rest = jnp.maximum(jnp.bincount(label, known.astype(jnp.int32), length=num_classes) - floor, 0)
+  if cumulative:
+    ends = jnp.rint(jnp.cumsum(proportions, 1) * rest[:, None])[:, :-1]
+  else:
+    ends = jnp.cumsum(jnp.rint(proportions * rest[:, None]), 1)[:, :-1]
+  # Rounding up can ask for more than there is; the published code then counts below zero.
+  ends = jnp.minimum(ends.astype(jnp.int32), rest[:, None])
+  rank = class_rank(shuffled, labels)
+  owner = (ends[label] <= (rank - floor)[:, None]).sum(1)
+  if min_per_class:
+    owner = jnp.where(rank < floor, rank // min_per_class, owner)
+  return jnp.where(known, owner, -1).astype(jnp.int32)
+
+
+def class_rank(
+  order: Int[jax.Array, " n"], labels: Int[jax.Array, " n"]
+) -> Int[jax.Array, " n"]:
+  """Returns every example's place among those of its label in the given order."""
+  by_class = order[jnp.argsort(labels[order], stable=True)]
+  ordered = labels[by_class]
+  start = jnp.searchsorted(ordered, ordered, side="left")
+  return jnp.zeros(labels.shape, start.dtype).at[by_class].set(jnp.arange(len(labels)) - start)
 
 
 def deal_below_even_share(

@@ -1,16 +1,17 @@
 """The GGEUR experiment on small feature vectors: partition, exchange, rows, bad input."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.ggeur import build as federated_embeddings
-from jaxmethods.experiments.ggeur import config as ggeur
+from jaxmethods.experiments.ggeur import data as room
+from jaxmethods.experiments.ggeur.build import build
+from jaxmethods.experiments.ggeur.config import Config, rows
+from jaxmethods.experiments.ggeur.generation import Holdings, exchange
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.testbeds.federated_images import clients
 
 D = 5
 
@@ -35,11 +36,11 @@ def config(source, **changes):
     "data": source, "steps": 8, "local_epochs": 2, "batch_size": 16, "learning_rate": 0.05,
     "target": 25, "own_samples": 30, "own_per_anchor": 8, "prototype_samples": 20,
   }  # fmt: skip
-  return ggeur.Config(**(small | changes))
+  return Config(**(small | changes))
 
 
 def trained(config):
-  experiment = federated_embeddings.build(config)
+  experiment = build(config)
   state = experiment.init(jax.random.key(config.seed))
   step, batches = jax.jit(experiment.step), experiment.batches(0)
   for _ in range(config.steps):
@@ -58,31 +59,13 @@ def test_it_learns_and_beats_nothing_at_all(source):
   assert set(experiment.figures(state)) == {"accuracy", "own_examples", "generated_embeddings"}
 
 
-@pytest.mark.parametrize("skew", ["domains", "labels"])
-def test_partitions_are_disjoint_and_skewed(source, skew):
-  settings = config(source, skew=skew, clients=5, min_per_class=1)
-  data = federated_embeddings.load(settings)
-  draw = getattr(federated_embeddings, f"draw_{skew.removesuffix('s')}_clients")
-  _, y, mask = draw(jax.random.key(0), data.train, settings, data.num_classes)
-  counts = (jax.nn.one_hot(y, 4) * mask[..., None]).sum(1)
-  assert (counts >= 1).all()
-  if skew == "labels":
-    assert y.shape[0] == 5
-    np.testing.assert_array_equal(mask.sum(0), (data.train.y.reshape(-1) >= 0).astype(int))
-  else:
-    assert (counts.max(0) > 2 * counts.min(0)).any()
-  even = dataclasses.replace(settings, alpha=0.0)
-  _, y, mask = draw(jax.random.key(0), data.train, even, data.num_classes)
-  assert ((jax.nn.one_hot(y, 4) * mask[..., None]).sum(1).std(0) < 2).all()
-
-
-@pytest.mark.parametrize("skew", ["domains", "labels"])
+@pytest.mark.parametrize("skew", ["domains", "labels", "both"])
 def test_every_client_is_filled_to_the_target(source, skew):
   settings = config(source, skew=skew, clients=4)
-  experiment = federated_embeddings.build(settings)
+  experiment = build(settings)
   state = experiment.init(jax.random.key(0))
   counts = (jax.nn.one_hot(state.data["y"], 4) * state.data["mask"][..., None]).sum(1)
-  if skew == "domains":
+  if skew != "labels":
     np.testing.assert_array_equal(counts, settings.target)
   else:
     assert (counts >= settings.target).all()
@@ -92,7 +75,7 @@ def test_every_client_is_filled_to_the_target(source, skew):
 def test_repeated_examples_are_as_many_as_generated_ones_and_the_clients_own(source, skew):
   def start(enlarge):
     settings = config(source, skew=skew, clients=4, enlarge=enlarge)
-    return federated_embeddings.build(settings).init(jax.random.key(0))
+    return build(settings).init(jax.random.key(0))
 
   plain, full, again = map(start, ("none", "full", "repeat"))
   np.testing.assert_array_equal(again.weights, full.weights)
@@ -105,32 +88,57 @@ def test_repeated_examples_are_as_many_as_generated_ones_and_the_clients_own(sou
 
 def test_all_clients_report_moments_and_nothing_else(source):
   settings = config(source)
-  data = federated_embeddings.load(settings)
+  data = room.load(settings)
   key = jax.random.key(0)
-  x, y, mask = federated_embeddings.draw_domain_clients(key, data.train, settings, 4)
-  reported, shape = federated_embeddings.exchange(key, x, y, mask, settings, 4)
+  deal = clients.draw_clients(key, data.train.y, 4, settings)
+  held = Holdings(data.train.x[deal.domain], data.train.y[deal.domain], deal.mask)
+  reported, shape = exchange(key, held, 4, settings)
   assert [leaf.shape for leaf in jax.tree.leaves(reported)] == [(3, 4), (3, 4, D), (3, 4, D, D)]
   assert (reported.counts != 1).all()  # one example would be the embedding itself
   assert shape.eigenvalues.shape == (4, D)
 
 
 def test_every_row_runs(source):
-  rows = ggeur.rows(config(source, steps=2, local_epochs=1))
-  assert next(iter(rows)) == "ggeur"
+  made = rows(config(source, steps=2, local_epochs=1))
+  assert next(iter(made)) == "ggeur"
   for name in ("ggeur_isotropic", "local", "centralised", "scaffold", "moon_ggeur", "feddyn",
                "fedadam", "fedntd", "fedprox"):  # fmt: skip
-    experiment, state, metrics = trained(rows[name])
+    experiment, state, metrics = trained(made[name])
     assert np.isfinite(metrics["loss"]), name
     assert np.isfinite(experiment.evaluate(state, experiment.test)["test_accuracy"]), name
 
 
 def test_a_client_that_returns_nan_is_rejected_and_the_round_goes_on(source):
-  experiment = federated_embeddings.build(config(source, enlarge="none"))
+  experiment = build(config(source, enlarge="none"))
   state = experiment.init(jax.random.key(0))
   broken = state._replace(data=state.data | {"x": state.data["x"].at[1].set(jnp.nan)})
   state, metrics = jax.jit(experiment.step)(broken, ())
   assert metrics["rejected"] == 1
   assert np.isfinite(state.server.params["head"]["kernel"]).all()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"skew": "domains"}, {"skew": "labels", "clients": 4}, {"skew": "both", "clients": 4},
+    {"enlarge": "repeat"}, {"enlarge": "repeat", "skew": "labels", "clients": 4}, {"alpha": 0.0},
+    {"algorithm": "centralised"},
+  ],
+)  # fmt: skip
+def test_the_first_state_has_the_shapes_of_its_trace(source, changes):
+  experiment = build(config(source, **changes))
+  key = jax.random.key(0)
+  described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+  assert described(jax.eval_shape(experiment.init, key)) == described(experiment.init(key))
+
+
+@pytest.mark.parametrize("name", ["ggeur", "scaffold", "fedntd", "moon", "local"])
+def test_a_step_is_a_program_for_any_accelerator(source, name):
+  experiment = build(rows(config(source))[name])
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  for platform in ("tpu", "cuda"):
+    exported = jax.export.export(jax.jit(experiment.step), platforms=[platform])(state, ())
+    assert exported.platforms == (platform,)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,7 @@ def test_a_client_that_returns_nan_is_rejected_and_the_round_goes_on(source):
     ({"alpha": -1.0}, "alpha"),
     ({"guided_threshold": 0.0}, "guided_threshold"),
     ({"target": 0}, "target"),
+    ({"classes_per_client": 2}, "classes_per_client: needs skew labels"),
   ],
 )
 def test_impossible_settings(source, changes, message):
@@ -153,16 +162,16 @@ def test_bad_data(tmp_path, source):
   gone = {k: v + (v >= 2) if k.endswith("_y") else v for k, v in arrays.items()}
   np.savez(tmp_path / "gone.npz", **gone)
   with pytest.raises(InputError, match="no client can have class 2"):
-    federated_embeddings.build(config(f"npz:{tmp_path / 'gone.npz'}"))
+    build(config(f"npz:{tmp_path / 'gone.npz'}"))
   with pytest.raises(InputError, match=r"client \d .* is empty"):
     for seed in range(20):
       lonely = config(source, alpha=0.001, min_per_class=0)
-      federated_embeddings.build(lonely).init(jax.random.key(seed))
+      build(lonely).init(jax.random.key(seed))
 
 
 def test_the_embedded_default_is_what_the_file_says():
   from pathlib import Path
 
   file = Path(__file__).parents[2] / "configs" / "ggeur.yaml"
-  loaded = config_lib.load(ggeur.Config, file, method="ggeur")
+  loaded = config_lib.load(Config, file, method="ggeur")
   assert loaded.data == "embedded:digit-domains"

@@ -113,17 +113,10 @@ def test_guided_set(golden):
 
 def test_partitions(golden):
   arrays, _ = golden
-  labels = np.asarray(arrays["partition/labels"])
-  proportions = np.asarray(arrays["partition/proportions"])
-  parts = partition.deal_by_proportions(
-    labels,
-    proportions,
-    np.asarray(arrays["partition/shuffled_indices"]),
+  owner = partition.owner_by_proportions(
+    *(arrays[f"partition/{name}"] for name in ("labels", "proportions", "shuffled_indices")),
     min_per_class=int(arrays["partition/min_per_class"]),
   )
-  owner = np.full(len(labels), -1)
-  for client, part in enumerate(parts):
-    owner[part] = client
   np.testing.assert_array_equal(owner, arrays["partition/expected_client_of_sample"])
   np.testing.assert_array_equal(
     partition.domain_label_counts(

@@ -1,8 +1,9 @@
 """GGEUR and its rivals on embeddings of a frozen encoder.
 
-A client holds one domain, with label skew on top (`skew: domains`), or a label-skewed part of all the
-data (`skew: labels`). Embeddings come as they are (a source of feature vectors) or from a small convnet
-that is trained on a part of every domain which is then set aside: neither clients nor tests see it.
+A client holds one domain, with label skew on top (`skew: domains`), a label-skewed part of all the data
+(`skew: labels`), or of one domain (`skew: both`). Embeddings come as they are (a source of feature
+vectors) or from a small convnet that is trained on a part of every domain which is then set aside:
+neither clients nor tests see it.
 """
 
 from __future__ import annotations
@@ -10,33 +11,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime import checks
+from jaxmethods.testbeds.federated_images.settings import ClientSettings
 
 Algorithm = Literal[
   "fedavg", "fedprox", "scaffold", "moon", "feddyn", "fedadam", "fedntd", "local", "centralised"
 ]
+# own: step 1 alone; repeat: own examples repeated, as many as full makes (a control, ours)
+Enlarge = Literal["none", "own", "full", "repeat"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(ClientSettings):
   """Defaults are the published settings (code) unless a comment says otherwise."""
 
   steps: int = 50  # communication rounds
-  data: str = "embedded:digit-domains"  # or any source of arrays; its splits are the domains
-  split_seed: int = 0  # of the test split and the encoder's part; the partition follows `seed`
-  test_share: float = 0.3
+  # `split_seed` is that of the encoder's part as well.
   encoder_share: float = 0.3  # of every domain, for images only (ours)
   image_size: int = 16  # side to which images are brought before the encoder (ours)
   encoder_epochs: int = 20  # (ours)
-  norm: float = (
-    10.0  # root mean square length to which embeddings are scaled, 0: as they come (ours)
-  )
-
-  skew: Literal["domains", "labels"] = "domains"
-  clients: int = 10  # with `skew: labels`
-  alpha: float = 0.1  # of the Dirichlet label skew; 0 for none
-  min_per_class: int = 1  # examples of each class that every client gets, where it has them
+  # Root mean square length to which embeddings are scaled; 0: as they come (ours).
+  norm: float = 10.0
 
   algorithm: Algorithm = "fedavg"
   local_epochs: int = 10
@@ -53,8 +49,7 @@ class Config(RunConfig):
   fedntd_beta: float = 0.5
   fedntd_temperature: float = 1.0
 
-  # own: step 1 alone; repeat: own examples repeated, as many as full makes (a control, ours)
-  enlarge: Literal["none", "own", "full", "repeat"] = "full"
+  enlarge: Enlarge = "full"
   target: int = 60  # T; published: 2000 for digits, 50 for Office-Home (the paper's T per data set)
   own_per_anchor: int = 12  # m1
   own_samples: int = 500  # n1
@@ -68,26 +63,19 @@ class Config(RunConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in (
-      "clients", "local_epochs", "batch_size", "target", "own_per_anchor", "own_samples",
+    checks.at_least(
+      self, 1, "local_epochs", "batch_size", "target", "own_per_anchor", "own_samples",
       "prototype_samples", "image_size", "encoder_epochs", "min_count_to_share",
-    ):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("test_share", "encoder_share"):
-      if not 0 < getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
-    for name in ("alpha", "norm", "min_per_class", "moment_noise"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-    if not 0 < self.guided_threshold <= 1:
-      raise ValueError(f"guided_threshold: must be in (0, 1], got {self.guided_threshold}")
+    )  # fmt: skip
+    checks.at_least(self, 0, "norm", "moment_noise")
+    checks.within(self, "(0, 1)", "encoder_share")
+    checks.within(self, "(0, 1]", "guided_threshold")
 
 
 def rows(config: Config) -> dict[str, Config]:
   """GGEUR on FedAvg, its ablations, and every federated algorithm with and without it."""
 
-  def row(algorithm: Any = "fedavg", enlarge: Any = "none", **changes: Any) -> Config:
+  def row(algorithm: Algorithm = "fedavg", enlarge: Enlarge = "none", **changes: Any) -> Config:
     return dataclasses.replace(config, algorithm=algorithm, enlarge=enlarge, **changes)
 
   ablations = {

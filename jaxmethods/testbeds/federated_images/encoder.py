@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.typing import VariableDict
+from jax import Array
 
 from jaxmethods.data.array_cache import cached
 from jaxmethods.models.convnet import ConvNet
@@ -49,14 +53,25 @@ def embed(
   return stored["x"]
 
 
-def _embed(images, fit, num_classes, epochs):
-  x, y = jnp.asarray(fit[0]), jnp.asarray(fit[1])
+def _embed(
+  images: np.ndarray, fit: tuple[np.ndarray, np.ndarray], num_classes: int, epochs: int
+) -> np.ndarray:
   model = ConvNet(FEATURES, num_classes)
+  x, y = map(jnp.asarray, fit)
+  keys = jax.random.split(jax.random.key(1), epochs)
+  train = compiler.jit(functools.partial(_train, model))
+  params = train(model.init(jax.random.key(0), x[:1]), x, y, keys)
+  embedding = compiler.jit(lambda params, x: model.apply(params, x, embedding=True))
+  parts = np.array_split(images, -(-len(images) // 1024))
+  return np.concatenate([np.asarray(embedding(params, part)) for part in parts])
+
+
+def _train(model: ConvNet, params: VariableDict, x: Array, y: Array, keys: Array) -> VariableDict:
+  """Trains by Adam, one epoch a key, on batches of a fresh permutation."""
   optimizer = optax.adam(LEARNING_RATE)
-  params = model.init(jax.random.key(0), x[:1])
   steps = max(1, len(x) // BATCH)
 
-  def loss(params, rows):
+  def loss(params: VariableDict, rows: Array) -> Array:
     logits = model.apply(params, x[rows])
     return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
@@ -65,17 +80,8 @@ def _embed(images, fit, num_classes, epochs):
     updates, opt_state = optimizer.update(jax.grad(loss)(params, rows), opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), None
 
-  @compiler.jit
-  def train(params):
-    def epoch(state, key):
-      order = jax.random.permutation(key, len(x))[: steps * BATCH]
-      return jax.lax.scan(step, state, order.reshape(steps, -1))[0], None
+  def epoch(state, key):
+    order = jax.random.permutation(key, len(x))[: steps * BATCH]
+    return jax.lax.scan(step, state, order.reshape(steps, -1))[0], None
 
-    keys = jax.random.split(jax.random.key(1), epochs)
-    return jax.lax.scan(epoch, (params, optimizer.init(params)), keys)[0][0]
-
-  params = train(params)
-  embedding = compiler.jit(lambda x: model.apply(params, x, embedding=True))
-  return np.concatenate(
-    [np.asarray(embedding(part)) for part in np.array_split(images, -(-len(images) // 1024))]
-  )
+  return jax.lax.scan(epoch, (params, optimizer.init(params)), keys)[0][0]
