@@ -63,12 +63,12 @@ def step(architectures: list[str]) -> list[str]:
   import numpy as np
   import optax
 
-  from jaxmethods.experiments.rahfl import build as heterogeneous_images
-  from jaxmethods.experiments.rahfl import config as rahfl
+  from jaxmethods.experiments.rahfl import peers
+  from jaxmethods.experiments.rahfl.config import Config
   from jaxmethods.models.convnets import classifier
   from jaxmethods.runtime import compiler
 
-  config, optimizer = rahfl.Config(), optax.adam(1e-3)
+  config, optimizer = Config(), optax.adam(1e-3)
   views = jax.random.normal(jax.random.key(0), (BATCH, 4, SIDE, SIDE, 3))
   batch = {"views": views, "y": jnp.arange(BATCH) % 10}
   lines = [
@@ -79,8 +79,9 @@ def step(architectures: list[str]) -> list[str]:
     # A ResNet outside of a loop is better off with lax.conv (`models.conv`).
     net = classifier(name, 10, patches=False if name.startswith("resnet") else None)
     random = np.random.default_rng(0)
-    client = heterogeneous_images.new_peer(net, random, random, SIDE, optimizer, config)
-    loss = heterogeneous_images.make_loss(heterogeneous_images.network_of(net), config, ())
+    drawn = peers.draw_variables(peers.variable_shapes(net, SIDE, 0), random, random)
+    client = peers.Peer(*drawn, optimizer.init(drawn[0]))
+    loss = peers.make_loss(peers.network_of(net), config, ())
 
     def one(client, batch, loss=loss):
       gradient, (state, _) = jax.grad(loss, has_aux=True)(
@@ -101,18 +102,18 @@ def clients(counts: list[int]) -> list[str]:
   import jax
   import matplotlib.pyplot as plt
 
-  from jaxmethods.experiments.rahfl import build as heterogeneous_images
-  from jaxmethods.experiments.rahfl import config as rahfl
+  from jaxmethods.experiments.rahfl.build import build
+  from jaxmethods.experiments.rahfl.config import Config
   from jaxmethods.runtime import compiler
 
   each, measured = 8, []
   for count in counts:
-    config = rahfl.Config(
+    config = Config(
       image_size=8, private_examples=each + 1, validation_share=0.12, overlap=True, batch_size=each,
       public_examples=each, corruption=0.0, kinds=["contrast"], architectures=["resnet10"],
       clients_per_architecture=count, narrow=8, stages=1, pretrain=0,
     )  # fmt: skip
-    experiment = heterogeneous_images.build(config)
+    experiment = build(config)
     state, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
     round_ = compiler.jit(experiment.step)
     measured.append(cpu_seconds(lambda r=round_, s=state, b=batch: r(s, b), 3))

@@ -13,9 +13,9 @@ import optax
 import pytest
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.rahfl import build as heterogeneous_images
-from jaxmethods.experiments.rahfl import clients as corrupted_clients
-from jaxmethods.experiments.rahfl import config as rahfl
+from jaxmethods.experiments.rahfl import clients, peers, teaching
+from jaxmethods.experiments.rahfl.build import build
+from jaxmethods.experiments.rahfl.config import Config, rows
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models import convnets
 from jaxmethods.runtime import config as config_lib
@@ -65,11 +65,11 @@ def config(folder, **changes):
     "steps": 4, "kinds": ["contrast", "jpeg_compression"], "batch_size": 16, "private_examples": 70,
     "architectures": ["resnet", "mobile", "resnet10"][:2], "learning_rate": 0.01,
   }  # fmt: skip
-  return rahfl.Config(**(small | changes))
+  return Config(**(small | changes))
 
 
 def trained(settings):
-  experiment = heterogeneous_images.build(settings)
+  experiment = build(settings)
   state = experiment.init(jax.random.key(settings.seed))
   step, batches = jax.jit(experiment.step), experiment.batches(0)
   for _ in range(experiment.num_steps):
@@ -127,14 +127,14 @@ def test_the_same_key_gives_the_same_round(run):
 def test_rows_share_the_time_alone(folder, tmp_path, monkeypatch):
   """Computed once; and every row starts with the networks that a run of its own would have by then."""
   monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
-  rows = rahfl.rows(config(folder, pretrain=1, architectures=["resnet", "mobile"]))
+  made = rows(config(folder, pretrain=1, architectures=["resnet", "mobile"]))
   key = jax.random.key(3)
   nets = lambda state: [(peer.params["net"], peer.model_state) for peer in state.peers]
 
-  alone = heterogeneous_images.build(dataclasses.replace(rows["fedproto"], reuse=False))
+  alone = build(dataclasses.replace(made["fedproto"], reuse=False))
   expected, _ = jax.jit(alone.step)(alone.init(key), next(alone.batches(0)))
   for name in ("fedproto", "rahfl"):
-    experiment = heterogeneous_images.build(rows[name])
+    experiment = build(made[name])
     state = experiment.init(key)
     chex.assert_trees_all_close(nets(state), nets(expected), atol=1e-4)
     assert state.round == expected.round == 1
@@ -152,16 +152,16 @@ UPLOADS = {
 
 @pytest.mark.parametrize("name", UPLOADS)
 def test_what_leaves_a_client(folder, name):
-  rows = rahfl.rows(config(folder))
-  assert list(rows) == list(UPLOADS)
-  settings = rows[name]
+  made = rows(config(folder))
+  assert list(made) == list(UPLOADS)
+  settings = made[name]
   net, optimizer = convnets.classifier("resnet", C), optax.adam(1e-3)
   random = np.random.default_rng(0)
-  client = heterogeneous_images.new_peer(net, random, random, SIDE, optimizer, settings)
-  algorithm = heterogeneous_images.private_training(
-    heterogeneous_images.network_of(net), settings, optimizer
-  )
-  standing = heterogeneous_images.first_standing(settings, 2, C)
+  shapes = peers.variable_shapes(net, SIDE, 64 if settings.exchange == "fedproto" else 0)
+  params, batch_stats = peers.draw_variables(shapes, random, random)
+  client = peers.Peer(params, batch_stats, optimizer.init(params))
+  algorithm = peers.private_training(peers.network_of(net), settings, optimizer)
+  standing = teaching.first_standing(settings.exchange, 2, C, 64)
   views = {"ce": 1, "sce": 1, "jsd": 3, "dcl": 4}[settings.local]
   data = {
     "views": jnp.zeros((16, views, SIDE, SIDE, 3)),
@@ -177,8 +177,8 @@ def test_what_leaves_a_client(folder, name):
 @pytest.mark.parametrize("name", ["aughfl", "fedproto", "rhfl", "local_augmix"])
 def test_a_round_of_other_rows_fits_together(folder, name):
   """Traced, not compiled: RAHFL's own round is run above."""
-  settings = dataclasses.replace(rahfl.rows(config(folder))[name], reuse=False)
-  experiment = heterogeneous_images.build(settings)
+  settings = dataclasses.replace(rows(config(folder))[name], reuse=False)
+  experiment = build(settings)
   state = experiment.init(jax.random.key(0))
   batch = next(experiment.batches(settings.pretrain))
   after, metrics = jax.eval_shape(experiment.step, state, batch)
@@ -187,14 +187,13 @@ def test_a_round_of_other_rows_fits_together(folder, name):
 
 
 @pytest.mark.parametrize("exchange", ["asym", "hfl", "rhfl", "aughfl", "fedmd", "feddf"])
-def test_teachers(folder, exchange):
+def test_teachers(exchange):
   """Distributions made of the present clients alone, and none where there is nobody to learn from."""
-  settings = config(folder, exchange=exchange)
-  teach = heterogeneous_images.make_teach(settings)
+  teach = teaching.make_teach(exchange, 0.5)
   views = 3 if exchange == "aughfl" else 1
   logits = jax.random.normal(jax.random.key(0), (CLIENTS, views, 4, C))
   answers = jax.nn.log_softmax(logits)
-  standing = heterogeneous_images.first_standing(settings, CLIENTS, C)
+  standing = teaching.first_standing(exchange, CLIENTS, C, 64)
   if exchange == "asym":
     standing = {"accuracy": jnp.array([0.5, 0.7, 0.6])}
   present = jnp.array([True, False, True])
@@ -224,23 +223,51 @@ def test_teachers(folder, exchange):
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_clients_are_disjoint_and_keep_a_validation_part(folder, alpha):
   settings = config(folder, alpha=alpha, batch_size=4)
-  data = corrupted_clients.load(settings)
-  held = corrupted_clients.draw_clients(np.random.default_rng(0), data, settings)
-  rows = [np.asarray(a[b >= 0]) for a, b in zip(held[::2], held[1::2], strict=True)]
-  together = np.concatenate(rows)
+  data = clients.load(settings)
+  held = clients.draw_clients(np.random.default_rng(0), data.labels, C, settings)
+  parts = [np.asarray(a[b >= 0]) for a, b in zip(held[::2], held[1::2], strict=True)]
+  together = np.concatenate(parts)
   assert len(np.unique(together)) == len(together)
   assert len(together) == (len(data.labels) if alpha else 2 * 70)
-  np.testing.assert_array_equal(held.y[held.y >= 0], data.labels[rows[0]])
+  np.testing.assert_array_equal(held.y[held.y >= 0], data.labels[parts[0]])
   if not alpha:
     assert held.validation.shape == (2, 7)
 
 
 def test_overlapping_clients(folder):
   settings = config(folder, overlap=True, private_examples=200)
-  data = corrupted_clients.load(settings)
-  held = corrupted_clients.draw_clients(np.random.default_rng(0), data, settings)
+  data = clients.load(settings)
+  held = clients.draw_clients(np.random.default_rng(0), data.labels, C, settings)
   assert held.rows.shape == (2, 180)
   assert len(np.intersect1d(*np.asarray(held.rows))) > 100
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"overlap": True}, {"alpha": 0.5, "batch_size": 4}, {"exchange": "fedproto"},
+   {"reuse": True, "pretrain": 1}],
+)  # fmt: skip
+def test_the_first_state_has_the_shapes_of_its_trace(folder, tmp_path, monkeypatch, changes):
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  experiment = build(config(folder, **changes))
+  key = jax.random.key(0)
+  described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+  assert described(jax.eval_shape(experiment.init, key)) == described(experiment.init(key))
+
+
+def test_a_compiled_first_state_is_the_same(folder):
+  experiment, key = build(config(folder)), jax.random.key(0)
+  chex.assert_trees_all_close(jax.jit(experiment.init)(key).peers, experiment.init(key).peers)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_steps_are_programs_for_any_accelerator(folder, platform):
+  experiment = build(config(folder, pretrain=1))
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  for step in (0, 1):
+    batch = next(experiment.batches(step))
+    exported = jax.export.export(jax.jit(experiment.step), platforms=[platform])(state, batch)
+    assert exported.platforms == (platform,)
 
 
 BAD = {
@@ -259,7 +286,7 @@ def test_bad_input(folder, case):
   changes, message = BAD[case]
   names = {key: f"npz:{folder}/{changes[key]}.npz" for key in ("data", "public") if key in changes}
   with pytest.raises(InputError, match=message):
-    heterogeneous_images.build(config(folder, **(changes | names))).init(jax.random.key(0))
+    build(config(folder, **(changes | names))).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -281,8 +308,8 @@ def test_impossible_settings(folder, changes, message):
 @pytest.mark.parametrize("name", ["rahfl", "rahfl_paper"])
 def test_configs(name):
   file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
-  loaded = config_lib.load(rahfl.Config, file, method="rahfl")
-  assert dataclasses.replace(rahfl.rows(loaded)["rahfl"], reuse=False) == loaded
+  loaded = config_lib.load(Config, file, method="rahfl")
+  assert dataclasses.replace(rows(loaded)["rahfl"], reuse=False) == loaded
 
 
 # --- the commands ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import optax
 from jax import Array
@@ -41,7 +42,11 @@ def make_algorithm(config: Config) -> tuple[FederatedAlgorithm, MakeClient]:
   """Returns the algorithm, and the function that makes a client from its parameters."""
   loss, adam = make_loss(config.double_softmax), optax.adam(config.learning_rate)
   batches, epochs = shuffled(config.batch_size), config.local_epochs
-  average = {"weighted": config.weighted, "local_epochs": epochs, "batches": batches}
+  average: dict[str, Any] = {
+    "weighted": config.weighted,
+    "local_epochs": epochs,
+    "batches": batches,
+  }
   plain = algorithms.init_client
   guided = functools.partial(plain, keep_previous=True)
   match config.algorithm:

@@ -1,4 +1,4 @@
-"""Private, partly corrupted images shared out to clients, and unlabelled public images; their pictures.
+"""Private, partly corrupted images shared out to clients, and unlabelled public images.
 
 Corruptions are made once, from `split_seed`; who holds which image is drawn anew for every seed. A
 client's validation images are never trained on.
@@ -6,30 +6,29 @@ client's validation images are never trained on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from jax import Array
-from matplotlib.figure import Figure
 
 from jaxmethods.data import corruptions, records, sources, splits
 from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
+from jaxmethods.experiments.rahfl.config import Config
 from jaxmethods.federated import partition
 from jaxmethods.testbeds.federated_images.encoder import resized
 
-if TYPE_CHECKING:
-  from jaxmethods.experiments.rahfl.config import Config
-
 FORMAT = b"corrupted 1"  # changes when the corruptions do
+
+T = TypeVar("T")  # arrays of jax, of numpy, or their shapes
 
 
 class Data(NamedTuple):
-  """What an experiment reads.
+  """Arrays of an experiment.
 
   Attributes:
     num_classes: C.
@@ -50,7 +49,7 @@ class Data(NamedTuple):
   about: str
 
 
-class Clients(NamedTuple):
+class Clients(NamedTuple, Generic[T]):
   """Who holds what, as rows of the pool; -1 in `y` where there is none.
 
   Attributes:
@@ -60,10 +59,10 @@ class Clients(NamedTuple):
     validation_y: (K, m) int32.
   """
 
-  rows: Array
-  y: Array
-  validation: Array
-  validation_y: Array
+  rows: T
+  y: T
+  validation: T
+  validation_y: T
 
 
 def load(config: Config) -> Data:
@@ -136,10 +135,12 @@ def _corrupted(train: np.ndarray, test: np.ndarray, config: Config) -> dict[str,
 
   def compute() -> dict[str, np.ndarray]:
     train_key, test_key = jax.random.split(jax.random.key(config.split_seed))
-    options: dict[str, Any] = {"kinds": kinds, "severities": config.severities}
+    corrupt = functools.partial(
+      corruptions.corrupt_images, kinds=kinds, severities=config.severities
+    )
     return {
-      "train": corruptions.corrupt_images(train_key, train, config.corruption, **options).images,
-      "test": corruptions.corrupt_images(test_key, test, 1.0, **options).images,
+      "train": corrupt(train_key, train, config.corruption).images,
+      "test": corrupt(test_key, test, 1.0).images,
     }
 
   settings = repr((kinds, list(config.severities), config.corruption, config.split_seed))
@@ -153,16 +154,27 @@ def _scale(x: np.ndarray) -> np.ndarray:
   return np.stack([mean, np.maximum(x.std((0, 1, 2)) / 255, 1e-3)]).astype(np.float32)
 
 
-def draw_clients(random: np.random.Generator, data: Data, config: Config) -> Clients:
+def draw_clients(
+  random: np.random.Generator, labels: np.ndarray, num_classes: int, config: Config
+) -> Clients[np.ndarray]:
   """Shares the pool out and keeps a part of every share for validation.
+
+  Args:
+    random: generator of the draw.
+    labels: of the pool, (N,) int.
+    num_classes: C.
+    config: of the row.
+
+  Returns:
+    Arrays of the shapes of `client_shapes`.
 
   Raises:
     InputError: naming the client that has too few images.
   """
   names = client_names(config)
-  total = len(data.labels)
+  total = len(labels)
   if config.alpha:
-    parts = _dirichlet(random, data, len(names), config.alpha)
+    parts = _dirichlet(random, labels, num_classes, len(names), config.alpha)
   elif config.overlap:
     parts = [random.permutation(total)[: config.private_examples] for _ in names]
   else:
@@ -184,82 +196,53 @@ def draw_clients(random: np.random.Generator, data: Data, config: Config) -> Cli
       )
     kept.append(part[:size])
     fit.append(part[size:])
-  return Clients(*_padded(fit, data.labels), *_padded(kept, data.labels))
+  widths = _widths(labels, config)
+  return Clients(*_padded(fit, labels, widths[0]), *_padded(kept, labels, widths[1]))
+
+
+def client_shapes(labels: np.ndarray, config: Config) -> Clients[jax.ShapeDtypeStruct]:
+  """Shapes of what `draw_clients` returns: they do not depend on the draw."""
+  shape = lambda width: jax.ShapeDtypeStruct((len(client_names(config)), width), np.int32)
+  fit, kept = map(shape, _widths(labels, config))
+  return Clients(fit, fit, kept, kept)
+
+
+def _widths(labels: np.ndarray, config: Config) -> tuple[int, int]:
+  """Most training and most validation images that a client can have."""
+  total, clients = len(labels), len(client_names(config))
+  if config.alpha:  # below its even share, and then a whole class
+    most = min(total // clients + int(np.bincount(labels).max()), total)
+    return most - int(config.validation_share * most), int(config.validation_share * most)
+  sizes = [total] * clients if config.overlap else [-(-total // clients), total // clients]
+  sizes = [min(size, config.private_examples) for size in sizes]
+  kept = [int(config.validation_share * size) for size in sizes]
+  return max(size - k for size, k in zip(sizes, kept, strict=True)), max(kept)
 
 
 def _dirichlet(
-  random: np.random.Generator, data: Data, clients: int, alpha: float
+  random: np.random.Generator, labels: np.ndarray, num_classes: int, clients: int, alpha: float
 ) -> list[np.ndarray]:
   """Drawn again until every client has 10 images, a hundred times at most (code)."""
   for _ in range(100):
-    shares = random.dirichlet([alpha] * clients, data.num_classes)
-    order = random.permutation(len(data.labels))
-    by_class = [order[data.labels[order] == c] for c in range(data.num_classes)]
-    parts = partition.deal_below_even_share(data.labels, shares, by_class)
+    shares = random.dirichlet([alpha] * clients, num_classes)
+    order = random.permutation(len(labels))
+    by_class = [order[labels[order] == c] for c in range(num_classes)]
+    parts = partition.deal_below_even_share(labels, shares, by_class)
     if min(map(len, parts)) >= 10:
       return parts
   raise InputError(f"alpha: no partition with 10 images for every client at {alpha}")
 
 
-def _padded(parts: Sequence[np.ndarray], labels: np.ndarray) -> tuple[Array, Array]:
-  longest = max(map(len, parts))
-  rows = np.stack([np.pad(part, (0, longest - len(part))) for part in parts])
-  real = np.arange(longest) < np.array([[len(part)] for part in parts])
-  return jnp.asarray(rows, jnp.int32), jnp.asarray(np.where(real, labels[rows], -1), jnp.int32)
+def _padded(
+  parts: Sequence[np.ndarray], labels: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of the pool and their labels, (K, width) int32; label -1 where there is none."""
+  rows = np.stack([np.pad(part, (0, width - len(part))) for part in parts])
+  real = np.arange(width) < np.array([[len(part)] for part in parts])
+  return rows.astype(np.int32), np.where(real, labels[rows], -1).astype(np.int32)
 
 
 def client_names(config: Config) -> list[str]:
   """Architecture and number, in the order of the engine: group after group."""
   each = range(config.clients_per_architecture)
   return [f"{name}.{i}" for name in config.architectures for i in each]
-
-
-# --- pictures -----------------------------------------------------------------------------------
-
-
-def accuracy_bars(names: list[str], scores: dict[str, Any]) -> Figure:
-  """Accuracy of every client on clean and on corrupted test images."""
-  figure, axes = plt.subplots(figsize=(6, 1.4 + 0.5 * len(names)), layout="constrained")
-  place = np.arange(len(names))
-  for shift, kind, color in ((-0.2, "clean", "#8fb8de"), (0.2, "corrupted", "#1f6f8b")):
-    values = [float(scores[f"{kind}_accuracy/{name}"]) for name in names]
-    axes.barh(place + shift, values, height=0.38, color=color, label=kind)
-    for row, value in enumerate(values):
-      axes.text(value + 0.01, row + shift, f"{value:.3f}", va="center", fontsize=8)
-  axes.set_yticks(place, names)
-  axes.set(xlim=(0, 1.1), xlabel="test accuracy")
-  axes.invert_yaxis()
-  axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-  axes.spines[["top", "right"]].set_visible(False)
-  return figure
-
-
-def class_counts(y: np.ndarray, names: list[str], num_classes: int) -> Figure:
-  """How many training images of each class every client holds."""
-  counts = np.stack([np.bincount(row[row >= 0], minlength=num_classes) for row in y])
-  figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(names)), layout="constrained")
-  axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0)
-  for (client, label), count in np.ndenumerate(counts):
-    color = "white" if count > 0.5 * counts.max() else "black"
-    axes.text(label, client, str(count), ha="center", va="center", fontsize=8, color=color)
-  axes.set_yticks(range(len(names)), names)
-  axes.set(xlabel="class", title="private training images")
-  return figure
-
-
-def sample_images(data: Data, shown: int = 10) -> Figure:
-  """The first test images, clean and corrupted, and public ones."""
-  rows = {
-    "clean": data.test["clean"],
-    "corrupted": data.test["corrupted"],
-    "public": data.public,
-  }
-  figure, axes = plt.subplots(3, shown, figsize=(shown, 3.2), layout="constrained")
-  for line, (name, images) in zip(axes, rows.items(), strict=True):
-    for axis, image in zip(line, np.asarray(images[:shown]), strict=False):
-      axis.imshow(image)
-    for axis in line:
-      axis.set(xticks=[], yticks=[])
-      axis.spines[:].set_visible(False)
-    line[0].set_ylabel(name)
-  return figure

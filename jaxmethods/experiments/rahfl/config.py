@@ -8,8 +8,9 @@ from their own images follow.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
+from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 Local = Literal["ce", "sce", "jsd", "supcon", "dcl"]
@@ -25,9 +26,8 @@ class Config(RunConfig):
   data: str = "embedded:mnist5k"  # private images; (code) 10,000 of CIFAR-10 for each client
   public: str = "digits"  # its labels are never read; (code) CIFAR-100
   image_size: int = 0  # side to which all images are brought; 0: as they come (ours)
-  split_seed: int = (
-    0  # of the corruptions, and of test split and public subset; clients follow `seed`
-  )
+  # Of the corruptions, the test split and the public subset; clients follow `seed`.
+  split_seed: int = 0
   test_share: float = 0.3  # where the source has no split "test" (ours)
   private_examples: int = 10000  # of each client, validation part included
   public_examples: int = 5000  # fewer if the source has fewer
@@ -65,39 +65,34 @@ class Config(RunConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in (
-      "private_examples", "public_examples", "clients_per_architecture", "narrow", "batch_size",
-      "fedproto_width",
-    ):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("pretrain", "image_size", "alpha"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-    for name in ("test_share", "validation_share"):
-      if not 0 < getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
-    for name in ("temperature", "base_temperature", "ddm_temperature", "learning_rate"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-    if not 0 <= self.corruption <= 1:
-      raise ValueError(f"corruption: must be from 0 to 1, got {self.corruption}")
-    if len(set(self.architectures)) < len(self.architectures):
-      raise ValueError("architectures: a name repeats; clients_per_architecture says how many")
-    if self.reuse and self.adam_state == "keep":
-      raise ValueError(
-        "reuse: Adam's state of the time alone is not kept, adam_state must be reset"
-      )
+    checks.at_least(
+      self, 1, "private_examples", "public_examples", "clients_per_architecture", "narrow",
+      "batch_size", "fedproto_width",
+    )  # fmt: skip
+    checks.at_least(self, 0, "pretrain", "image_size", "alpha")
+    checks.within(self, "(0, 1)", "test_share", "validation_share")
+    checks.positive(self, "temperature", "base_temperature", "ddm_temperature", "learning_rate")
+    checks.within(self, "[0, 1]", "corruption")
+    checks.require(
+      len(set(self.architectures)) == len(self.architectures),
+      "architectures", "a name repeats; clients_per_architecture says how many",
+    )  # fmt: skip
+    checks.require(
+      not self.reuse or self.adam_state == "reset",
+      "reuse", "Adam's state of the time alone is not kept, adam_state must be reset",
+    )  # fmt: skip
     clients = len(self.architectures) * self.clients_per_architecture
-    if clients < 1 or (clients < 2 and self.exchange != "none"):
-      raise ValueError("architectures: one client has nobody to learn from")
+    checks.require(
+      clients >= (1 if self.exchange == "none" else 2),
+      "architectures", "one client has nobody to learn from",
+    )  # fmt: skip
 
 
 def rows(config: Config) -> dict[str, Config]:
   """RAHFL, its ablations, and its rivals; the epochs alone, equal in all rows, are done once a seed."""
   reuse = config.adam_state == "reset"
 
-  def row(local: Any, exchange: Any) -> Config:
+  def row(local: Local, exchange: Exchange) -> Config:
     return dataclasses.replace(config, local=local, exchange=exchange, reuse=reuse)
 
   return {

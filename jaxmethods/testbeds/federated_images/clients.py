@@ -189,7 +189,10 @@ def draw_label_clients(
   else:
     shares = dirichlet_shares(share_key, num_classes, clients, alpha)
   owner = partition.owner_by_proportions(
-    y[0], shares, _order(order_key, y[0]), min_per_class=min_per_class,
+    y[0],
+    shares,
+    _order(order_key, y[0]),
+    min_per_class=min_per_class,
     cumulative=classes_per_client > 0,
   )
   return Deal(jnp.zeros(clients, jnp.int32), owner == jnp.arange(clients)[:, None])
