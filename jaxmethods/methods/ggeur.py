@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from jaxmethods.stats import losses
+from jaxmethods.stats import losses, shapes
 
 Scale = Literal["sqrt", "lambda"]
 TopScaling = Literal["none", "code", "intended"]
@@ -39,9 +40,9 @@ class Moments(NamedTuple):
     covariance: Sigma, population (divided by n), (C, d, d); 0 where n is 0.
   """
 
-  counts: Array
-  mean: Array
-  covariance: Array
+  counts: Int[Array, "*K C"]
+  mean: Float[Array, "*K C d"]
+  covariance: Float[Array, "*K C d d"]
 
 
 class Shape(NamedTuple):
@@ -52,8 +53,8 @@ class Shape(NamedTuple):
     eigenvectors: unit columns, (C, d, p).
   """
 
-  eigenvalues: Array
-  eigenvectors: Array
+  eigenvalues: Float[Array, "C p"]
+  eigenvectors: Float[Array, "C d p"]
 
 
 class Enlarged(NamedTuple):
@@ -64,14 +65,19 @@ class Enlarged(NamedTuple):
     mask: (C, R) bool.
   """
 
-  x: Array
-  mask: Array
+  x: Float[Array, "C R d"]
+  mask: Bool[Array, "C R"]
 
 
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def class_moments(x: Array, y: Array, num_classes: int, mask: Array | None = None) -> Moments:
+def class_moments(
+  x: Float[Array, "n d"],
+  y: Int[Array, " n"],
+  num_classes: int,
+  mask: Bool[Array, " n"] | None = None,
+) -> Moments:
   """Count, mean and population covariance of every class of one client.
 
   Args:
@@ -83,6 +89,7 @@ def class_moments(x: Array, y: Array, num_classes: int, mask: Array | None = Non
   Returns:
     Moments of that client.
   """
+  shapes.check(x=(x, "n d"), y=(y, "n"))
   mask = jnp.ones(y.shape, bool) if mask is None else mask
 
   def one(c: Array) -> tuple[Array, Array, Array]:
@@ -100,7 +107,7 @@ def class_moments(x: Array, y: Array, num_classes: int, mask: Array | None = Non
 def share(
   moments: Moments, *, min_count: int = 2, noise: float = 0.0, key: Array | None = None
 ) -> Moments:
-  """What a client lets go of its moments.
+  """The part of a client's moments that leaves it.
 
   With one embedding the mean is that embedding, and with two the covariance reveals both; the paper
   gives no formal guarantee.
@@ -114,6 +121,11 @@ def share(
   Raises:
     ValueError: noise without a key.
   """
+  shapes.check(
+    counts=(moments.counts, "C"),
+    mean=(moments.mean, "C d"),
+    covariance=(moments.covariance, "C d d"),
+  )
   reported = moments.counts >= min_count
   mean, covariance = moments.mean, moments.covariance
   if noise:
@@ -137,6 +149,11 @@ def aggregate(moments: Moments) -> Moments:
   Returns:
     Global moments, (C, ...).
   """
+  shapes.check(
+    counts=(moments.counts, "K C"),
+    mean=(moments.mean, "K C d"),
+    covariance=(moments.covariance, "K C d d"),
+  )
   weight = moments.counts.astype(moments.mean.dtype)  # (K, C)
   share_of = weight / jnp.maximum(weight.sum(0), 1)
   mean = jnp.einsum("kc,kcd->cd", share_of, moments.mean)
@@ -148,6 +165,7 @@ def aggregate(moments: Moments) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
   """Pools two sets of moments (parallel formula); folding it over clients equals `aggregate`."""
+  shapes.check(a=(a.covariance, "C d d"), b=(b.covariance, "C d d"))
   n_a, n_b = a.counts.astype(a.mean.dtype), b.counts.astype(b.mean.dtype)
   n = jnp.maximum(n_a + n_b, 1)
   delta = b.mean - a.mean
@@ -161,8 +179,8 @@ def merge(a: Moments, b: Moments) -> Moments:
   )
 
 
-def guided_set(counts: Array, threshold: float = 1.0) -> Array:
-  """Which clients report a class: the largest ones, until `threshold` of its embeddings is covered.
+def guided_set(counts: Int[Array, "K C"], threshold: float = 1.0) -> Bool[Array, "K C"]:
+  """Chooses the clients that report a class: the largest, until `threshold` of it is covered.
 
   Args:
     counts: (K, C) int.
@@ -171,6 +189,7 @@ def guided_set(counts: Array, threshold: float = 1.0) -> Array:
   Returns:
     (K, C) bool; clients without the class never report it.
   """
+  shapes.check(counts=(counts, "K C"))
   order = jnp.argsort(-counts, axis=0, stable=True)
   ordered = jnp.take_along_axis(counts, order, 0)
   covered_before = jnp.cumsum(ordered, 0) - ordered
@@ -181,8 +200,9 @@ def guided_set(counts: Array, threshold: float = 1.0) -> Array:
   return selected & (counts > 0)
 
 
-def select(moments: Moments, reported: Array) -> Moments:
+def select(moments: Moments, reported: Bool[Array, "*K C"]) -> Moments:
   """Moments (C, ...) or (K, C, ...) with those outside `reported`, (C,) or (K, C), set to nothing."""
+  shapes.check(counts=(moments.counts, "... C"), reported=(reported, "... C"))
   return Moments(
     jnp.where(reported, moments.counts, 0),
     jnp.where(reported[..., None], moments.mean, 0),
@@ -193,7 +213,7 @@ def select(moments: Moments, reported: Array) -> Moments:
 # --- geometric shape ----------------------------------------------------------------------------
 
 
-def geometric_shape(covariance: Array, top_scaling: TopScaling = "none") -> Shape:
+def geometric_shape(covariance: Float[Array, "C d d"], top_scaling: TopScaling = "none") -> Shape:
   """Eigenvalues and eigenvectors of every class, negative eigenvalues set to 0.
 
   Args:
@@ -205,6 +225,7 @@ def geometric_shape(covariance: Array, top_scaling: TopScaling = "none") -> Shap
   Raises:
     ValueError: for another `top_scaling`.
   """
+  shapes.check(covariance=(covariance, "C d d"))
   if top_scaling not in ("none", "code", "intended"):
     raise ValueError(f"top_scaling must be none, code or intended, got {top_scaling!r}")
   values, vectors = jnp.linalg.eigh((covariance + covariance.mT) / 2)  # ascending
@@ -222,14 +243,19 @@ def geometric_shape(covariance: Array, top_scaling: TopScaling = "none") -> Shap
   return Shape(jnp.maximum(values, 0), vectors)
 
 
-def shape_similarity(a: Array, b: Array) -> Array:
+def shape_similarity(a: Float[Array, "d p"], b: Float[Array, "d p"]) -> Float[Array, ""]:
   """S = sum_m |<xi_a^m, xi_b^m>| of two bases (d, p); p for equal ones (eq. 3, secondary source)."""
+  shapes.check(a=(a, "d p"), b=(b, "d p"))
   return jnp.abs((a * b).sum(-2)).sum(-1)
 
 
 def perturb(
-  anchors: Array, epsilon: Array, eigenvalues: Array, eigenvectors: Array, scale: Scale = "sqrt"
-) -> Array:
+  anchors: Float[Array, "n d"],
+  epsilon: Float[Array, "n p"],
+  eigenvalues: Float[Array, " p"],
+  eigenvectors: Float[Array, "d p"],
+  scale: Scale = "sqrt",
+) -> Float[Array, "n d"]:
   """New embeddings X + sum_m eps_m f(lambda_m) xi_m, a whole batch as one product.
 
   Args:
@@ -246,6 +272,12 @@ def perturb(
   Raises:
     ValueError: for another `scale`.
   """
+  shapes.check(
+    anchors=(anchors, "n d"),
+    epsilon=(epsilon, "n p"),
+    eigenvalues=(eigenvalues, "p"),
+    eigenvectors=(eigenvectors, "d p"),
+  )
   if scale not in ("sqrt", "lambda"):
     raise ValueError(f"scale must be sqrt or lambda, got {scale!r}")
   factor = jnp.sqrt(eigenvalues) if scale == "sqrt" else eigenvalues
@@ -292,9 +324,9 @@ def distinct_integers(key: Array, total: Array, size: int, wanted: Array | int) 
 
 def enlarge(
   key: Array,
-  x: Array,
-  y: Array,
-  mask: Array,
+  x: Float[Array, "n d"],
+  y: Int[Array, " n"],
+  mask: Bool[Array, " n"],
   shape: Shape,
   *,
   target: int,
@@ -319,6 +351,7 @@ def enlarge(
     rows: R, at least `target` and the largest class of the client.
     scale: as in `perturb`.
   """
+  shapes.check(x=(x, "n d"), y=(y, "n"), mask=(mask, "n"), shape=(shape.eigenvectors, "C d p"))
   num_classes = shape.eigenvalues.shape[0]
   factor = 1 if num_classes <= 10 else 10
   few, many = (samples // factor for samples in _SAMPLES_PER_ANCHOR)
@@ -340,12 +373,12 @@ def enlarge(
 
 def enlarge_across_domains(
   key: Array,
-  x: Array,
-  y: Array,
-  mask: Array,
+  x: Float[Array, "n d"],
+  y: Int[Array, " n"],
+  mask: Bool[Array, " n"],
   shape: Shape,
-  prototypes: Array,
-  available: Array,
+  prototypes: Float[Array, "K C d"],
+  available: Bool[Array, "K C"],
   *,
   target: int,
   own_samples: int,
@@ -378,6 +411,14 @@ def enlarge_across_domains(
     rows: R, at least `target` and the largest class of the client.
     scale: as in `perturb`.
   """
+  shapes.check(
+    x=(x, "n d"),
+    y=(y, "n"),
+    mask=(mask, "n"),
+    shape=(shape.eigenvectors, "C d p"),
+    prototypes=(prototypes, "K C d"),
+    available=(available, "K C"),
+  )
   num_classes = shape.eigenvalues.shape[0]
 
   def one(args):
@@ -428,7 +469,12 @@ def _fill(own: Array, count: Array, new: Array, need: Array) -> tuple[Array, Arr
 # --- head ---------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Array, labels: Array, mask: Array, double_softmax: bool = False) -> Array:
+def cross_entropy(
+  logits: Float[Array, "B C"],
+  labels: Int[Array, " B"],
+  mask: Bool[Array, " B"],
+  double_softmax: bool = False,
+) -> Float[Array, ""]:
   """Mean cross-entropy over the real examples.
 
   Args:
@@ -438,4 +484,5 @@ def cross_entropy(logits: Array, labels: Array, mask: Array, double_softmax: boo
     double_softmax: feed the softmax of the logits to the loss, which applies its own once more, as
       the published code does; the loss then cannot fall below about log(1 + (C - 1) / e).
   """
+  shapes.check(logits=(logits, "B C"), labels=(labels, "B"), mask=(mask, "B"))
   return losses.cross_entropy(jax.nn.softmax(logits) if double_softmax else logits, labels, mask)

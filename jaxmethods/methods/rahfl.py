@@ -17,16 +17,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxmethods.federated.exchange import Teachers
 from jaxmethods.images import augment, views
+from jaxmethods.stats import shapes
 from jaxmethods.stats.losses import cross_entropy, mean_of_real
 
 DDMForm = Literal["code", "plain"]
 
 
-def kl_divergence(teacher: Array, student: Array) -> Array:
+def kl_divergence(teacher: Float[Array, "... B C"], student: Float[Array, "... B C"]) -> Array:
   """KL(softmax(teacher) || softmax(student)) of logits (..., B, C), averaged over the batch: (...)."""
+  shapes.check(teacher=(teacher, "... B C"), student=(student, "... B C"))
   log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(-1)
 
@@ -36,18 +39,21 @@ def border(image: Array) -> int:
   return image.shape[0] // 8
 
 
-def private_views(key: Array, image: Array, *, strong: bool = True, weak: bool = True) -> Array:
+def private_views(
+  key: Array, image: Shaped[Array, "side side 3"], *, strong: bool = True, weak: bool = True
+) -> Float[Array, "views side side 3"]:
   """The views of a private image, drawn anew every time it is used, whole values 0..255.
 
   Args:
     key: random key.
     image: (side, side, 3) uint8.
-    strong: whether there are two AugMix draws of the crop.
-    weak: whether there is SimCLR's view.
+    strong: two AugMix draws of the crop, or none.
+    weak: SimCLR's view, or none.
 
   Returns:
     (views, side, side, 3) float32: the crop, then the strong views, then the weak one.
   """
+  shapes.check(image=(image, "side side 3"))
   crop_key, strong_key, weak_key = jax.random.split(key, 3)
   pad = border(image)
   crop = views.crop_and_flip(crop_key, image, pad=pad)
@@ -62,12 +68,13 @@ def private_views(key: Array, image: Array, *, strong: bool = True, weak: bool =
 # --- local learning -----------------------------------------------------------------------------
 
 
-def jensen_shannon(logits: Array) -> Array:
+def jensen_shannon(logits: Float[Array, "views B C"]) -> Float[Array, ""]:
   """Consistency of the views of an image, in [0, log(views)]; gradients flow into all of them.
 
   Args:
     logits: (views, B, C); the original and two AugMix draws in the paper.
   """
+  shapes.check(logits=(logits, "views B C"))
   p = jax.nn.softmax(logits)
   log_p = jax.nn.log_softmax(logits)
   log_mixture = jnp.log(jnp.clip(p.mean(0), 1e-7, 1.0))
@@ -75,8 +82,11 @@ def jensen_shannon(logits: Array) -> Array:
 
 
 def supervised_contrast(
-  features: Array, labels: Array, temperature: float = 0.2, base_temperature: float = 0.07
-) -> Array:
+  features: Float[Array, "views B d"],
+  labels: Int[Array, " B"],
+  temperature: float = 0.2,
+  base_temperature: float = 0.07,
+) -> Float[Array, ""]:
   """Supervised contrastive loss with all views as anchors, times temperature / base_temperature.
 
   For anchor i: -1/|P(i)| sum over j in P(i) of [S_ij - log sum over l != i of exp S_il], with
@@ -91,6 +101,7 @@ def supervised_contrast(
   Returns:
     Mean over the anchors; an anchor without a positive (a single view) counts 0.
   """
+  shapes.check(features=(features, "views B d"), labels=(labels, "B"))
   z = features.reshape(-1, features.shape[-1])
   label = jnp.tile(labels, features.shape[0])
   itself = jnp.eye(len(label), dtype=bool)
@@ -105,8 +116,12 @@ def supervised_contrast(
 
 
 def distribution_matching(
-  weak: Array, strong: Array, original: Array, temperature: float = 0.2, form: DDMForm = "code"
-) -> Array:
+  weak: Float[Array, "B d"],
+  strong: Float[Array, "B d"],
+  original: Float[Array, "B d"],
+  temperature: float = 0.2,
+  form: DDMForm = "code",
+) -> Float[Array, ""]:
   """The strong view's similarities to the batch follow the weak view's, which are held fixed.
 
   q = softmax(exp(s) / t_d) over s = similarities to Z = [weak; original]; KL(q_weak || q_strong + 1e-9).
@@ -121,6 +136,7 @@ def distribution_matching(
   Raises:
     ValueError: for another `form`.
   """
+  shapes.check(weak=(weak, "B d"), strong=(strong, "B d"), original=(original, "B d"))
   if form not in ("code", "plain"):
     raise ValueError(f"form must be code or plain, got {form!r}")
   shaped = jnp.exp if form == "code" else lambda s: s
@@ -131,17 +147,17 @@ def distribution_matching(
 
 
 def diversity_contrast(
-  original: Array,
-  weak: Array,
-  strong: Array,
-  labels: Array,
+  original: Float[Array, "B d"],
+  weak: Float[Array, "B d"],
+  strong: Float[Array, "B d"],
+  labels: Int[Array, " B"],
   *,
   beta: float = 1.0,
   temperature: float = 0.2,
   base_temperature: float = 0.07,
   ddm_temperature: float = 0.2,
   form: DDMForm = "code",
-) -> Array:
+) -> Float[Array, ""]:
   """DCL: supervised contrast of original and weak view + beta * distribution matching.
 
   Args:
@@ -155,6 +171,7 @@ def diversity_contrast(
     ddm_temperature: t_d.
     form: as in `distribution_matching`.
   """
+  shapes.check(original=(original, "B d"), weak=(weak, "B d"), labels=(labels, "B"))
   contrast = supervised_contrast(
     jnp.stack([original, weak]), labels, temperature, base_temperature
   )  # fmt: skip
@@ -164,13 +181,16 @@ def diversity_contrast(
 # --- learning from each other -------------------------------------------------------------------
 
 
-def knowledge_transfer(accuracy: Array) -> Array:
+def knowledge_transfer(accuracy: Float[Array, " K"]) -> Bool[Array, "K K"]:
   """M[k, i]: client k may learn from i, i != k and ACC_i >= ACC_k; (K,) -> (K, K) bool."""
+  shapes.check(accuracy=(accuracy, "K"))
   better = accuracy[None, :] >= accuracy[:, None]
   return better & ~jnp.eye(len(accuracy), dtype=bool)
 
 
-def collaboration(logits: Array, weights: Array) -> Array:
+def collaboration(
+  logits: Float[Array, "K B C"], weights: Float[Array, "K K"]
+) -> Float[Array, " K"]:
   """L_col of every client: sum_i w_ki KL(stopgrad p_i || p_k) on a public batch.
 
   All clients' outputs are taken before anyone learns, so the order of the updates does not matter.
@@ -182,22 +202,24 @@ def collaboration(logits: Array, weights: Array) -> Array:
   Returns:
     (K,); entry k depends on the logits of client k alone as far as gradients go.
   """
+  shapes.check(logits=(logits, "K B C"), weights=(weights, "K K"))
   teachers = jax.lax.stop_gradient(logits)
   pairs = jax.vmap(lambda student: kl_divergence(teachers, student[None]))(logits)  # (K, K)
   return (weights * pairs).sum(1)
 
 
-def transfer_weights(allowed: Array) -> Array:
+def transfer_weights(allowed: Bool[Array, "K K"]) -> Float[Array, "K K"]:
   """Each client learns evenly from those it may learn from: rows of (K, K) bool over their sums.
 
   An empty row, that of the strict best client, stays zero: it learns nothing. All true but the diagonal
   gives the symmetric HFL.
   """
+  shapes.check(allowed=(allowed, "K K"))
   return allowed / jnp.maximum(allowed.sum(1, keepdims=True), 1)
 
 
-def mixed_teachers(log_p: Array, weights: Array) -> Teachers:
-  """The teacher sum_i w_ki p_i of every client; who may learn from nobody has none.
+def mixed_teachers(log_p: Float[Array, "K B C"], weights: Float[Array, "K K"]) -> Teachers:
+  """The teacher sum_i w_ki p_i of every client; none where its weights are all zero.
 
   Its loss has the gradient of `collaboration` (rows of weights that sum to 1).
 
@@ -205,53 +227,49 @@ def mixed_teachers(log_p: Array, weights: Array) -> Teachers:
     log_p: answers to a public batch, (K, B, C).
     weights: (K, K), row k for client k.
   """
+  shapes.check(log_p=(log_p, "K B C"), weights=(weights, "K K"))
   return Teachers(jnp.einsum("ki,ibc->kbc", weights, jnp.exp(log_p)), weights.sum(1) > 0)
 
 
 # --- rivals on the same exchange ----------------------------------------------------------------
 
 
-def consensus_distillation(logits: Array, mean_of: Literal["softmax", "logits"]) -> Array:
-  """KL of every client to the clients' mean output, which is held fixed; (K, B, C) -> (K,).
-
-  "softmax" is FedMD's consensus (here with KL for comparability; its paper uses L1 on logits), "logits"
-  the teacher of FedDF.
-  """
-  teachers = jax.lax.stop_gradient(logits)
-  soft = mean_of == "softmax"
-  teacher = jnp.log(jax.nn.softmax(teachers).mean(0)) if soft else teachers.mean(0)
-  return jax.vmap(lambda student: kl_divergence(teacher, student))(logits)
-
-
 def symmetric_cross_entropy(
-  logits: Array, labels: Array, alpha: float = 0.1, beta: float = 1.0
-) -> Array:
+  logits: Float[Array, "B C"], labels: Int[Array, " B"], alpha: float = 0.1, beta: float = 1.0
+) -> Float[Array, ""]:
   """RHFL's local loss alpha CE + beta RCE, RCE = -mean sum_c clip(p_c) log clip(y_c)."""
+  shapes.check(logits=(logits, "B C"), labels=(labels, "B"))
   p = jnp.clip(jax.nn.softmax(logits), 1e-7, 1.0)
   target = jnp.clip(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), 1e-4, 1.0)
   reverse = -(p * jnp.log(target)).sum(-1).mean()
   return alpha * cross_entropy(logits, labels) + beta * reverse
 
 
-def confidence_weights(previous_loss: Array, current_loss: Array, eta: float = 0.5) -> Array:
-  """RHFL's weight of every client by how fast its mean local loss falls; (K,), (K,) -> (K,)."""
+def confidence_weights(
+  previous_loss: Float[Array, " K"], current_loss: Float[Array, " K"], eta: float = 0.5
+) -> Float[Array, " K"]:
+  """RHFL's weight of every client, by the fall of its mean local loss."""
+  shapes.check(previous_loss=(previous_loss, "K"), current_loss=(current_loss, "K"))
   clients = previous_loss.shape[0]
   falling = (previous_loss - current_loss) / current_loss
   return jax.nn.softmax(1 / (clients - 1) + eta * falling / falling.sum())
 
 
-def augmentation_weights(logits: Array, present: Array | None = None) -> Array:
-  """AugHFL's weight of every client by how stable it is under augmentation of the public batch.
+def augmentation_weights(
+  logits: Float[Array, "K 3 B C"], present: Bool[Array, " K"] | None = None
+) -> Float[Array, " K"]:
+  """AugHFL's weight of every client, by its stability under augmentation of the public batch.
 
   q_i = 1 / (KL(p_c || p_a1) + KL(p_c || p_a2)), w = q / (sum q + 1e-7).
 
   Args:
     logits: of the clean view and two augmented ones, (K, 3, B, C).
-    present: (K,) bool, who answered; the others weigh nothing. None: all.
+    present: clients that answered, (K,) bool; the others weigh nothing. None: all.
 
   Returns:
     (K,), without gradient.
   """
+  shapes.check(logits=(logits, "K 3 B C"))
   clean, first, second = (jax.lax.stop_gradient(logits[:, view]) for view in range(3))
   moved = kl_divergence(clean, first) + kl_divergence(clean, second)
   q = 1 / jnp.maximum(moved, jnp.finfo(moved.dtype).eps)  # 0 where an answer does not move at all
@@ -259,7 +277,12 @@ def augmentation_weights(logits: Array, present: Array | None = None) -> Array:
   return q / (q.sum() + 1e-7)
 
 
-def prototype_distance(features: Array, prototypes: Array, known: Array, labels: Array) -> Array:
+def prototype_distance(
+  features: Float[Array, "B w"],
+  prototypes: Float[Array, "C w"],
+  known: Bool[Array, " C"],
+  labels: Int[Array, " B"],
+) -> Float[Array, ""]:
   """FedProto's pull: mean ||h - prototype[y]||^2 over the examples whose class has a prototype.
 
   Args:
@@ -268,11 +291,20 @@ def prototype_distance(features: Array, prototypes: Array, known: Array, labels:
     known: (C,) bool.
     labels: (B,) int.
   """
+  shapes.check(
+    features=(features, "B w"),
+    prototypes=(prototypes, "C w"),
+    known=(known, "C"),
+    labels=(labels, "B"),
+  )
   far = jnp.square(features - prototypes[labels]).sum(-1)
   return mean_of_real(far, known[labels])
 
 
-def merge_prototypes(sums: Array, counts: Array) -> tuple[Array, Array]:
-  """Mean feature of every class over all clients' examples: (K, C, w), (K, C) -> (C, w), (C,) bool."""
+def merge_prototypes(
+  sums: Float[Array, "K C w"], counts: Float[Array, "K C"]
+) -> tuple[Float[Array, "C w"], Bool[Array, " C"]]:
+  """Mean feature of every class over all clients' examples, and whether there is one."""
+  shapes.check(sums=(sums, "K C w"), counts=(counts, "K C"))
   total = counts.sum(0)
   return sums.sum(0) / jnp.maximum(total, 1e-9)[:, None], total > 0
