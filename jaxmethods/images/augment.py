@@ -2,7 +2,7 @@
 
 Hendrycks et al. 2020, "AugMix: a simple data processing method to improve robustness and uncertainty".
 Every operation takes one image, (h, w, c) with whole values 0..255 in any numeric type, and gives
-float32 with whole values 0..255: what the host library used by the published code gives, bit for bit
+float32 with whole values 0..255, bit for bit the result of the host library that the published code uses
 (affine ones within one level).
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxmethods.stats import shapes
 
 # The nine operations of AugMix, in the order that a draw counts them: first those that look every value
 # up in a table. The four enhancements overlap the test corruptions and are off in the paper.
@@ -23,17 +25,20 @@ _VALUES = 256
 
 def look_up(image: Array, table: Array) -> Array:
   """Replaces every value by its entry in the channel's table: (h, w, c), (c, 256) -> (h, w, c)."""
+  shapes.check(image=(image, "h w c"), table=(table, "c 256"))
   flat = image.astype(jnp.int32) + _VALUES * jnp.arange(image.shape[2])
   return table.reshape(-1).at[flat].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
 def autocontrast(image: Array) -> Array:
   """Stretches every channel to 0..255; a flat channel stays."""
+  shapes.check(image=(image, "h w c"))
   return look_up(image, _autocontrast_table(image))
 
 
 def equalize(image: Array) -> Array:
   """Flattens every channel's histogram."""
+  shapes.check(image=(image, "h w c"))
   return look_up(image, _equalize_table(image))
 
 
@@ -77,6 +82,7 @@ def affine(image: Array, matrix: Array) -> Array:
     matrix: (a, b, c, d, e, f): the pixel with centre (x, y) is read at
       (a x + b y + c, d x + e y + f).
   """
+  shapes.check(image=(image, "h w c"), matrix=(matrix, "6"))
   height, width = image.shape[:2]
   y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
   a, b, c, d, e, f = matrix
@@ -88,6 +94,7 @@ def affine(image: Array, matrix: Array) -> Array:
 
 def bilinear(image: Array, rows: Array, columns: Array) -> Array:
   """Values of (h, w, c) at fractional positions (h', w'), indices clipped to the edge."""
+  shapes.check(image=(image, "h w c"), rows=(rows, "a b"), columns=(columns, "a b"))
   height, width, channels = image.shape
   top, left = jnp.floor(rows), jnp.floor(columns)
   down, right = (rows - top)[..., None], (columns - left)[..., None]
@@ -140,11 +147,13 @@ def _matrix(b=0.0, c=0.0, d=0.0, f=0.0) -> Array:
 
 def color(image: Array, factor: Array | float) -> Array:
   """Saturation: 0 is grey, 1 the image."""
+  shapes.check(image=(image, "h w 3"))
   return _enhance(image, grey(image)[..., None], factor)
 
 
 def contrast(image: Array, factor: Array | float) -> Array:
   """Contrast: 0 is the mean grey level, 1 the image."""
+  shapes.check(image=(image, "h w 3"))
   return _enhance(image, jnp.round(grey(image).mean()), factor)
 
 
@@ -155,6 +164,7 @@ def brightness(image: Array, factor: Array | float) -> Array:
 
 def sharpness(image: Array, factor: Array | float) -> Array:
   """Sharpness: 0 is smoothed (border kept), 1 the image."""
+  shapes.check(image=(image, "h w c"))
   x = image.astype(jnp.float32)
   weights = jnp.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], jnp.float32)
   smooth = x.at[1:-1, 1:-1].set(jnp.floor(correlate(x, weights) / 13 + 0.5))
@@ -179,6 +189,7 @@ def along_axes(rows: Array, columns: Array, image: Array) -> Array:
 
 def grey(image: Array) -> Array:
   """Grey levels (h, w) of (h, w, 3), in whole values."""
+  shapes.check(image=(image, "h w 3"))
   weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
   return ((weighted.sum(-1) + 32768) >> 16).astype(jnp.float32)
 
@@ -202,6 +213,7 @@ def random_operation(key: Array, image: Array, severity: float = 3.0) -> Array:
   Returns:
     float32, the shape of `image`.
   """
+  shapes.check(image=(image, "h w c"))
   which_key, level_key, sign_key = jax.random.split(key, 3)
   level = jax.random.uniform(level_key, minval=0.1, maxval=severity)
   sign = jax.random.rademacher(sign_key, (), jnp.float32)
@@ -250,6 +262,7 @@ def augmix(
     float32 in 0..255, (1 - m) image + m sum_i w_i chain_i with w ~ Dirichlet(1), m ~ Beta(1, 1). Mixing
     before normalising is the same as after it, because the weights are convex.
   """
+  shapes.check(image=(image, "h w c"))
   chain_key, weight_key, mix_key = jax.random.split(key, 3)
   x = image.astype(jnp.float32)
 

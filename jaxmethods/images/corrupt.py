@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from scipy import ndimage
 
 from jaxmethods.images.augment import along_axes, bilinear, correlate
 from jaxmethods.images.colour import from_hsv, to_hsv
+from jaxmethods.stats import shapes
 
 # Five entries each, for the severities 1 to 5.
 _GAUSSIAN = (0.04, 0.06, 0.08, 0.09, 0.10)
@@ -67,18 +67,20 @@ class FrostTextures(NamedTuple):
 
 def gaussian_noise(image: Array, severity: Array | int, normal: Array) -> Array:
   """Adds s z; `normal`: z, the shape of `image`."""
+  shapes.check(image=(image, "side side 3"), normal=(normal, "side side 3"))
   return _levels(_unit(image) + _at(_GAUSSIAN, severity) * normal)
 
 
 def speckle_noise(image: Array, severity: Array | int, normal: Array) -> Array:
   """Adds s x z; `normal`: z, the shape of `image`. Not among the fifteen."""
+  shapes.check(image=(image, "side side 3"), normal=(normal, "side side 3"))
   x = _unit(image)
   return _levels(x + x * _at(_SPECKLE, severity) * normal)
 
 
 def shot_noise(image: Array, severity: Array | int, counts: Array) -> Array:
   """Photons counted; `counts`: Poisson(c x), the shape of `image`, which they stand for."""
-  chex.assert_equal_shape([image, counts])
+  shapes.check(image=(image, "side side 3"), counts=(counts, "side side 3"))
   return _levels(counts / _at(_SHOT, severity))
 
 
@@ -91,6 +93,7 @@ def impulse_noise(image: Array, severity: Array | int, hit: Array, salt: Array) 
     hit: uniform (0, 1), the shape of `image`: below p the value is replaced,
     salt: uniform (0, 1): by 1 if at most one half, else by 0.
   """
+  shapes.check(image=(image, "side side 3"), hit=(hit, "side side 3"), salt=(salt, "side side 3"))
   return _levels(jnp.where(hit <= _at(_IMPULSE, severity), salt <= 0.5, _unit(image)))
 
 
@@ -99,6 +102,7 @@ def impulse_noise(image: Array, severity: Array | int, hit: Array, salt: Array) 
 
 def defocus_blur(image: Array, severity: Array | int) -> Array:
   """A disc, softened; the border is mirrored without repeating the edge."""
+  shapes.check(image=(image, "side side 3"))
   kernel = _at(_discs(), severity)
   reach = kernel.shape[0] // 2
   padded = jnp.pad(_unit(image), ((reach, reach), (reach, reach), (0, 0)), "reflect")
@@ -107,6 +111,7 @@ def defocus_blur(image: Array, severity: Array | int) -> Array:
 
 def gaussian_blur(image: Array, severity: Array | int) -> Array:
   """Gaussian blur with the edge continued. Not among the fifteen."""
+  shapes.check(image=(image, "side side 3"))
   return _levels(_both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
 
 
@@ -122,6 +127,7 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
     offsets: (2, side - 2, side - 2, 2) in {-1, 0}: dx and dy of the pixels from row and column 2 on, in
       both rounds; some severities have one round.
   """
+  shapes.check(image=(image, "side side 3"), offsets=(offsets, "2 inner inner 2"))
   side = image.shape[0]
   blur = _at(_blurs(side, _GLASS_SIGMA), severity)
   x = _levels(_both_axes(blur, _unit(image)))
@@ -134,12 +140,14 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
 
 def motion_blur(image: Array, severity: Array | int, angle: Array) -> Array:
   """The image drawn out in one direction; `angle`: () degrees, in -45..45."""
+  shapes.check(image=(image, "side side 3"))
   radius, sigma = _at(_MOTION, severity)
   return _levels(_draw_out(_unit(image), radius, sigma, angle, longest=9))
 
 
 def zoom_blur(image: Array, severity: Array | int) -> Array:
   """Mean of the image and of its centre enlarged by 1, 1.01, 1.02, ..."""
+  shapes.check(image=(image, "side side 3"))
   x, most = _unit(image), max(_ZOOM_COUNT)
   count = _at(_ZOOM_COUNT, severity)
   # A step of 1.01 - 1, not 0.01: the size of the last zoom, 32.5, is rounded up (code).
@@ -161,6 +169,7 @@ def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Ar
     normal: standard normal (side, side).
     angle: () degrees, in -135..-45.
   """
+  shapes.check(image=(image, "side side 3"), normal=(normal, "side side"))
   location, scale, threshold, radius, sigma, share = _at(_SNOW, severity)
   zoom = _at(_zooms(image.shape[0], _SNOW_ZOOM), severity)
   layer = _both_axes(zoom, location + scale * normal)
@@ -174,12 +183,14 @@ def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Ar
 
 def frost(image: Array, severity: Array | int, texture: Array) -> Array:
   """A texture laid over the image; `texture`: 0..255, the shape of `image`."""
+  shapes.check(image=(image, "side side 3"), texture=(texture, "side side 3"))
   share, amount = _at(_FROST, severity)
   return _levels(share * _unit(image) + amount * _unit(texture))
 
 
 def fog(image: Array, severity: Array | int, mist: Array) -> Array:
   """Mist added, brightest value kept; `mist`: (side, side) in 0..1, see `plasma`."""
+  shapes.check(image=(image, "side side 3"), mist=(mist, "side side"))
   x = _unit(image)
   amount, _ = _at(_FOG, severity)
   return _levels((x + amount * mist[..., None]) * x.max() / (x.max() + amount))
@@ -222,6 +233,7 @@ def plasma(uniform: Array, decay: Array | float) -> Array:
 
 def brightness(image: Array, severity: Array | int) -> Array:
   """Adds to the value of HSV."""
+  shapes.check(image=(image, "side side 3"))
   hue, saturation, value = to_hsv(_unit(image))
   value = jnp.clip(value + _at(_BRIGHTNESS, severity), 0, 1)
   return _levels(from_hsv(hue, saturation, value))
@@ -229,6 +241,7 @@ def brightness(image: Array, severity: Array | int) -> Array:
 
 def contrast(image: Array, severity: Array | int) -> Array:
   """Draws every channel towards its mean."""
+  shapes.check(image=(image, "side side 3"))
   x = _unit(image)
   mean = x.mean((0, 1))
   return _levels((x - mean) * _at(_CONTRAST, severity) + mean)
@@ -236,6 +249,7 @@ def contrast(image: Array, severity: Array | int) -> Array:
 
 def saturate(image: Array, severity: Array | int) -> Array:
   """Scales and lifts the saturation of HSV. Not among the fifteen."""
+  shapes.check(image=(image, "side side 3"))
   hue, saturation, value = to_hsv(_unit(image))
   factor, offset = _at(_SATURATE, severity)
   return _levels(from_hsv(hue, jnp.clip(saturation * factor + offset, 0, 1), value))
@@ -257,6 +271,9 @@ def elastic_transform(
     dx: uniform (-1, 1), (side, side): smoothed, the displacement.
     dy: as dx.
   """
+  shapes.check(
+    image=(image, "side side 3"), points=(points, "3 2"), dx=(dx, "side side"), dy=(dy, "side side")
+  )
   side = image.shape[0]
   reach, spread = side * _at(_ELASTIC, severity)
   low, high = side // 2 - side // 3, side // 2 + side // 3
@@ -274,6 +291,7 @@ def elastic_transform(
 
 def pixelate(image: Array, severity: Array | int) -> Array:
   """Fewer pixels, enlarged again; whole levels after every axis."""
+  shapes.check(image=(image, "side side 3"))
   smaller, larger = (_at(table, severity) for table in _boxes(image.shape[0]))
   x = image.astype(jnp.float32)
   for operator in (smaller, larger):
@@ -326,7 +344,7 @@ def corrupt(
   Returns:
     uint8, the shape of `image`.
   """
-  chex.assert_shape(image, (image.shape[0], image.shape[0], 3))
+  shapes.check(image=(image, "side side 3"))
   return FUNCTIONS[kind](image, severity, *draw(key, kind, image, severity, textures))
 
 

@@ -7,7 +7,6 @@ al. 2019), WaNet (Nguyen & Tran 2021) and FTrojan (Wang et al. 2022).
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax import Array
 from scipy import fft
 
 from jaxmethods.images.augment import bilinear
+from jaxmethods.stats import shapes
 
 _TO_YUV = np.array(
   [[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]]
@@ -43,7 +43,7 @@ def patch(
     side: of the square.
     cell: side of the checkerboard's cells; None: all black.
   """
-  chex.assert_rank(image, 3)
+  shapes.check(image=(image, "h w 3"))
   row = jnp.arange(image.shape[0])[:, None] - top
   column = jnp.arange(image.shape[1]) - left
   inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
@@ -73,6 +73,7 @@ def at_random(key: Array, image: Array, side: int, *, cell: int | None = None) -
 
 def dual(image: Array, side: int) -> Array:
   """Two black squares, left and right of the middle."""
+  shapes.check(image=(image, "h w 3"))
   height, width = image.shape[:2]
   top = (height - side) // 2
   for quarter in (width // 4, 3 * width // 4):
@@ -82,6 +83,7 @@ def dual(image: Array, side: int) -> Array:
 
 def several(key: Array, image: Array, side: int) -> Array:
   """One to three black squares on distinct points of a 3 x 3 grid at the quarters (inferred)."""
+  shapes.check(image=(image, "h w 3"))
   height, width = image.shape[:2]
   count_key, place_key = jax.random.split(key)
   count = jax.random.randint(count_key, (), 1, 4)
@@ -97,12 +99,13 @@ def several(key: Array, image: Array, side: int) -> Array:
 
 def blend(image: Array, pattern: Array, share: float = 0.2) -> Array:
   """(1 - share) image + share pattern; `pattern`: the shape of `image`, 0..255."""
-  chex.assert_equal_shape([image, pattern])
+  shapes.check(image=(image, "h w c"), pattern=(pattern, "h w c"))
   return _levels((1 - share) * image + share * pattern)
 
 
 def sinusoid(image: Array, amplitude: float = 20.0, waves: float = 6.0) -> Array:
   """SIG: adds a sine that runs along the width."""
+  shapes.check(image=(image, "h w 3"))
   width = image.shape[1]
   wave = amplitude * jnp.sin(2 * jnp.pi * jnp.arange(width) * waves / width)
   return _levels(image + wave[:, None])
@@ -117,6 +120,7 @@ def warp(image: Array, control: Array, strength: float = 0.5) -> Array:
       by cubic interpolation after division by their mean size.
     strength: s; the mean displacement along an axis is s / 2 pixels.
   """
+  shapes.check(image=(image, "h w 3"), control=(control, "k k 2"))
   height, width = image.shape[:2]
   control = control / jnp.abs(control).mean()
   field = jax.image.resize(control, (height, width, 2), "cubic") * strength / 2
@@ -133,6 +137,7 @@ def frequencies(image: Array, amplitude: float = 30.0) -> Array:
   Raises:
     ValueError: an image smaller than a block.
   """
+  shapes.check(image=(image, "h w 3"))
   rows, columns = (size // _BLOCK for size in image.shape[:2])
   if not rows or not columns:
     raise ValueError(f"an image of {image.shape[:2]} pixels has no block of {_BLOCK} x {_BLOCK}")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmethods.images import augment
 from jaxmethods.images.colour import shift_hue
+from jaxmethods.stats import shapes
 
 Border = Literal["reflect", "constant"]
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
@@ -31,8 +31,8 @@ def crop_and_flip(key: Array, image: Array, *, pad: int = 4, border: Border = "r
     pad: width of the border that crops may reach into.
     border: "reflect" (private images) or "constant", zeros (public ones).
   """
+  shapes.check(image=(image, "side side 3"))
   crop_key, flip_key = jax.random.split(key)
-  chex.assert_rank(image, 3)
   padded = _pad(image, pad, border)
   row, column = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
   return _flip(flip_key, jax.lax.dynamic_slice(padded, (row, column, 0), image.shape))
@@ -43,6 +43,7 @@ def public_view(key: Array, image: Array, *, pad: int = 4, degrees: float = 15.0
 
   The rotation is bilinear, as AugMix's (inferred).
   """
+  shapes.check(image=(image, "side side 3"))
   crop_key, turn_key = jax.random.split(key)
   turn = jax.random.uniform(turn_key, minval=-degrees, maxval=degrees)
   return augment.rotate(crop_and_flip(crop_key, image, pad=pad, border="constant"), turn)
@@ -67,6 +68,7 @@ def weak_view(
     jitter: brightness, contrast and saturation are scaled by 1 - jitter..1 + jitter,
     hue: and the hue is turned by up to this share of the circle, all four in random order.
   """
+  shapes.check(image=(image, "side side 3"))
   crop_key, jitter_key, blur_key, flip_key, chance_key = jax.random.split(key, 5)
   jittered, grey, blurred = jax.random.uniform(chance_key, (3,)) < jnp.array([0.8, 0.2, 0.5])
   x = resized_crop(crop_key, _pad(image, pad, "reflect"), image.shape[0], smallest)
@@ -85,7 +87,7 @@ def resized_crop(key: Array, image: Array, side: int, smallest: float) -> Array:
   """
   area_key, aspect_key, place_key = jax.random.split(key, 3)
   size = image.shape[0]
-  chex.assert_shape(image, (size, size, 3))
+  shapes.check(image=(image, "side side 3"))
   area = size**2 * jax.random.uniform(area_key, (_ATTEMPTS,), minval=smallest)
   limit = jnp.log(4 / 3)
   aspect = jnp.exp(jax.random.uniform(aspect_key, (_ATTEMPTS,), minval=-limit, maxval=limit))
@@ -99,6 +101,7 @@ def resized_crop(key: Array, image: Array, side: int, smallest: float) -> Array:
 
 def colour_jitter(key: Array, image: Array, strength: float, hue: float) -> Array:
   """Brightness, contrast, saturation and hue changed at random, in random order."""
+  shapes.check(image=(image, "side side 3"))
   order_key, factor_key, hue_key = jax.random.split(key, 3)
   factor = jax.random.uniform(factor_key, (3,), minval=1 - strength, maxval=1 + strength)
   turn = jax.random.uniform(hue_key, minval=-hue, maxval=hue)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.stats import shapes
+
 HIGHEST = 4  # the highest temperature of `statistics_at_scales`
 
 
@@ -49,7 +51,7 @@ def token_statistics(
 
   Args:
     logits: (..., V).
-    tokens: (...) int, what was written.
+    tokens: (...) int, the written ones.
     temperature: tau.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
@@ -72,7 +74,7 @@ def statistics_at_scales(
 
   Args:
     logits: (..., V).
-    tokens: (...) int, what was written.
+    tokens: (...) int, the written ones.
     powers: k, positive.
 
   Returns:
@@ -108,6 +110,7 @@ def mean_over(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def length_normalised_entropy(log_prob: jax.Array, mask: jax.Array) -> jax.Array:
   """Minus the mean log probability per token of K samples: (B, K, T) and mask (B, K, T) to (B,)."""
+  shapes.check(log_prob=(log_prob, "B K T"), mask=(mask, "B K T"))
   return -mean_over(log_prob, mask).mean(-1)
 
 
@@ -123,6 +126,7 @@ def self_consistency(
   Returns:
     (B,) the majority's id, the smallest of equals; (B,) its share of all K samples, 0 if none answered.
   """
+  shapes.check(answer=(answer, "B K"))
   given = jnp.ones(answer.shape, bool) if given is None else given
   same = (answer[:, :, None] == answer[:, None, :]) & given[:, None, :] & given[:, :, None]
   votes = same.sum(-1)
@@ -134,6 +138,7 @@ def self_consistency(
 
 def dropout_statistics(probs: jax.Array) -> DropoutStatistics:
   """Statistics of the distributions (K, B, V) that K passes with dropout gave."""
+  shapes.check(probs=(probs, "K B V"))
   mean = probs.mean(0)
   predictive = _entropy(mean)
   return DropoutStatistics(mean.max(-1), predictive, predictive - _entropy(probs).mean(0))

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmethods.stats import shapes
+
 
 def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Mean of (B,) values over the true entries of the mask (B,), default all; 0 if there are none."""
+  shapes.check(values=(values, "B"))
   if mask is None:
     return values.mean()
   return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
@@ -16,4 +19,5 @@ def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Mean cross-entropy over the real examples: logits (B, C), labels (B,) int, mask (B,) bool."""
+  shapes.check(logits=(logits, "B C"), labels=(labels, "B"))
   return mean_of_real(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)

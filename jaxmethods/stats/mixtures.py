@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.stats import shapes
+
 
 class Mixture(NamedTuple):
   """Two Gaussians, the one with the lower mean first; every field is (..., 2)."""
@@ -25,6 +27,7 @@ def two_means(x: jax.Array) -> jax.Array:
   Returns:
     (N,) bool, true in the upper group; equal values are never parted, so it is empty if all are equal.
   """
+  shapes.check(x=(x, "N"))
   x = x - x.mean()
   ordered = _sorted(x)
   below = jnp.cumsum(ordered)[:-1]
@@ -53,6 +56,7 @@ def fit(
   Returns:
     The mixture, fields (2,). A component that nothing belongs to has weight 0 and the mean of `x`.
   """
+  shapes.check(x=(x, "N"))
   centre, spread = x.mean(), x.std()
   x = x - centre  # float32 then keeps the digits that matter
   # Sums of 1, x and x^2 by two products: a third of the time of two passes over weighted deviations.
@@ -84,6 +88,7 @@ def fit(
 
 def upper_posterior(x: jax.Array, mixture: Mixture) -> jax.Array:
   """Probability (N,) that values (N,) belong to the second component of a mixture with fields (2,)."""
+  shapes.check(x=(x, "N"), mean=(mixture.mean, "2"))
   # The logarithm of the densities' ratio is a parabola around the middle of the means.
   middle = mixture.mean.mean()
   mean, precision = mixture.mean - middle, mixture.std**-2

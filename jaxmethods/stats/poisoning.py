@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.stats import shapes
+
 
 class Detection(NamedTuple):
   """Poisoned = positive; 0 where nothing was removed or nothing is poisoned."""
@@ -18,6 +20,7 @@ class Detection(NamedTuple):
 
 def detection(removed: jax.Array, poisoned: jax.Array) -> Detection:
   """How well the removed examples (N,) bool agree with the poisoned ones (N,) bool."""
+  shapes.check(removed=(removed, "N"), poisoned=(poisoned, "N"))
   hits = (removed & poisoned).sum()
   precision = hits / jnp.maximum(removed.sum(), 1)
   recall = hits / jnp.maximum(poisoned.sum(), 1)
@@ -36,6 +39,7 @@ def highest(scores: jax.Array, share: float, real: jax.Array | None = None) -> j
   Returns:
     (N,) bool; ties go to the first.
   """
+  shapes.check(scores=(scores, "N"))
   real = jnp.ones(scores.shape, bool) if real is None else real
   rank = jnp.argsort(jnp.argsort(-jnp.where(real, scores, -jnp.inf)))
   return real & (rank < jnp.round(share * real.sum()))
@@ -56,6 +60,7 @@ def spectral_scores(features: jax.Array, real: jax.Array | None = None) -> jax.A
   Returns:
     (N,); 0 for the others.
   """
+  shapes.check(features=(features, "N D"))
   centred = _centred(features, real)
   _, axes = jnp.linalg.eigh(centred.T @ centred)
   return (centred @ axes[:, -1]) ** 2
@@ -83,6 +88,7 @@ def smaller_cluster(
   Returns:
     (N,) bool.
   """
+  shapes.check(features=(features, "N D"))
   real = jnp.ones(len(features), bool) if real is None else real
   centred = _centred(features, real)
   _, axes = jnp.linalg.eigh(centred.T @ centred)

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.stats import shapes
+
 
 class Curve(NamedTuple):
   """Points of a ROC curve, from the highest threshold down, (n + 1,) each; equal scores share one.
@@ -45,6 +47,7 @@ def roc_curve(score: jax.Array, positive: jax.Array, weight: jax.Array | None = 
     positive: (n,) bool.
     weight: (n,), nonnegative; default 1.
   """
+  shapes.check(score=(score, "n"), positive=(positive, "n"))
   weight = jnp.ones(score.shape, _dtype(score)) if weight is None else weight.astype(_dtype(score))
   order = jnp.argsort(-score)
   ranked = -score[order]
@@ -57,11 +60,13 @@ def roc_curve(score: jax.Array, positive: jax.Array, weight: jax.Array | None = 
 
 def auroc(curve: Curve) -> jax.Array:
   """Area under true over false positive rate."""
+  shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   return jnp.trapezoid(*_rates(curve))
 
 
 def aupr(curve: Curve) -> jax.Array:
   """Area under precision over recall, from (recall 0, precision 1), by trapezoids (CoE code)."""
+  shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   found = curve.true + curve.false
   precision = jnp.where(found > 0, curve.true / jnp.where(found > 0, found, 1), 1)
   both = (curve.true[-1] > 0) & (curve.false[-1] > 0)
@@ -78,6 +83,7 @@ def fpr_at(
     tpr: in (0, 1].
     method: linear between the points of the curve (CoE code), or the first point that reaches `tpr`.
   """
+  shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   true, false = _rates(curve)
   if method == "step":
     return false[jnp.argmax(true >= tpr)]
@@ -106,6 +112,7 @@ def bootstrap(
     positive: (n,) bool.
     draws: how many.
   """
+  shapes.check(score=(score, "n"), positive=(positive, "n"))
   size = score.shape[0]
 
   def one(key: jax.Array) -> Ranking:
