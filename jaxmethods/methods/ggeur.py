@@ -250,7 +250,7 @@ def shape_similarity(a: Float[Array, "d p"], b: Float[Array, "d p"]) -> Float[Ar
 
 
 def perturb(
-  anchors: Float[Array, "n d"],
+  anchors: Float[Array, "*n d"],
   epsilon: Float[Array, "n p"],
   eigenvalues: Float[Array, " p"],
   eigenvectors: Float[Array, "d p"],
@@ -259,7 +259,7 @@ def perturb(
   """New embeddings X + sum_m eps_m f(lambda_m) xi_m, a whole batch as one product.
 
   Args:
-    anchors: X, (n, d).
+    anchors: X, (n, d), or one for all, (d,).
     epsilon: standard normal, (n, p).
     eigenvalues: (p,).
     eigenvectors: columns, (d, p).
