@@ -117,9 +117,7 @@ def owner_by_proportions(
   return jnp.where(known, owner, -1).astype(jnp.int32)
 
 
-def class_rank(
-  order: Int[jax.Array, " n"], labels: Int[jax.Array, " n"]
-) -> Int[jax.Array, " n"]:
+def class_rank(order: Int[jax.Array, " n"], labels: Int[jax.Array, " n"]) -> Int[jax.Array, " n"]:
   """Returns every example's place among those of its label in the given order."""
   by_class = order[jnp.argsort(labels[order], stable=True)]
   ordered = labels[by_class]
