@@ -273,7 +273,7 @@ def perturb(
     ValueError: for another `scale`.
   """
   shapes.check(
-    anchors=(anchors, "n d"),
+    anchors=(anchors, "... d"),
     epsilon=(epsilon, "n p"),
     eigenvalues=(eigenvalues, "p"),
     eigenvectors=(eigenvectors, "d p"),
