@@ -72,8 +72,10 @@ def process(spawn: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.
   return run
 
 
-# What changes how jax runs in the whole process.
-OWN_PROCESS = {"--debug", "--no_cache", "--mesh", "--coordinator", "--num_processes", "XLA_FLAGS"}
+# What changes how jax runs, or what can be imported, in the whole process.
+OWN_PROCESS = {
+  "--debug", "--no_cache", "--mesh", "--coordinator", "--num_processes", "XLA_FLAGS", "PYTHONPATH",
+}  # fmt: skip
 
 
 @pytest.fixture
