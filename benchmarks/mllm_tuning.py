@@ -243,11 +243,12 @@ class Runner:
         self.programs["evaluate"] = compiler.jit(experiment.evaluate)
       return {k: float(v) for k, v in self.programs["evaluate"](state, experiment.test).items()}
     if "plain" not in self.programs:
-      model, benchmark, config = self.benchmark.model, self.benchmark, self.config
+      model, families = self.benchmark.model, self.benchmark.upstream.families
+      target = self.config.target
 
       def plain(params, test):
         run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
-        return tuning.table(run, benchmark, config, test)
+        return tuning.table(run, families, target, test)
 
       self.programs["plain"] = compiler.jit(plain)
     params = compiler.jit(tuner.finalize)(*state.tuner)

@@ -1,7 +1,7 @@
 """Prompts and prefixes under the names and in the layouts of the PEFT library.
 
 A prompt stands in front of the text and a prefix in front of every layer's keys and values, as
-`prompts.insert_prompt` at position 0 and `prompts.prefix_cache` have it. Files themselves are
+`prompts.insert_prompt` at position 0 and `causal_lm.prefix_cache` have it. Files themselves are
 `jaxmethods.data.adapter_files`.
 """
 

@@ -6,15 +6,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxmethods.adapters.adapter import Params, Tree
 from jaxmethods.adapters.targets import matching
 from jaxmethods.errors import InputError
-from jaxmethods.models.causal_lm import Cache, CausalLMConfig, empty_cache
+from jaxmethods.models.causal_lm import CausalLMConfig
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.trees import flatten
-
-IGNORED = -100  # the label of a token that no loss counts
 
 
 def init_prompt(key: jax.Array, params: Params, length: int = 20) -> Tree:
@@ -43,47 +41,6 @@ def init_prefix(key: jax.Array, config: CausalLMConfig, length: int = 20) -> Tre
     "keys": config.init_std * jax.random.normal(keys, shape),
     "values": config.init_std * jax.random.normal(values, shape),
   }
-
-
-def prefix_cache(
-  tree: Tree,
-  config: CausalLMConfig,
-  batch: int,
-  room: int,
-  dtype: DTypeLike = jnp.float32,
-  *,
-  scan_layers: bool,
-) -> Cache:
-  """A cache that begins with the prefix: `model.apply(variables, ids, cache=...)` is prefix tuning.
-
-  Every layer sees its own prefix, unrotated, from every query. Positions are counted on from the
-  prefix's length, as PEFT does, unless they are given.
-
-  Args:
-    tree: of `init_prefix`.
-    config: of the model.
-    batch: B.
-    room: slots for the tokens to come.
-    dtype: of the model's computation.
-    scan_layers: of the model.
-  """
-  length = tree["keys"].shape[2]
-  cache = empty_cache(config, batch, length + room, dtype, scan_layers=scan_layers)
-
-  def fill(slots: jax.Array, prefix: jax.Array) -> jax.Array:
-    return slots.at[..., :length, :].set(prefix[:, None].astype(dtype))
-
-  def filled(slots, prefix):
-    if scan_layers:
-      return fill(slots, prefix)
-    return tuple(fill(slot, prefix[i : i + 1]) for i, slot in enumerate(slots))
-
-  return Cache(
-    filled(cache.keys, tree["keys"]),
-    filled(cache.values, tree["values"]),
-    cache.valid.at[:, :length].set(True),
-    length,
-  )
 
 
 def insert_prompt(

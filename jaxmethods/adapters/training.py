@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmethods.adapters.adapter import Adapter, Params, Tree, apply, join, split
-from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.errors import InputError
+from jaxmethods.stats.losses import IGNORED
 
 Batch = Mapping[str, jax.Array]
 # (params, adapter tree, batch, key) -> (sum over what counts, how much counts). A sum and not a mean, so
@@ -104,7 +105,9 @@ def next_token_loss(adapter: Adapter, model: nn.Module) -> Loss:
   return loss
 
 
-def token_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_cross_entropy(
+  logits: jax.Array, labels: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array]:
   """Sum of the cross-entropies, and number, of the labels that are not `IGNORED`.
 
   Args:

@@ -26,7 +26,12 @@ def cache_folder() -> Path:
   return Path(os.environ.get("JAXMETHODS_CACHE") or Path.home() / ".cache" / "jaxmethods")
 
 
-def described(settings: DataclassInstance, kind: str, exclude: Iterable[str] = ()) -> bytes:
+def described(
+  settings: DataclassInstance,
+  kind: str,
+  exclude: Iterable[str] = (),
+  nested: Mapping[str, str] | None = None,
+) -> bytes:
   """Returns the field values of a dataclass as a part of a cache key.
 
   The name of the class is no part of it, so that a class may be renamed or moved.
@@ -35,10 +40,16 @@ def described(settings: DataclassInstance, kind: str, exclude: Iterable[str] = (
     settings: a dataclass.
     kind: fixed name; stands for the meaning of the fields.
     exclude: fields on which the result does not depend.
+    nested: kinds of fields that are dataclasses themselves, at any depth, by the name of the field.
   """
+  kinds = nested or {}
+
+  def text(name: str, value: Any) -> str:
+    return described(value, kinds[name], (), kinds).decode() if name in kinds else repr(value)
+
   named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.repr}
   values = ", ".join(
-    f"{name}={value!r}" for name, value in named.items() if name not in set(exclude)
+    f"{name}={text(name, value)}" for name, value in named.items() if name not in set(exclude)
   )
   return f"{kind}({values})".encode()
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 
 from jaxmethods.adapters import low_rank
-from jaxmethods.adapters.adapter import Factors, key_of, layers_of
+from jaxmethods.adapters.adapter import Factors, Params, key_of, layers_of
 from jaxmethods.errors import InputError
 from jaxmethods.models.init import torch_linear
 from jaxmethods.trees import below, flatten, unflatten
@@ -62,6 +62,22 @@ class Decomposition(NamedTuple):
   left: Array
   values: Array
   right: Array
+
+
+class Blocks(NamedTuple):
+  """Task blocks of one layer at their start, tasks in order.
+
+  Attributes:
+    a: factors (rows, in).
+    b: factors (rows, out).
+    owner: task of every row, (rows,) int32.
+    entropy: H of every task, (T,) float32.
+  """
+
+  a: Array
+  b: Array
+  owner: Array
+  entropy: Array
 
 
 class Layer(NamedTuple):
@@ -235,48 +251,127 @@ def oriented_block(
   return root * parts.right[part], root * parts.left[part]
 
 
-def start_layer(
-  key: Array,
-  kernel: Array,
+def task_blocks(
   parts: Sequence[Decomposition],
   ranks: Sequence[int] | np.ndarray,
-  shared: int,
-  *,
-  scale: float,
   gain: float,
-  compensate: bool = True,
-) -> Layer:
-  """All blocks of one layer (HASI), and what stays frozen.
+  spectrum: Spectrum = "sv",
+) -> Blocks:
+  """Starts the blocks of all tasks in one layer (HASI).
 
   Args:
-    key: of the cooperative block.
-    kernel: W^T (in, out).
     parts: decomposition of every task.
-    ranks: of every task.
-    shared: rank of the cooperative block, which starts random with B_c = 0 (reviews).
-    scale: s = alpha / r_total.
+    ranks: rank of every task, (T,).
     gain: gamma.
+    spectrum: spectrum of the entropy, kept for reports.
+
+  Returns:
+    The blocks, in float32 or better.
+  """
+  blocks = [oriented_block(p, int(rank), gain) for p, rank in zip(parts, ranks, strict=True)]
+  a, b = (jnp.concatenate(part) for part in zip(*blocks, strict=True))
+  entropy = jnp.stack([spectral_entropy(p.values, spectrum) for p in parts])
+  return Blocks(a, b, jnp.asarray(owners(ranks, 0)), entropy.astype(jnp.float32))
+
+
+def start_layer(
+  key: Array, kernel: Array, blocks: Blocks, rank: int, *, scale: float, compensate: bool = True
+) -> Layer:
+  """Adds the cooperative block to the task blocks of a layer, and takes them out of its kernel.
+
+  Args:
+    key: random key of the cooperative block, which starts with B_c = 0 (reviews).
+    kernel: W^T (in, out).
+    blocks: start of the task blocks.
+    rank: r_total; the cooperative block has the rows that the tasks leave.
+    scale: s = alpha / r_total.
     compensate: True: the frozen weight is W - s sum_t B_t A_t, so that nothing changes at step 0
       (corda). False: W stays, and the B_t start at zero.
 
   Returns:
     The layer, factors and residual in float32 or better.
   """
-  blocks = [oriented_block(p, int(rank), gain) for p, rank in zip(parts, ranks, strict=True)]
-  a, b = (jnp.concatenate(part) for part in zip(*blocks, strict=True))
+  a, b = blocks.a, blocks.b
   residual = kernel.astype(a.dtype)
   if compensate:
     residual = residual - scale * a.T @ b
   else:
     b = jnp.zeros_like(b)
-  inputs, outputs = kernel.shape
+  (inputs, outputs), shared = kernel.shape, rank - len(blocks.owner)
   common = torch_linear(inputs)["kernel_init"](key, (shared, inputs), a.dtype)
   return Layer(
     jnp.concatenate([a, common]),
     jnp.concatenate([b, jnp.zeros((shared, outputs), b.dtype)]),
-    jnp.asarray(owners(ranks, shared)),
+    jnp.concatenate([blocks.owner, jnp.full(shared, COOPERATIVE, jnp.int32)]),
     residual,
   )
+
+
+def plan(
+  params: Params,
+  moments: Mapping[str, Array | np.ndarray],
+  rank: int,
+  *,
+  gain: float | None = None,
+  temperature: float = 0.1,
+  spectrum: Spectrum = "sv",
+  damping: float = 0.01,
+  cooperative: bool = True,
+) -> dict[str, Blocks]:
+  """Chooses the ranks of all layers and starts their task blocks, by the preview.
+
+  Not to be jitted: the ranks are shapes.
+
+  Args:
+    params: pretrained model.
+    moments: second moments of the inputs, (T, in, in), by the path of the layer.
+    rank: r_total.
+    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W).
+    temperature: tau; infinite: uniform ranks.
+    spectrum: spectrum of the entropy.
+    damping: share of the mean variance that is added to the moments, see `damped`.
+    cooperative: whether rows are left for a cooperative block.
+
+  Raises:
+    InputError: a layer is scanned.
+  """
+  flat, result = flatten(params), {}
+  for path, of_tasks in moments.items():
+    kernel = _kernel(flat, path)
+    parts = [decompose(kernel, damped(moment, damping)) for moment in of_tasks]
+    heights = [float(spectral_entropy(p.values, spectrum)) for p in parts]
+    ranks, _ = allocate(heights, rank, temperature, cooperative=cooperative)
+    result[path] = task_blocks(parts, ranks, 1 / len(parts) if gain is None else gain, spectrum)
+  return result
+
+
+def corda_plan(
+  params: Params,
+  moments: Mapping[str, Array | np.ndarray],
+  rank: int,
+  alpha: float,
+  damping: float = 0.01,
+) -> dict[str, Blocks]:
+  """Starts one block a layer from one moment of all the data (CorDA).
+
+  The gain is 1 / s, so that the scaled product is the truncated decomposition itself.
+
+  Args:
+    params: pretrained model.
+    moments: second moments of the inputs, (1, in, in), by the path of the layer.
+    rank: rank of the update.
+    alpha: numerator of its scale.
+    damping: see `plan`.
+  """
+  return plan(params, moments, rank, gain=rank / alpha, damping=damping, cooperative=False)
+
+
+def _kernel(flat: Mapping[str, Array], path: str) -> Array:
+  """Returns the kernel of a layer that is not scanned."""
+  kernel = flat[below(path, "kernel")]
+  if kernel.ndim != 2:
+    raise InputError(f"{path}: ThanoRA needs layers that are not scanned")
+  return kernel
 
 
 # --- subspace-preserving regularisation ---------------------------------------------------------
@@ -335,73 +430,41 @@ def tuner(
   dropout: float = 0.05,
   *,
   tasks: int,
-  temperature: float = 0.1,
-  gain: float | None = None,
   weight: float = 1e-3,
-  spectrum: Spectrum = "sv",
   orth_on: OrthogonalOn = "both",
-  damping: float = 0.01,
   start: Literal["preview", "random"] = "preview",
   compensate: bool = True,
   cooperative: bool = True,
   targets: str = tuners.LINEARS,
   also: str | None = tuners.PROJECTOR,
 ) -> Tuner:
-  """ThanoRA-style tuning on a mixture of tasks: a LoRA of rank `rank` beside residual weights.
+  """Makes ThanoRA-style tuning on a mixture of tasks: a LoRA of rank `rank` beside residual weights.
 
-  `init` must not be under jit, since ranks are chosen by what the preview shows. Its probe is the
-  preview: {path of a layer: second moments of its inputs, (tasks, in, in)}. `extra` holds "owner", of
-  the rows of every layer (layers, rank), and "entropy" (layers, tasks).
+  The probe of `init` is the result of `plan`. `extra` holds "owner", of the rows of every layer (layers,
+  rank), and "entropy" (layers, tasks).
 
   Args:
-    rank: of the update.
+    rank: rank of the update.
     alpha: numerator of its scale.
-    dropout: on its input, while training.
+    dropout: rate on its input, while training.
     tasks: T.
-    temperature: tau; infinite: uniform ranks.
-    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W).
     weight: lambda; 0 leaves the regulariser out.
-    spectrum: of the entropy.
-    orth_on: of the regulariser.
-    damping: of the moments.
-    start: "random": blocks start as LoRA does, without a preview.
-    compensate: of `start_layer`.
-    cooperative: whether there is a cooperative block.
+    orth_on: factors in the regulariser.
+    start: "random": blocks of equal rank start as LoRA does, without a plan.
+    compensate: see `start_layer`.
+    cooperative: whether there is a cooperative block, where the start is random.
     targets: regular expression on the kernel paths that get an update.
-    also: what is trained itself.
+    also: regular expression on the parameters that are trained themselves.
   """
   base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets, also)
-  gain = 1 / tasks if gain is None else gain
 
   def init(key, params, probe) -> TunerState:
     state = base.init(key, params, {})
-    flat, layers = flatten(params), layers_of(state.trainable["adapter"])
-    factors: dict[str, Array] = {}
-    owner, entropy = [], []
-    for path, f in layers.items():
-      kernel = flat[below(path, "kernel")]
-      if kernel.ndim != 2:
-        raise InputError(f"{path}: ThanoRA needs layers that are not scanned")
-      parts = []
-      if start == "preview":
-        if path not in probe:
-          raise InputError(f"{path}: the preview does not have this layer")
-        parts = [decompose(kernel, damped(moment, damping)) for moment in probe[path]]
-      heights = [float(spectral_entropy(p.values, spectrum)) for p in parts] or [0.0] * tasks
-      ranks, shared = allocate(heights, rank, temperature, cooperative=cooperative)
-      if parts:
-        a, b, _, flat[below(path, "kernel")] = start_layer(
-          key_of(key, path), kernel, parts, ranks, shared, scale=alpha / rank, gain=gain,
-          compensate=compensate,
-        )  # fmt: skip
-        f = {"a": a, "b": b}
-      factors |= {below(path, name): x for name, x in f.items()}
-      owner.append(owners(ranks, shared))
-      entropy.append(heights)
-    trainable = state.trainable | {"adapter": unflatten(factors)}
-    fixed = {path: flat[path] for path in flatten(state.frozen["params"])}
-    extra = {"owner": jnp.asarray(np.stack(owner)), "entropy": jnp.asarray(entropy)}
-    return TunerState(trainable, state.frozen | {"params": unflatten(fixed)}, extra)
+    if start == "random":
+      return _random_start(state, rank, tasks, cooperative)
+    return _planned_start(
+      key, params, state, probe, rank, scale=alpha / rank, compensate=compensate
+    )
 
   def penalty(trainable, frozen, extra):
     del frozen
@@ -413,17 +476,67 @@ def tuner(
   return base._replace(init=init, **hooks)
 
 
-def corda(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05, **options: Any) -> Tuner:
-  """CorDA, knowledge-adaptive: one block from one covariance of all the data (arXiv 2406.05223).
+def corda(
+  rank: int = 32,
+  alpha: float = 64.0,
+  dropout: float = 0.05,
+  *,
+  targets: str = tuners.LINEARS,
+  also: str | None = tuners.PROJECTOR,
+) -> Tuner:
+  """Makes CorDA, knowledge-adaptive: one block from one covariance of all the data (arXiv 2406.05223).
 
-  The gain is 1 / s, so that the scaled product is the truncated decomposition itself.
+  The probe of `init` is the result of `corda_plan`.
 
   Args:
-    rank: of the update.
+    rank: rank of the update.
     alpha: numerator of its scale.
-    dropout: on its input, while training.
-    **options: targets, also, damping of `tuner`.
+    dropout: rate on its input, while training.
+    targets: regular expression on the kernel paths that get an update.
+    also: regular expression on the parameters that are trained themselves.
   """
-  return tuner(
-    rank, alpha, dropout, tasks=1, gain=rank / alpha, weight=0.0, cooperative=False, **options
+  return tuner(rank, alpha, dropout, tasks=1, weight=0.0, targets=targets, also=also)
+
+
+def _random_start(state: TunerState, rank: int, tasks: int, cooperative: bool) -> TunerState:
+  """Divides the rows of a LoRA equally among tasks and the cooperative block."""
+  ranks, shared = allocate([0.0] * tasks, rank, cooperative=cooperative)
+  layers = layers_of(state.trainable["adapter"])
+  for path, f in layers.items():
+    if f["a"].ndim != 2:
+      raise InputError(f"{path}: ThanoRA needs layers that are not scanned")
+  owner = jnp.asarray(np.tile(owners(ranks, shared), (len(layers), 1)))
+  return state._replace(extra={"owner": owner, "entropy": jnp.zeros((len(layers), tasks))})
+
+
+def _planned_start(
+  key: Array,
+  params: Params,
+  state: TunerState,
+  planned: Mapping[str, Blocks],
+  rank: int,
+  *,
+  scale: float,
+  compensate: bool,
+) -> TunerState:
+  """Puts the planned blocks in place of the factors, and the residuals in place of the kernels."""
+  flat, layers = flatten(params), layers_of(state.trainable["adapter"])
+  factors: dict[str, Array] = {}
+  owner, entropy = [], []
+  for path in layers:
+    kernel = _kernel(flat, path)
+    if path not in planned:
+      raise InputError(f"{path}: the preview does not have this layer")
+    layer = start_layer(
+      key_of(key, path), kernel, planned[path], rank, scale=scale, compensate=compensate
+    )
+    factors |= {below(path, "a"): layer.a, below(path, "b"): layer.b}
+    flat[below(path, "kernel")] = layer.kernel
+    owner.append(layer.owner)
+    entropy.append(planned[path].entropy)
+  fixed = {path: flat[path] for path in flatten(state.frozen["params"])}
+  return TunerState(
+    state.trainable | {"adapter": unflatten(factors)},
+    state.frozen | {"params": unflatten(fixed)},
+    {"owner": jnp.stack(owner), "entropy": jnp.stack(entropy)},
   )

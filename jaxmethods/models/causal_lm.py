@@ -9,7 +9,8 @@ for small models on CPU). Prompts are padded on the left. What a method wants to
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -395,6 +396,47 @@ def empty_cache(
     return tuple(jnp.zeros((1, *shape), dtype) for _ in range(config.num_layers))
 
   return Cache(zeros(), zeros(), jnp.zeros((batch, size), bool), 0)
+
+
+def prefix_cache(
+  prefix: Mapping[str, jax.Array],
+  config: CausalLMConfig,
+  batch: int,
+  room: int,
+  dtype: DTypeLike = jnp.float32,
+  *,
+  scan_layers: bool,
+) -> Cache:
+  """Begins a cache with learned keys and values: `model.apply(variables, ids, cache=...)` sees them.
+
+  Every layer sees its own prefix, unrotated, from every query. Positions are counted on from the
+  length of the prefix, as PEFT does, unless they are given.
+
+  Args:
+    prefix: {"keys", "values"}, (L, K, length, d) each; see `adapters.prompts.init_prefix`.
+    config: shape of the model.
+    batch: number of rows, B.
+    room: slots for the tokens to come.
+    dtype: type of the computation.
+    scan_layers: form of the model.
+  """
+  length = prefix["keys"].shape[2]
+  cache = empty_cache(config, batch, length + room, dtype, scan_layers=scan_layers)
+
+  def fill(slots: jax.Array, learned: jax.Array) -> jax.Array:
+    return slots.at[..., :length, :].set(learned[:, None].astype(dtype))
+
+  def filled(slots: Any, learned: jax.Array) -> Any:
+    if scan_layers:
+      return fill(slots, learned)
+    return tuple(fill(slot, learned[i : i + 1]) for i, slot in enumerate(slots))
+
+  return Cache(
+    filled(cache.keys, prefix["keys"]),
+    filled(cache.values, prefix["values"]),
+    cache.valid.at[:, :length].set(True),
+    length,
+  )
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxmethods.adapters.prompts import prefix_cache
-from jaxmethods.models.causal_lm import Cache, CausalLM, CausalLMConfig, Output
+from jaxmethods.models.causal_lm import Cache, CausalLM, CausalLMConfig, Output, prefix_cache
 from jaxmethods.models.conv import Conv
 from jaxmethods.models.mllm import Projector
 from jaxmethods.models.probe import Probe

@@ -8,6 +8,8 @@ import optax
 
 from jaxmethods.stats import shapes
 
+IGNORED = -100  # the label of a token that no loss counts
+
 
 def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Mean of (B,) values over the true entries of the mask (B,), default all; 0 if there are none."""

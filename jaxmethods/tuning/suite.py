@@ -131,8 +131,8 @@ def _per_sample(
     total, count = loss(run, batch, None)
     return total / jnp.maximum(count, 1)
 
-  compute = jax.jit(lambda trainable, probe: statistic(of_one, trainable, probe))
-  return compute(state.trainable, dict(probe))
+  # A scan over the samples, which compiles its body and takes the frozen weights as arguments.
+  return statistic(of_one, state.trainable, dict(probe))
 
 
 # --- selective, posterior -------------------------------------------------------------------------

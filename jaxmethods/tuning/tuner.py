@@ -19,7 +19,7 @@ import optax
 from jaxmethods import trees
 from jaxmethods.adapters import adapter as adapters
 from jaxmethods.adapters.adapter import Adapter, Params, Tree
-from jaxmethods.adapters.targets import ATTENTION, BLOCK, MLP, matching
+from jaxmethods.adapters.targets import ATTENTION, BLOCK, matching
 from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.trees import flatten, unflatten
 
@@ -31,7 +31,6 @@ LANGUAGE = r"^language/"
 EVERYTHING = r"^(projector|language)/"
 LINEARS = rf"^language/.*{BLOCK}"
 ATTENTION_LINEARS = rf"^language/.*{ATTENTION}"
-MLP_LINEARS = rf"^language/.*{MLP}"
 
 
 class TunerState(NamedTuple):
@@ -122,6 +121,9 @@ class TuningState(NamedTuple):
   opt_state: Any
 
 
+Update = Callable[[TuningState, Batch], tuple[TuningState, dict[str, jax.Array]]]
+
+
 def tuning_step(
   tuner: Tuner,
   model: nn.Module,
@@ -129,8 +131,8 @@ def tuning_step(
   loss: Loss,
   *,
   clip: float = 1.0,
-) -> Callable[[TuningState, Batch], tuple[TuningState, dict[str, jax.Array]]]:
-  """The pure step (state, batch) -> (state, metrics) of every way of tuning; the caller jits it.
+) -> Update:
+  """Makes the pure step (state, batch) -> (state, metrics) of every way of tuning; the caller jits it.
 
   Order: `pre_step`, forward and backward, clipping, optimiser, `post_step`.
 

@@ -16,7 +16,7 @@ from jaxmethods.adapters import low_rank, prompts, scaling
 from jaxmethods.adapters.peft_format import from_peft, to_peft
 from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
 from jaxmethods.data.adapter_files import read_peft, write_peft
-from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, table
+from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig, prefix_cache, table
 from jaxmethods.models.weights import export_params, import_params
 
 peft = pytest.importorskip("peft")
@@ -135,7 +135,7 @@ def with_prompt(ours, params, tree, ids):
     everything = jnp.ones(ids.shape, bool), jnp.zeros(ids.shape, int)
     x, mask, _ = prompts.insert_prompt(jnp.asarray(tree["prompt"]), embedded, *everything)
     return ours.apply({"params": params}, embeddings=x, mask=mask).logits
-  cache = prompts.prefix_cache(tree, config, *ids.shape, scan_layers=True)
+  cache = prefix_cache(tree, config, *ids.shape, scan_layers=True)
   return ours.apply({"params": params}, ids, cache=cache).logits
 
 

@@ -9,6 +9,7 @@ import tiny_lm
 from jaxmethods.adapters import prompts
 from jaxmethods.adapters.training import IGNORED, token_cross_entropy
 from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import prefix_cache
 
 LENGTH = 3
 
@@ -56,7 +57,7 @@ def test_prefix_through_the_cache(params):
   def logits(tree, scan, **options):
     lm = tiny_lm.model(scan_layers=scan)
     variables = {"params": params if scan else unrolled(params)}
-    cache = prompts.prefix_cache(tree, config, len(ids), ids.shape[1], scan_layers=scan)
+    cache = prefix_cache(tree, config, len(ids), ids.shape[1], scan_layers=scan)
     return lm.apply(variables, ids, cache=cache, **options).logits
 
   scanned, flat = jax.jit(lambda tree: (logits(tree, True), logits(tree, False)))(tree)

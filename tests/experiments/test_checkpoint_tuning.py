@@ -12,17 +12,15 @@ from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import question_files
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.mllm_tuning import config as mllm_tuning
-from jaxmethods.experiments.thanora import checkpoint as checkpoint_mixtures
+from jaxmethods.experiments.thanora import checkpoint as mixtures
 from jaxmethods.experiments.thanora import config as thanora
-from jaxmethods.experiments.thanora import desk as mixture_tuning
+from jaxmethods.experiments.thanora import rows
 from jaxmethods.models.mllm import MLLMConfig
-from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
-from jaxmethods.testbeds.multimodal import suite as tuning_rows
-from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal import checkpoint, suite, tuning
 from jaxmethods.testbeds.multimodal.settings import Checkpoint
+from jaxmethods.testbeds.multimodal.suite_settings import SuiteConfig
 from jaxmethods.trees import flatten, unflatten
-from jaxmethods.tuning.tuner import adamw, answer_loss, init_state, tuning_step
+from jaxmethods.tuning.tuner import LINEARS, adamw, answer_loss, init_state, tuning_step
 from tests import tiny_llava
 
 
@@ -32,17 +30,17 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **changes):
-  checkpoint = Checkpoint(
+  of = Checkpoint(
     model=f"hf:{folder}", train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"),
     upstream={"other": str(folder / "other.jsonl")}, dtype="float32", remat=False, chunk=2,
   )  # fmt: skip
   small = {"steps": 8, "batch_size": 4, "rank": 2, "alpha": 4.0, "probe_size": 2, "dropout": 0.0}
-  return mllm_tuning.Config(checkpoint=checkpoint, learning_rate=0.05, **(small | changes))
+  return SuiteConfig(checkpoint=of, learning_rate=0.05, **(small | changes))
 
 
 @pytest.fixture(scope="module")
 def material(folder):
-  return checkpoint_tuning.load(config(folder).checkpoint)
+  return checkpoint.load(config(folder).checkpoint)
 
 
 def test_texts_and_labels(material):
@@ -67,9 +65,7 @@ def test_texts_and_labels(material):
 
 def test_it_learns(folder, material):
   row = config(folder, row="full", steps=30)
-  experiment = checkpoint_tuning.build(
-    row, lambda model: tuning_rows.tuner_of(row, model), material=material
-  )
+  experiment = checkpoint.build(row, lambda model: suite.tuner_of(row, model), material=material)
   state, batches = experiment.init(jax.random.key(0)), experiment.batches(0)
   step, losses = jax.jit(experiment.step), []
   for _ in range(row.steps):
@@ -89,8 +85,8 @@ def test_it_learns(folder, material):
 def test_rows_trace(folder, material):
   for name in ("lora", "lorasculpt", "dora", "oft", "bitfit", "l2_sp", "random_mask"):
     row = config(folder, row=name, oft_block=2)
-    experiment = checkpoint_tuning.build(
-      row, lambda model, row=row: tuning_rows.tuner_of(row, model), material=material
+    experiment = checkpoint.build(
+      row, lambda model, row=row: suite.tuner_of(row, model), material=material
     )
     state = experiment.init(jax.random.key(0))
     after, _ = jax.eval_shape(experiment.step, state, next(experiment.batches(0)))
@@ -122,35 +118,35 @@ def test_bad_input(folder, tmp_path):
   change = lambda **changes: dataclasses.replace(good, **changes)
   (tmp_path / "empty.jsonl").write_text("\n")
   (tmp_path / "broken.png").write_text("no image")
-  for checkpoint, message in (
+  for changed, message in (
     (change(train=""), "needs train, test and upstream"),
     (change(train=str(tmp_path / "none.jsonl")), "cannot be read as text"),
     (change(train=str(tmp_path / "empty.jsonl")), "has no questions"),
     (change(upstream={"x": good.train}), "x: 8 of its images are in the training data too"),
   ):
     with pytest.raises(InputError, match=message):
-      checkpoint_tuning.load(checkpoint)
+      checkpoint.load(changed)
   with pytest.raises(InputError, match="cannot be read as an image"):
     question_files.open_square(tmp_path / "broken.png", (0, 0, 0))
-  with pytest.raises(InputError, match="prefix works on the desk model only"):
-    tuning_rows.build(config(folder, row="prefix"))
+  with pytest.raises(InputError, match="prefix works on the small model only"):
+    suite.build(config(folder, row="prefix"))
 
 
 def mixture(folder, **changes):
-  checkpoint = dataclasses.replace(config(folder).checkpoint, train="", test="", scan_layers=False)
+  of = dataclasses.replace(config(folder).checkpoint, train="", test="", scan_layers=False)
   small = {
     "tasks": ["cups", "others"], "steps": 30, "batch_size": 4, "rank": 4, "alpha": 8.0,
     "dropout": 0.0, "preview": 3, "learning_rate": 0.1, "projector_rate": 0.1,
     "train": {"cups": str(folder / "train.jsonl"), "others": str(folder / "test.jsonl")},
     "test": {"cups": str(folder / "other.jsonl"), "others": str(folder / "other.jsonl")},
-    "checkpoint": dataclasses.replace(checkpoint, upstream={}),
+    "checkpoint": dataclasses.replace(of, upstream={}),
   }  # fmt: skip
   return thanora.Config(**(small | changes))
 
 
 @pytest.fixture(scope="module")
 def mixture_material(folder):
-  material = checkpoint_mixtures.load(mixture(folder))
+  material = mixtures.load(mixture(folder))
   # The output vectors of a random model are too small for any word to become likely.
   flat = flatten(material.params)
   flat["language/head/kernel"] *= 25
@@ -160,10 +156,10 @@ def mixture_material(folder):
 def test_a_mixture_is_tuned(folder, mixture_material):
   """Nothing changes at the start; the mixture is learnt; batches follow the step."""
   settings = mixture(folder)
-  experiment = checkpoint_mixtures.build(settings, material=mixture_material)
+  experiment = mixtures.build(settings, material=mixture_material)
   state, batches = experiment.init(jax.random.key(0)), experiment.batches(0)
   batch = next(batches)
-  model, tuner = mixture_material.model, mixture_tuning.tuner_of(settings)
+  model, tuner = mixture_material.model, rows.tuner_of(settings)
   before = model.apply(
     {"params": mixture_material.params}, batch["ids"], features=batch["features"]
   )
@@ -185,23 +181,22 @@ def test_a_mixture_is_tuned(folder, mixture_material):
 def test_the_preview_of_a_checkpoint(folder, mixture_material):
   """It does not depend on how many questions are read at once, and padding does not count."""
   settings = mixture(folder)
-  moments = checkpoint_mixtures.moments_of(settings, mixture_material)
+  moments = mixtures.moments_of(mixture_material, settings.preview, 2, LINEARS)
   assert moments["language/layers_0/attention/query"].shape == (2, 8, 8)
   # The inputs of the first layer have mean square 1, but for the norm's epsilon.
   first = np.trace(moments["language/layers_0/attention/query"], axis1=1, axis2=2)
   np.testing.assert_allclose(first, 8, rtol=0.05)
-  single = dataclasses.replace(settings.checkpoint, chunk=1)
   padded = lambda batch: {
     "features": batch["features"],
     "ids": np.pad(batch["ids"], ((0, 0), (0, 0), (0, 5))),
     "labels": np.pad(batch["labels"], ((0, 0), (0, 0), (0, 5)), constant_values=IGNORED),
   }
   other = mixture_material._replace(batch=lambda shown: padded(mixture_material.batch(shown)))
-  again = checkpoint_mixtures.moments_of(dataclasses.replace(settings, checkpoint=single), other)
+  again = mixtures.moments_of(other, settings.preview, 1, LINEARS)
   for path, moment in moments.items():
     np.testing.assert_allclose(again[path], moment, rtol=1e-4, atol=1e-5)
   mesh = jax.make_mesh((1,), ("data",))
-  spread = checkpoint_mixtures.moments_of(settings, mixture_material, mesh)
+  spread = mixtures.moments_of(mixture_material, settings.preview, 2, LINEARS, mesh=mesh)
   for path, moment in moments.items():
     np.testing.assert_allclose(spread[path], moment, rtol=1e-6)
 
@@ -210,7 +205,7 @@ def test_the_preview_of_a_checkpoint(folder, mixture_material):
 def test_rows_of_mixtures_trace(folder, mixture_material, sampler):
   for name in ("lora", "corda", "hydralora", "spr_only"):
     row = thanora.rows(mixture(folder, sampler=sampler))[name]
-    experiment = checkpoint_mixtures.build(row, material=mixture_material)
+    experiment = mixtures.build(row, material=mixture_material)
     state, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
     assert len(batch["ids"]) == 4
     after, _ = jax.eval_shape(experiment.step, state, batch)
@@ -230,16 +225,14 @@ def test_bad_mixtures(folder):
     ({"checkpoint": scanned}, "a preview needs layers that are not scanned"),
   ):
     with pytest.raises(InputError, match=message):
-      checkpoint_mixtures.build(dataclasses.replace(good, **changes))
+      mixtures.build(dataclasses.replace(good, **changes))
 
 
 def test_published_size_traces():
   """LLaVA-1.5-7B on abstract arrays: one step of LoRA and projector, with the published counts."""
-  config = mllm_tuning.Config(
-    checkpoint=Checkpoint(model="hf:llava"), row="lora", rank=32, alpha=64.0
-  )
+  config = SuiteConfig(checkpoint=Checkpoint(model="hf:llava"), row="lora", rank=32, alpha=64.0)
   shape = MLLMConfig.from_hugging_face(memory_plan.LLAVA_1_5_7B)
-  model = checkpoint_tuning.Answering(shape, scan_layers=True, dtype=jnp.bfloat16, remat=True)
+  model = checkpoint.Answering(shape, scan_layers=True, dtype=jnp.bfloat16, remat=True)
   batch = {
     "ids": jax.ShapeDtypeStruct((2, 1, 640), jnp.int32),
     "labels": jax.ShapeDtypeStruct((2, 1, 640), jnp.int32),
@@ -248,7 +241,7 @@ def test_published_size_traces():
   key = jax.eval_shape(lambda: jax.random.key(0))
   init = lambda key, ids, features: model.init(key, ids, features=features)["params"]
   params = jax.eval_shape(init, key, batch["ids"], batch["features"])
-  tuner = tuning_rows.tuner_of(config, model)
+  tuner = suite.tuner_of(config, model)
   optimiser = adamw(tuning.rates_of(config), tuner.rates, config.steps)
   state = jax.eval_shape(functools.partial(init_state, tuner, optimiser), key, params, {})
   trained = {name: tuning.num_parameters(tree) for name, tree in state.tuner.trainable.items()}

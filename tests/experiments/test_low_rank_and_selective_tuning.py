@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.memory_plan import LLAVA_1_5_7B
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.lorasculpt import build as low_rank_tuning
+from jaxmethods.experiments.lorasculpt import build as sculpting
 from jaxmethods.experiments.lorasculpt import config as lorasculpt
-from jaxmethods.experiments.spider import build as selective_tuning
+from jaxmethods.experiments.spider import build as selecting
 from jaxmethods.experiments.spider import config as spider
 from jaxmethods.models.mllm import MLLM, MLLMConfig
 from jaxmethods.runtime.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ def config(method, **changes):
 @pytest.fixture(scope="module")
 def sculpted():
   settings = config(lorasculpt)
-  experiment = low_rank_tuning.build(settings, benchmark=benchmark())
+  experiment = sculpting.build(settings, benchmark=benchmark())
   return settings, experiment, trained(experiment, settings)
 
 
@@ -58,7 +58,7 @@ def test_masks_hold_in_what_is_shipped(sculpted):
 
 def test_merged_and_unmerged_agree(sculpted):
   settings, _, state = sculpted
-  model, tuner = benchmark().model, low_rank_tuning.tuner_of(settings)
+  model, tuner = benchmark().model, sculpting.tuner_of(settings)
   split = benchmark().targets["digits"].test
 
   @jax.jit
@@ -72,7 +72,7 @@ def test_merged_and_unmerged_agree(sculpted):
 
 def test_published_last_step_leaks_and_ours_does_not(sculpted):
   settings = dataclasses.replace(sculpted[0], official_final=True)
-  state = trained(low_rank_tuning.build(settings, benchmark=benchmark()), settings)
+  state = trained(sculpting.build(settings, benchmark=benchmark()), settings)
   masks = flatten(state.tuner.extra["masks"])
   factors = flatten(state.tuner.trainable["adapter"])
   assert any(f[~masks[path]].any() for path, f in factors.items())
@@ -86,14 +86,14 @@ def test_without_pruning_and_penalty_it_is_lora():
   results = []
   for changes in ({"row": "lora"}, {"keep_ratio": 1.0, "cmr_weight": 0.0}):
     settings = config(lorasculpt, **changes)
-    results.append(trained(low_rank_tuning.build(settings, benchmark=benchmark()), settings))
+    results.append(trained(sculpting.build(settings, benchmark=benchmark()), settings))
   plain, idle = (state.tuner.trainable for state in results)
   jax.tree.map(np.testing.assert_array_equal, plain, idle)
 
 
 @pytest.mark.parametrize("connector", ["lora_cmr", "frozen"])
 def test_connectors(connector):
-  experiment = low_rank_tuning.build(config(lorasculpt, connector=connector), benchmark=benchmark())
+  experiment = sculpting.build(config(lorasculpt, connector=connector), benchmark=benchmark())
   check_traces(experiment)
   state = experiment.init(jax.random.key(0))
   assert "projector" in state.tuner.frozen["params"]
@@ -107,16 +107,16 @@ def test_every_row_traces():
   assert next(iter(rows)) == "lorasculpt"
   assert rows["dora"].learning_rate == 0.5
   for row in rows.values():
-    check_traces(low_rank_tuning.build(row, benchmark=benchmark()))
+    check_traces(sculpting.build(row, benchmark=benchmark()))
   rows = spider.rows(config(spider))
   assert next(iter(rows)) == "spider"
   for row in rows.values():
-    check_traces(selective_tuning.build(row, benchmark=benchmark()))
+    check_traces(selecting.build(row, benchmark=benchmark()))
 
 
 def test_spider_moves_what_is_selected_and_nothing_else():
   settings = config(spider)
-  experiment = selective_tuning.build(settings, benchmark=benchmark())
+  experiment = selecting.build(settings, benchmark=benchmark())
   state = trained(experiment, settings)
   anchor, now = (flatten(x) for x in (state.tuner.extra["anchor"], state.tuner.trainable))
   assert {path.split("/")[1] for path in now if path.startswith("language")} == {"layers_0"}
@@ -132,7 +132,7 @@ def test_spider_moves_what_is_selected_and_nothing_else():
 def test_a_run_goes_on_with_its_masks_and_importances(method, tmp_path):
   """Interrupted behind the pruning step, restored and finished: bit for bit as without."""
   settings = config(method)
-  make = low_rank_tuning.build if method is lorasculpt else selective_tuning.build
+  make = sculpting.build if method is lorasculpt else selecting.build
   experiment = make(settings, benchmark=benchmark())
   step, batches = jax.jit(experiment.step), experiment.batches(0)
   state = experiment.init(jax.random.key(settings.seed))
@@ -157,7 +157,7 @@ def test_a_run_goes_on_with_its_masks_and_importances(method, tmp_path):
 
 def test_half_of_the_tensors_rest():
   settings = config(spider, row="half", half_rounds=1)
-  state = trained(selective_tuning.build(settings, benchmark=benchmark()), settings)
+  state = trained(selecting.build(settings, benchmark=benchmark()), settings)
   before = flatten(benchmark().params)
   still = [(x == before[path]).all() for path, x in flatten(state.tuner.trainable).items()]
   assert sum(still) == len(still) // 2
@@ -165,7 +165,7 @@ def test_half_of_the_tensors_rest():
 
 def test_spider_options_are_part_of_the_state():
   held = config(spider, update_every=3, accumulate="pre_clip", recompute_importance=True)
-  experiment = selective_tuning.build(held, benchmark=benchmark())
+  experiment = selecting.build(held, benchmark=benchmark())
   check_traces(experiment)
   extra = experiment.init(jax.random.key(0)).tuner.extra
   assert extra["mask"] is not None
@@ -200,26 +200,26 @@ def test_impossible_settings(method, changes, message):
 )
 def test_targets_that_do_not_exist(changes, message):
   with pytest.raises(InputError, match=message):
-    check_traces(low_rank_tuning.build(config(lorasculpt, **changes), benchmark=benchmark()))
+    check_traces(sculpting.build(config(lorasculpt, **changes), benchmark=benchmark()))
 
 
 def test_pretrained_weights_with_nan_are_refused():
   broken = jax.tree.map(np.array, benchmark().params)
   broken["language"]["norm"]["scale"][0] = np.nan
   damaged = benchmark()._replace(params=broken)
-  for method, build in ((lorasculpt, low_rank_tuning.build), (spider, selective_tuning.build)):
+  for method, build in ((lorasculpt, sculpting.build), (spider, selecting.build)):
     with pytest.raises(InputError, match="language/norm/scale has values that are not finite"):
       build(config(method), benchmark=damaged)
 
 
 def test_layers_that_the_model_does_not_have():
   with pytest.raises(InputError, match="last_layers: 3 of a model of 1"):
-    selective_tuning.build(config(spider, last_layers=3), benchmark=benchmark())
+    selecting.build(config(spider, last_layers=3), benchmark=benchmark())
 
 
 def test_fixed_masks_hold_half_of_every_tensor():
   settings = config(spider, row="magnitude_mask")
-  experiment = selective_tuning.build(settings, benchmark=benchmark())
+  experiment = selecting.build(settings, benchmark=benchmark())
   masks = flatten(experiment.init(jax.random.key(0)).tuner.frozen["adapter"])
   assert any(path.startswith("projector") for path in masks)
   assert all(mask.sum() == mask.size // 2 for mask in masks.values())
@@ -240,14 +240,14 @@ def test_published_counts():
   projector = 20_979_712
   params = llava(32, scan=True)
   settings = lorasculpt.Config()
-  tuner = low_rank_tuning.tuner_of(settings)
+  tuner = sculpting.tuner_of(settings)
   state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
   assert tuning.num_parameters(state.trainable["adapter"]) == 79_953_920
   assert tuning.num_parameters(state.trainable["params"]) == projector
   assert tuning.num_parameters(state.extra["masks"]) == 79_953_920
 
   params = llava(2, scan=False)
-  tuner = selective_tuning.tuner_of(spider.Config(), 2)
+  tuner = selecting.tuner_of(spider.Config(), 2)
   state = jax.eval_shape(lambda p: tuner.init(jax.random.key(0), p, {}), params)
   assert tuning.num_parameters(state.trainable) == 2 * 202_383_360 + projector == 425_746_432
   # theta^0, P and S: 5.1 GB in float32.

@@ -7,12 +7,14 @@ import pytest
 
 from jaxmethods.adapters.adapter import layers_of
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.thanora import config as thanora
-from jaxmethods.experiments.thanora import desk as mixture_tuning
-from jaxmethods.methods import thanora as method
+from jaxmethods.experiments.thanora import desk, rows
+from jaxmethods.experiments.thanora.config import Config
+from jaxmethods.experiments.thanora.config import rows as comparison
+from jaxmethods.methods import thanora
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.questions import Split
 from jaxmethods.trees import flatten
+from jaxmethods.tuning.tuner import LINEARS
 from tests.tiny_questions import DESK, benchmark, check_traces, trained
 
 
@@ -21,19 +23,19 @@ def config(**changes):
     "desk": DESK, "steps": 3, "batch_size": 8, "learning_rate": 1e-2, "projector_rate": 1e-2,
     "eval_every": 3, "rank": 6, "alpha": 12.0, "dropout": 0.0, "preview": 15,
   }  # fmt: skip
-  return thanora.Config(**(small | changes))
+  return Config(**(small | changes))
 
 
 @pytest.fixture(scope="module")
 def tuned():
   settings = config()
-  experiment = mixture_tuning.build(settings, benchmark())
+  experiment = desk.build(settings, benchmark())
   return settings, experiment, trained(experiment, settings)
 
 
 def logits(settings, state, split):
   """(merged, unmerged, pretrained) logits."""
-  model, tuner = benchmark().model, mixture_tuning.tuner_of(settings)
+  model, tuner = benchmark().model, rows.tuner_of(settings)
 
   @jax.jit
   def every(state):
@@ -62,8 +64,8 @@ def test_ranks_follow_the_preview(tuned):
   layers = layers_of(state.tuner.trainable["adapter"])
   assert extra["owner"].shape == (len(layers), settings.rank)
   for owner, entropy in zip(extra["owner"], extra["entropy"], strict=True):
-    ranks, shared = method.allocate(entropy.tolist(), settings.rank, settings.temperature)
-    np.testing.assert_array_equal(owner, method.owners(ranks, shared))
+    ranks, shared = thanora.allocate(entropy.tolist(), settings.rank, settings.temperature)
+    np.testing.assert_array_equal(owner, thanora.owners(ranks, shared))
   assert set(experiment.figures(state)) == {"ranks", "entropy"}
 
 
@@ -72,8 +74,8 @@ def test_preview_equals_the_moments_of_the_inputs():
   settings = config(preview=7)
   parts = [benchmark().targets[name] for name in settings.tasks]
   pad = benchmark().vocabulary.pad
-  train = mixture_tuning.mixed([part.train for part in parts], settings.tasks, pad)
-  moments = mixture_tuning.moments_of(settings, benchmark(), train)
+  train = desk.mixed([part.train for part in parts], settings.tasks, pad)
+  moments = desk.moments_of(benchmark(), train, settings.preview, LINEARS)
   key, value = (moments[f"language/layers_0/attention/{name}"] for name in ("key", "value"))
   np.testing.assert_array_equal(key, value)
   # RMS-normalised inputs: mean square 1 before the scale, which starts at 1; no token is padding.
@@ -83,23 +85,23 @@ def test_preview_equals_the_moments_of_the_inputs():
     ids=np.pad(parts[0].train.ids, ((0, 0), (0, 0), (0, 4)), constant_values=pad),
     labels=np.pad(parts[0].train.labels, ((0, 0), (0, 0), (0, 4)), constant_values=-100),
   )
-  padded = mixture_tuning.mixed([longer, parts[1].train], settings.tasks, pad)
-  again = mixture_tuning.moments_of(settings, benchmark(), padded)
+  padded = desk.mixed([longer, parts[1].train], settings.tasks, pad)
+  again = desk.moments_of(benchmark(), padded, settings.preview, LINEARS)
   for path in moments:
     np.testing.assert_allclose(again[path], moments[path], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_trace():
-  rows = thanora.rows(config(rates={"corda": 0.25}))
-  assert next(iter(rows)) == "thanora"
-  assert rows["corda"].learning_rate == 0.25
+  settings = comparison(config(rates={"corda": 0.25}))
+  assert next(iter(settings)) == "thanora"
+  assert settings["corda"].learning_rate == 0.25
   for name in ("lora", "corda", "hydralora", "spr_only", "no_cooperative", "dare", "ties"):
-    check_traces(mixture_tuning.build(rows[name], benchmark()))
+    check_traces(desk.build(settings[name], benchmark()))
 
 
 def test_separate_models_see_only_their_task():
   settings = config(row="single", steps=2)
-  experiment = mixture_tuning.build(settings, benchmark())
+  experiment = desk.build(settings, benchmark())
   state = trained(experiment, settings)
   assert jax.tree.leaves(state.tuner.trainable)[0].shape[0] == 2
   # Spoiling the questions of the second task leaves the model of the first as it was.
@@ -117,9 +119,9 @@ def test_separate_models_see_only_their_task():
 def test_averaging_is_the_mean_of_the_merged_models():
   before = {"w": jnp.zeros(4)}
   models = [{"w": jnp.array([2.0, 0, 1, -1])}, {"w": jnp.array([4.0, 1, 0, 1])}]
-  put = lambda row, **options: mixture_tuning.put_together(
-    config(row=row, **options), before, models, jax.random.key(0)
-  )["w"]
+  put = lambda how, **options: rows.put_together(how, before, models, jax.random.key(0), **options)[
+    "w"
+  ]
   np.testing.assert_allclose(put("average"), [3, 0.5, 0.5, 0])
   np.testing.assert_allclose(put("dare", drop=0.0), put("average"))
   np.testing.assert_allclose(put("ties", keep=0.5), [3, 1, 1, 0])  # ties of |.|: the earlier entry
@@ -130,22 +132,22 @@ def test_tasks_of_very_different_size(sampler):
   uneven = benchmark(counting_images=600)
   settings = config(sampler=sampler, batch_size=11)
   parts = [uneven.targets[name].train for name in settings.tasks]
-  train = mixture_tuning.mixed(parts, settings.tasks, uneven.vocabulary.pad)
+  train = desk.mixed(parts, settings.tasks, uneven.vocabulary.pad)
   assert train.sizes.tolist() == [20, 200]
-  sizes = mixture_tuning.batch_sizes(settings, train.sizes)
+  balanced = sampler == "balanced"
+  sizes = rows.batch_sizes(settings.tasks, train.sizes, 11, balanced=balanced, apart=balanced)
   assert sizes == ([1, 10] if sampler == "proportional" else [5, 5])
-  assert "digits 20, counting 200" in mixture_tuning.build(settings, uneven).about
+  assert "digits 20, counting 200" in desk.build(settings, uneven).about
   if sampler == "proportional":
-    small = config(row="single", batch_size=8)
     with pytest.raises(InputError, match=r"task digits: 20 examples give it 0 of a batch of 8"):
-      mixture_tuning.batch_sizes(small, train.sizes)
+      rows.batch_sizes(settings.tasks, train.sizes, 8, balanced=False, apart=True)
 
 
 def test_an_empty_task_is_refused():
   parts = [benchmark().targets[name].train for name in ("digits", "counting")]
   empty = Split(*(x[:0] for x in parts[1]))
   with pytest.raises(InputError, match="task counting: has no questions"):
-    mixture_tuning.mixed([parts[0], empty], ["digits", "counting"], 0)
+    desk.mixed([parts[0], empty], ["digits", "counting"], 0)
 
 
 @pytest.mark.parametrize(
@@ -167,4 +169,4 @@ def test_impossible_settings(changes, message):
 
 def test_a_regex_that_matches_nothing():
   with pytest.raises(InputError, match="'nowhere' matches no parameter path"):
-    mixture_tuning.build(config(targets="nowhere"), benchmark())
+    desk.build(config(targets="nowhere"), benchmark())

@@ -59,10 +59,9 @@ def test_start(golden):
   for g, tasks in each_layer(golden):
     _, parts = previews(golden, g, tasks)
     ranks, shared = np.asarray(g["expected_ranks"]), int(g["expected_coop_rank"])
-    layer = thanora.start_layer(
-      jax.random.key(0), g["W"].T, parts, ranks, shared, scale=alpha / rank,
-      gain=float(golden["gamma"]),
-    )  # fmt: skip
+    blocks = thanora.task_blocks(parts, ranks, float(golden["gamma"]))
+    assert shared == rank - len(blocks.owner)
+    layer = thanora.start_layer(jax.random.key(0), g["W"].T, blocks, rank, scale=alpha / rank)
     for t in range(tasks):
       rows = layer.owner == t
       assert rows.sum() == ranks[t]

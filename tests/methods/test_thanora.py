@@ -106,12 +106,10 @@ def started(ranks=(2, 3), shared=2, **options):
   parts = [
     thanora.decompose(kernel, thanora.damped(moment(draw(50, IN, seed=t)))) for t in range(2)
   ]
-  options = {"scale": 2.0, "gain": 0.5} | options
-  return (
-    kernel,
-    parts,
-    thanora.start_layer(jax.random.key(0), kernel, parts, ranks, shared, **options),
-  )
+  blocks = thanora.task_blocks(parts, ranks, gain=0.5)
+  rank = sum(ranks) + shared
+  layer = thanora.start_layer(jax.random.key(0), kernel, blocks, rank, scale=2.0, **options)
+  return kernel, parts, layer
 
 
 def test_a_block_of_full_rank_is_the_weight():

@@ -1,7 +1,7 @@
-"""LoRASculpt and its rivals on the desk benchmark of multimodal tuning.
+"""LoRASculpt and its rivals on a small multimodal model.
 
-The model is pretrained on easy-VQA and tuned on one target; what it keeps of easy-VQA is what it did not
-forget. See `experiments.multimodal` for the benchmark and `experiments.tuning` for the columns.
+The model is pretrained on easy-VQA and tuned on one target; its accuracy on easy-VQA shows how much it
+forgot. See `testbeds.multimodal.benchmark` for the tasks, `testbeds.multimodal.tuning` for the columns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxmethods.runtime import checks
 from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
 
 Row = Literal[
@@ -53,23 +54,15 @@ class Config(TuningConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.rank < 1 or self.prune_at < 1:
-      name = "rank" if self.rank < 1 else "prune_at"
-      raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    if not 0 < self.keep_ratio <= 1:
-      raise ValueError(f"keep_ratio: must be in (0, 1], got {self.keep_ratio}")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
-    for name in ("alpha", "omega"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-    for name in ("cmr_weight", "connector_weight", "orth_weight"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+    checks.at_least(self, 1, "rank", "prune_at")
+    checks.within(self, "(0, 1]", "keep_ratio")
+    checks.within(self, "[0, 1)", "dropout")
+    checks.positive(self, "alpha", "omega")
+    checks.at_least(self, 0, "cmr_weight", "connector_weight", "orth_weight")
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """LoRASculpt, its ablations, and its rivals; learning rates are those of `rates`.
+  """Lists LoRASculpt, its ablations and its rivals, at their learning rates.
 
   L2-SP, EWC, DARE, Grafting and Model Tailor tune all layers themselves, as in the suite.
   """
@@ -80,4 +73,4 @@ def rows(config: Config) -> dict[str, Config]:
     "frozen_projector": {"row": "lorasculpt", "connector": "frozen"},
     **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
   }
-  return at_their_rates(config, changes)
+  return at_their_rates(config, config.rates, changes)

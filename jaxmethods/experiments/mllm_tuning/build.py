@@ -8,9 +8,10 @@ from typing import Any
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from jaxmethods.experiments.mllm_tuning.config import PARADIGMS, Config
+from jaxmethods.experiments.mllm_tuning.config import Config
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.testbeds.multimodal import figures, suite
+from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
 
 def build(config: Config, mesh: Mesh | None = None) -> Experiment:

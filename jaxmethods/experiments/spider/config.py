@@ -1,4 +1,4 @@
-"""SPIDER and its rivals on the desk benchmark of multimodal tuning.
+"""SPIDER and its rivals on a small multimodal model.
 
 The projector and the last layers of the language model are trained; see `experiments.lorasculpt` for the
 same benchmark under low-rank updates.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from jaxmethods.runtime import checks
 from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
 
 Row = Literal[
@@ -40,20 +41,12 @@ class Config(TuningConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.last_layers < 0:
-      raise ValueError(f"last_layers: must not be negative, got {self.last_layers}")
-    for name in ("update_every", "half_rounds"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("ratio", "graft_share"):
-      if not 0 < getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
-    if not 0 <= self.dare_rate < 1:
-      raise ValueError(f"dare_rate: must be in [0, 1), got {self.dare_rate}")
-    if self.l2_weight < 0:
-      raise ValueError(f"l2_weight: must not be negative, got {self.l2_weight}")
+    checks.at_least(self, 0, "last_layers", "l2_weight")
+    checks.at_least(self, 1, "update_every", "half_rounds")
+    checks.within(self, "(0, 1)", "ratio", "graft_share")
+    checks.within(self, "[0, 1)", "dare_rate")
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """SPIDER, its ablation, and its rivals on the same layers; learning rates are those of `rates`."""
-  return at_their_rates(config, {name: {"row": name} for name in ROWS})
+  """Lists SPIDER, its ablation and its rivals on the same layers, at their learning rates."""
+  return at_their_rates(config, config.rates, {name: {"row": name} for name in ROWS})

@@ -1,56 +1,87 @@
-"""Tuning a real LLaVA-style checkpoint on several tasks at once, from files of questions and images.
+"""Composes the tuning of a real LLaVA-style checkpoint on several tasks, from files of questions.
 
-The same tuners, preview and columns as on the desk model (`mixture_tuning`), with the batches of
-`checkpoint_tuning`. Rows that train one model per task would hold the checkpoint once for each: they
-are runs of `--row lora` with a single task here.
+Tuners, preview and columns are those of the small model (`desk`), batches those of
+`testbeds.multimodal.checkpoint`. Rows that train one model per task would hold the checkpoint once for
+each: run `--row lora` with a single task in their place.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.question_files import Question, check_disjoint, read_questions
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.thanora import desk as mixture_tuning
+from jaxmethods.experiments.thanora import rows
+from jaxmethods.experiments.thanora.config import Config
+from jaxmethods.experiments.thanora.figures import figures
+from jaxmethods.experiments.thanora.preview import Reading, second_moments
 from jaxmethods.methods import thanora as method
 from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.checkpoint import Answering, Reader
 from jaxmethods.tuning import tuner as tuners
-from jaxmethods.tuning.tuner import TuningState
-
-if TYPE_CHECKING:
-  from jaxmethods.experiments.thanora.config import Config
+from jaxmethods.tuning.tuner import Tuner, TuningState
 
 
 class Material(NamedTuple):
-  """What a run needs.
+  """Model and questions of a run.
 
   Attributes:
     model, params: the checkpoint.
-    train: training questions of every task, in the order of `config.tasks`.
-    tests: those that are tested on: of the tasks, and of what must not be forgotten.
-    batch: questions -> {"features", "ids", "labels"}.
+    train: training questions of every task, in the order of the tasks.
+    tests: test questions of the tasks, and of what must not be forgotten.
+    batch: maps questions to {"features", "ids", "labels"}.
   """
 
   model: Answering
-  params: dict[str, Any]
+  params: Params
   train: dict[str, list[Question]]
   tests: dict[str, list[Question]]
   batch: Reader
 
 
-def load(config: Config, mesh: Any = None) -> Material:
+class Order(NamedTuple):
+  """Order of the training data.
+
+  Attributes:
+    questions: all tasks, one after the other.
+    counts: questions of every task, (T,).
+    sizes: questions of every task in a batch; None: batches of the whole mixture.
+    batch_size: questions of a batch.
+    seed: seed of the shuffles.
+    batch: see `Material`.
+  """
+
+  questions: list[Question]
+  counts: np.ndarray
+  sizes: list[int] | None
+  batch_size: int
+  seed: int
+  batch: Reader
+
+
+class Kept(NamedTuple):
+  """The parts of an evaluation that do not change: tuner, model, names, and questions at once."""
+
+  tuner: Tuner
+  model: Answering
+  tasks: tuple[str, ...]
+  upstream: tuple[str, ...]
+  chunk: int
+
+
+def load(config: Config, mesh: Mesh | None = None) -> Material:
   """Reads the files of questions and the checkpoint.
 
   Raises:
@@ -72,101 +103,149 @@ def load(config: Config, mesh: Any = None) -> Material:
   return Material(model, params, train, tests, batch)
 
 
-def build(config: Config, mesh: Any = None, material: Material | None = None) -> Experiment:
-  """Composes the experiment; the material is by default what the config names."""
-  if config.row in mixture_tuning.SEPARATE:
+def build(config: Config, mesh: Mesh | None = None, material: Material | None = None) -> Experiment:
+  """Composes the experiment; the material is by default that of the config."""
+  if config.row in rows.SEPARATE:
     raise InputError(
       f"row: {config.row} trains one model per task; on a checkpoint, run --row lora with one task each"
     )
   material = material or load(config, mesh)
-  model, names = material.model, config.tasks
-  tuning.check_finite(material.params)
-  tuner, chunk = mixture_tuning.tuner_of(config), config.checkpoint.chunk
+  model, params, names = material.model, material.params, tuple(config.tasks)
+  tuning.check_finite(params)
+  tuner, chunk = rows.tuner_of(config), config.checkpoint.chunk
   optimiser = tuners.adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
-  moments: dict[str, Any] = (
-    moments_of(config, material, mesh) if mixture_tuning.needs_preview(config) else {}
+  plan = start_of(config, material, mesh)
+  counts, balanced = (
+    np.array([len(of) for of in material.train.values()]),
+    config.sampler == "balanced",
   )
-  counts = np.array([len(questions) for questions in material.train.values()])
-  sizes = mixture_tuning.batch_sizes(config, counts)
+  sizes = rows.batch_sizes(names, counts, config.batch_size, balanced=balanced, apart=balanced)
   everything = [question for questions in material.train.values() for question in questions]
-  ends = np.cumsum(counts)
-
-  def init(key: jax.Array) -> TuningState:
-    return tuners.init_state(tuner, optimiser, key, material.params, moments)
-
-  def shuffled(task: int, count: int, k: int, size: int) -> np.ndarray:
-    """Places of batch `k` among `count` questions, which every epoch shuffles anew."""
-    epoch, place = divmod(k, count // size)
-    order = np.random.default_rng((config.seed, task, epoch)).permutation(count)
-    return order[place * size : (place + 1) * size]
-
-  def batches(k: int) -> Iterator[dict[str, np.ndarray]]:
-    while True:
-      if config.sampler == "balanced":
-        parts = enumerate(zip(ends - counts, counts, sizes, strict=True))
-        rows = np.concatenate([a + shuffled(t, n, k, size) for t, (a, n, size) in parts])
-      else:
-        rows = shuffled(len(names), int(ends[-1]), k, config.batch_size)
-      yield material.batch([everything[row] for row in rows])
-      k += 1
-
-  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
-    run = tuning.tuned(tuner, model, state)
-    after = checkpoint_tuning.accuracies_of(run, test["tests"], chunk)
-    mean = lambda of, which: jnp.stack([of[name] for name in which]).mean()
-    columns = {"Mean": mean(after, names), **{name: after[name] for name in names}}
-    if upstream := list(config.checkpoint.upstream):
-      source = mean(after, upstream)
-      columns |= {"Source": source, "F": source - mean(test["before"], upstream)}
-    return columns
-
+  parts = sizes if balanced else None
+  order = Order(everything, counts, parts, config.batch_size, config.seed, material.batch)
   tests = {
     name: checkpoint_tuning.split_of(material.batch, questions[: config.checkpoint.test_questions])
     for name, questions in material.tests.items()
   }
-  before = checkpoint_tuning.pretrained_scores(model, material.params, tests, chunk)
+  before = checkpoint_tuning.pretrained_scores(model, params, tests, chunk)
+  kept = Kept(tuner, model, names, tuple(config.checkpoint.upstream), chunk)
+  draw = functools.partial(figures, names, config.start == "preview")
   shares = ", ".join(f"{name} {n}" for name, n in zip(names, counts, strict=True))
   return Experiment(
-    init=init,
-    batches=batches,
+    init=lambda key: tuners.init_state(tuner, optimiser, key, params, plan),
+    batches=functools.partial(_batches, order),
     step=tuners.tuning_step(tuner, model, optimiser, tuners.answer_loss, clip=config.clip),
-    evaluate=evaluate,
+    evaluate=functools.partial(_evaluate, kept),
     test={"tests": tests, "before": before},
-    figures=functools.partial(mixture_tuning.figures, config)
-    if config.row == "thanora"
-    else lambda state: {},
+    figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
     about=f"{config.checkpoint.model}; {config.sampler} mixture of {shares} training questions",
   )
 
 
-def moments_of(config: Config, material: Material, mesh: Any = None) -> dict[str, np.ndarray]:
-  """As `mixture_tuning.moments_of`; rows of a moment are spread over the mesh while it grows.
+def _batches(order: Order, k: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the batches from step `k` on."""
+  counts, ends = order.counts, np.cumsum(order.counts)
+  while True:
+    if order.sizes is None:
+      chosen = _shuffled(order.seed, len(counts), int(ends[-1]), k, order.batch_size)
+    else:
+      parts = enumerate(zip(ends - counts, counts, order.sizes, strict=True))
+      chosen = np.concatenate(
+        [a + _shuffled(order.seed, t, n, k, size) for t, (a, n, size) in parts]
+      )
+    yield order.batch([order.questions[row] for row in chosen])
+    k += 1
+
+
+def _shuffled(seed: int, task: int, count: int, k: int, size: int) -> np.ndarray:
+  """Draws the places of batch `k` among `count` questions, which every epoch shuffles anew."""
+  epoch, place = divmod(k, count // size)
+  order = np.random.default_rng((seed, task, epoch)).permutation(count)
+  return order[place * size : (place + 1) * size]
+
+
+def _evaluate(kept: Kept, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Measures the mean accuracy over the tasks, each task, and the change of the upstream ones."""
+  run = tuning.tuned(kept.tuner, kept.model, state)
+  after = checkpoint_tuning.accuracies_of(run, test["tests"], kept.chunk)
+  mean = lambda of, which: jnp.stack([of[name] for name in which]).mean()
+  columns = {"Mean": mean(after, kept.tasks), **{name: after[name] for name in kept.tasks}}
+  if kept.upstream:
+    source = mean(after, kept.upstream)
+    columns |= {"Source": source, "F": source - mean(test["before"], kept.upstream)}
+  return columns
+
+
+def start_of(config: Config, material: Material, mesh: Mesh | None = None) -> dict[str, Any]:
+  """Plans the start of a row by its preview; empty for rows that start without data."""
+  if not rows.needs_preview(config):
+    return {}
+  moments = moments_of(
+    material,
+    config.preview,
+    config.checkpoint.chunk,
+    rows.targets_of(config),
+    together=config.row == "corda",
+    mesh=mesh,
+  )
+  return rows.plan_of(config, material.params, moments)
+
+
+def moments_of(
+  material: Material,
+  count: int,
+  chunk: int,
+  targets: str,
+  *,
+  together: bool = False,
+  mesh: Mesh | None = None,
+) -> dict[str, np.ndarray]:
+  """Measures second moments of the inputs of every layer on a preview of every task.
 
   For LLaVA-1.5-7B the moments of one task take 28 GB in all (float32).
+
+  Args:
+    material: model and questions.
+    count: questions of every task that are read.
+    chunk: questions that are read at once.
+    targets: regular expression on kernel paths.
+    together: whether all tasks have one moment.
+    mesh: devices over which the rows of a moment are spread while it grows.
   """
-  model = material.model
+  tasks = [_chunks(material.batch, of[:count], chunk) for of in material.train.values()]
+  return second_moments(
+    material.params,
+    tasks,
+    functools.partial(_read, material.model),
+    targets,
+    together=together,
+    begin=functools.partial(_no_inputs, mesh),
+  )
 
-  def read(params, batch):
-    ids, labels = batch["ids"], batch["labels"]
-    # Padding is behind the last token that is asked for.
-    last = jnp.max(jnp.where(labels != IGNORED, jnp.arange(ids.shape[-1]), -1), axis=-1)
-    mask = jnp.arange(ids.shape[-1]) <= last[..., None]
-    run = lambda: model.apply({"params": params}, ids, features=batch["features"], logits="none")
-    return run, [mask.reshape(-1, ids.shape[-1])]
 
-  def begin(width: int) -> method.Moment:
-    moment = method.no_inputs(width)
-    if mesh is None:
-      return moment
-    rows = PartitionSpec(mesh.axis_names) if width % mesh.size == 0 else PartitionSpec()
-    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    return method.Moment(place(moment.total, rows), place(moment.inputs, PartitionSpec()))
+def _read(model: Answering, params: Params, batch: Mapping[str, jax.Array]) -> Reading:
+  """Reads a batch; padding is behind the last token that is asked for."""
+  ids, labels = batch["ids"], batch["labels"]
+  last = jnp.max(jnp.where(labels != IGNORED, jnp.arange(ids.shape[-1]), -1), axis=-1)
+  mask = jnp.arange(ids.shape[-1]) <= last[..., None]
+  run = lambda: model.apply({"params": params}, ids, features=batch["features"], logits="none")
+  return run, [mask.reshape(-1, ids.shape[-1])]
 
-  def chunks(questions: list[Question]) -> Iterator[dict[str, np.ndarray]]:
-    shown = questions[: config.preview]
-    for first in range(0, len(shown), config.checkpoint.chunk):
-      yield material.batch(shown[first : first + config.checkpoint.chunk])
 
-  tasks = [chunks(questions) for questions in material.train.values()]
-  return mixture_tuning.second_moments(config, material.params, tasks, read, begin)
+def _no_inputs(mesh: Mesh | None, width: int) -> method.Moment:
+  """Begins the moment of a layer, its rows spread over the mesh."""
+  moment = method.no_inputs(width)
+  if mesh is None:
+    return moment
+  spec = PartitionSpec(mesh.axis_names) if width % mesh.size == 0 else PartitionSpec()
+  place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  return method.Moment(place(moment.total, spec), place(moment.inputs, PartitionSpec()))
+
+
+def _chunks(
+  batch: Reader, questions: Sequence[Question], chunk: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Cuts questions into batches."""
+  for first in range(0, len(questions), chunk):
+    yield batch(questions[first : first + chunk])

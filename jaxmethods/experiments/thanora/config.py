@@ -1,8 +1,8 @@
-"""ThanoRA-style tuning on mixtures of tasks, and its rivals, on the desk benchmark or a checkpoint.
+"""ThanoRA-style tuning on mixtures of tasks, and its rivals, on a small model or a checkpoint.
 
 No code of the paper was published and its body could not be read: what is marked (inferred) below is our
-reading. One model, pretrained on easy-VQA, is tuned on several targets at once; what is compared is the
-mean of their accuracies.
+reading. One model, pretrained on easy-VQA, is tuned on several targets at once; compared is the mean of
+their accuracies.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxmethods.runtime import checks
 from jaxmethods.testbeds.multimodal.settings import BudgetConfig, at_their_rates
 
 Row = Literal[
@@ -53,34 +54,37 @@ class Config(BudgetConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-      raise ValueError(f"tasks: must be one or more different tasks, got {self.tasks}")
-    if (self.train or self.test) and not self.checkpoint.model:
-      raise ValueError("train, test: files of questions need checkpoint.model")
-    if self.checkpoint.train or self.checkpoint.test:
-      raise ValueError("checkpoint.train, checkpoint.test: a mixture takes train and test, by task")
-    if self.rank < len(self.tasks) + 1:
-      raise ValueError(
-        f"rank: {self.rank} is too small for {len(self.tasks)} tasks and a cooperative block"
-      )
-    for name in ("preview", "experts"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("alpha", "temperature", "damping"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-    for name in ("gain", "spr_weight"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-    for name in ("dropout", "drop"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
-    if not 0 < self.keep <= 1:
-      raise ValueError(f"keep: must be in (0, 1], got {self.keep}")
+    checks.require(
+      0 < len(self.tasks) == len(set(self.tasks)),
+      "tasks",
+      f"must be one or more different tasks, got {self.tasks}",
+    )
+    checks.require(
+      bool(self.checkpoint.model) or not (self.train or self.test),
+      "train, test",
+      "files of questions need checkpoint.model",
+    )
+    checks.require(
+      not (self.checkpoint.train or self.checkpoint.test),
+      "checkpoint.train, checkpoint.test",
+      "a mixture takes train and test, by task",
+    )
+    checks.require(
+      self.rank > len(self.tasks),
+      "rank",
+      f"{self.rank} is too small for {len(self.tasks)} tasks and a cooperative block",
+    )
+    checks.at_least(self, 1, "preview", "experts")
+    checks.positive(self, "alpha", "damping")
+    # Not `positive`: infinite temperatures are meant.
+    checks.require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
+    checks.at_least(self, 0, "gain", "spr_weight")
+    checks.within(self, "[0, 1)", "dropout", "drop")
+    checks.within(self, "(0, 1]", "keep")
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """ThanoRA, its ablations, and its rivals; learning rates are those of `rates`."""
+  """Lists ThanoRA, its ablations and its rivals, at their learning rates."""
   infinite = float("inf")
   changes: dict[str, dict[str, Any]] = {
     "thanora": {"row": "thanora"},
@@ -95,4 +99,4 @@ def rows(config: Config) -> dict[str, Config]:
       )
     },
   }  # fmt: skip
-  return at_their_rates(config, changes)
+  return at_their_rates(config, config.rates, changes)

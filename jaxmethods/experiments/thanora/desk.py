@@ -1,39 +1,32 @@
-"""Tuning one model on several tasks at once: the heavy half of the ThanoRA experiment."""
+"""Composes the tuning of the small model on several tasks at once."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
-from jaxmethods.adapters import low_rank, preview
-from jaxmethods.adapters.adapter import layers_of
-from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.errors import InputError
-from jaxmethods.methods import thanora as method
-from jaxmethods.runtime import compiler
+from jaxmethods.experiments.thanora import rows
+from jaxmethods.experiments.thanora.config import Config
+from jaxmethods.experiments.thanora.figures import figures
+from jaxmethods.experiments.thanora.preview import Reading, second_moments
+from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import benchmark as multimodal
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies, shuffled_rows
-from jaxmethods.trees import flatten, owner
-from jaxmethods.tuning import posterior
 from jaxmethods.tuning import tuner as tuners
-from jaxmethods.tuning.tuner import Tuner, TuningState
+from jaxmethods.tuning.tuner import Run, Tuner, TuningState, Update
 
-if TYPE_CHECKING:
-  from jaxmethods.experiments.thanora.config import Config
-
-# Rows that train one model for every task; all but the first put them together afterwards.
-SEPARATE = ("single", "average", "dare", "ties")
 _PREVIEW_CHUNK = 50
 
 
@@ -41,8 +34,8 @@ class Mixture(NamedTuple):
   """Questions of several tasks.
 
   Attributes:
-    questions: of all tasks, one task after the other; `family` is the task.
-    start: where every task begins, (T + 1,).
+    questions: all tasks, one after the other; `family` is the task.
+    start: first row of every task, and the end, (T + 1,).
   """
 
   questions: Split
@@ -50,92 +43,76 @@ class Mixture(NamedTuple):
 
   @property
   def sizes(self) -> np.ndarray:
+    """Number of examples of every task, (T,)."""
     return np.diff(self.start)
+
+
+class Order(NamedTuple):
+  """Order of the training data.
+
+  Attributes:
+    start: see `Mixture`.
+    sizes: examples of every task in a batch.
+    batch_size: examples of a batch of the whole mixture.
+    balanced: whether every task has its own part of a batch.
+  """
+
+  start: np.ndarray
+  sizes: list[int]
+  batch_size: int
+  balanced: bool
+
+
+class Kept(NamedTuple):
+  """The choice of the models that are evaluated in the end.
+
+  Attributes:
+    row: name of the row.
+    tuner: way of tuning.
+    model: architecture.
+    tasks: names of the tasks.
+    families: names of the upstream tasks.
+    drop, keep: see `rows.put_together`.
+  """
+
+  row: str
+  tuner: Tuner
+  model: DeskMLLM
+  tasks: tuple[str, ...]
+  families: tuple[str, ...]
+  drop: float
+  keep: float
 
 
 def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
   """Composes the experiment; the benchmark is by default the one of the config."""
   benchmark = benchmark or multimodal.load(config.desk, config.tasks)
   tuning.check_finite(benchmark.params)
-  pad = benchmark.vocabulary.pad
-  parts = [benchmark.targets[name] for name in config.tasks]
-  train = mixed([task.train for task in parts], config.tasks, pad)
-  tests = mixed([getattr(task, config.split) for task in parts], config.tasks, pad)
-  separate = config.row in SEPARATE
-  tuner, model = tuner_of(config), benchmark.model
+  names, model, params = tuple(config.tasks), benchmark.model, benchmark.params
+  train = mixed([benchmark.targets[name].train for name in names], names, benchmark.vocabulary.pad)
+  separate, balanced = config.row in rows.SEPARATE, config.sampler == "balanced"
+  sizes = rows.batch_sizes(
+    names, train.sizes, config.batch_size, balanced=balanced, apart=balanced or separate
+  )
+  order = Order(train.start, sizes, config.batch_size, balanced)
+  tuner = rows.tuner_of(config)
   optimiser = tuners.adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
   update = tuners.tuning_step(tuner, model, optimiser, tuners.answer_loss, clip=config.clip)
-  moments: dict[str, Any] = moments_of(config, benchmark, train) if needs_preview(config) else {}
-  sizes = batch_sizes(config, train.sizes)
+  plan = start_of(config, benchmark, train)
+  one = lambda key: tuners.init_state(tuner, optimiser, key, params, plan)
   data = jax.device_put(train.questions)
-
-  def init(key: jax.Array) -> TuningState:
-    one = lambda key: tuners.init_state(tuner, optimiser, key, benchmark.params, moments)
-    if not separate:
-      return one(key)
-    states = [one(jax.random.fold_in(key, t)) for t in range(len(config.tasks))]
-    return jax.tree.map(lambda *x: jnp.stack(x), *states)
-
-  def batches(k: int) -> Iterator[Split]:
-    del k  # the state knows its step
-    while True:
-      yield data
-
-  def drawn(data: Split, state: TuningState, task: int | None) -> dict[str, jax.Array]:
-    """The next batch of one task, or of the mixture."""
-    key = jax.random.wrap_key_data(state.key)
-    if task is not None or config.sampler == "balanced":
-      tasks = range(len(config.tasks)) if task is None else [task]
-      rows = [
-        train.start[t] + shuffled_rows(key, state.step, int(train.sizes[t]), sizes[t])
-        for t in tasks
-      ]
-    else:
-      rows = [shuffled_rows(key, state.step, int(train.start[-1]), config.batch_size)]
-    return {name: x[jnp.concatenate(rows)] for name, x in data._asdict().items()}
-
-  def step(state: TuningState, data: Split) -> tuple[TuningState, dict[str, jax.Array]]:
-    if not separate:
-      return update(state, drawn(data, state, None))
-    done = []
-    for t in range(len(config.tasks)):
-      one = jax.tree.map(lambda x, t=t: x[t], state)
-      done.append(update(one, drawn(data, one, t)))
-    states, metrics = (
-      jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*done, strict=True)
-    )
-    return states, jax.tree.map(jnp.mean, metrics)
-
-  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
-    runs = models_of(config, tuner, benchmark, state)
-    scores = [accuracies(run, test["tasks"], config.tasks) for run in runs]
-    reached = {name: scores[t % len(runs)][name] for t, name in enumerate(config.tasks)}
-    kept = [accuracies(run, test["source"], benchmark.upstream.families) for run in runs]
-    source = jnp.stack([jnp.stack(list(of.values())).mean() for of in kept]).mean()
-    return {
-      "Mean": jnp.stack(list(reached.values())).mean(),
-      **reached,
-      "Source": source,
-      "F": source - test["before"],
-    }
-
-  source = jax.device_put(getattr(benchmark.upstream, config.split))
-  before = tuning.pretrained_scores(
-    benchmark, {"source": source}, {"source": benchmark.upstream.families}
-  )["source"]
-  test = {
-    "tasks": jax.device_put(tests.questions),
-    "source": source,
-    "before": jnp.stack(list(before.values())).mean(),
-  }
-  shares = ", ".join(f"{name} {n}" for name, n in zip(config.tasks, train.sizes, strict=True))
+  families = benchmark.upstream.families
+  kept = Kept(config.row, tuner, model, names, families, config.drop, config.keep)
+  draw = functools.partial(figures, names, config.start == "preview")
+  shares = ", ".join(f"{name} {n}" for name, n in zip(names, train.sizes, strict=True))
   return Experiment(
-    init=init,
-    batches=batches,
-    step=step,
-    evaluate=evaluate,
-    test=test,
-    figures=functools.partial(figures, config) if config.row == "thanora" else lambda state: {},
+    init=functools.partial(_init_each, one, len(names)) if separate else one,
+    batches=lambda k: itertools.repeat(data),  # the state knows its step
+    step=functools.partial(_step_each if separate else _step, update, order),
+    evaluate=functools.partial(_evaluate, kept),
+    # Pretrained weights are an argument, where models are merged into them.
+    test=test_of(benchmark, names, config.split) | {"pretrained": params if separate else {}},
+    figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
     about=f"{benchmark.about}; {config.sampler} mixture of {shares} training questions",
   )
@@ -144,8 +121,8 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
 # --- data ---------------------------------------------------------------------------------------
 
 
-def mixed(parts: list[Split], names: list[str], pad: int) -> Mixture:
-  """Tasks one after the other, texts padded to the longest.
+def mixed(parts: Sequence[Split], names: Sequence[str], pad: int) -> Mixture:
+  """Joins tasks one after the other, texts padded to the longest.
 
   Raises:
     InputError: a task without questions.
@@ -168,216 +145,145 @@ def mixed(parts: list[Split], names: list[str], pad: int) -> Mixture:
   return Mixture(Split(*map(np.concatenate, zip(*whole, strict=True))), start)
 
 
-def batch_sizes(config: Config, counts: np.ndarray) -> list[int]:
-  """Examples of every task in a batch: its share of the mixture, or equal parts.
+def test_of(benchmark: Benchmark, names: Sequence[str], part: str) -> dict[str, Any]:
+  """Collects the test questions, and the mean upstream score of the pretrained model.
 
   Args:
-    config: the tasks, the batch.
-    counts: examples of every task.
-
-  Raises:
-    InputError: a task is smaller than its part, or its part is empty.
+    benchmark: tasks and model.
+    names: tasks of the mixture.
+    part: "test" or "validation".
   """
-  shares = counts / counts.sum()
-  if config.sampler == "balanced":
-    shares = np.full(len(shares), 1 / len(shares))
-  sizes = np.floor(config.batch_size * shares).astype(int)
-  for name, size, count in zip(config.tasks, sizes, counts, strict=True):
-    apart = config.row in SEPARATE or config.sampler == "balanced"
-    if size > count or (apart and size == 0):
-      raise InputError(
-        f"task {name}: {count} examples give it {size} of a batch of {config.batch_size}; "
-        "change batch_size or sampler"
-      )
-  if config.batch_size > counts.sum():
-    raise InputError(f"batch_size: {config.batch_size} is more than the {counts.sum()} examples")
-  return sizes.tolist()
+  chosen = [getattr(benchmark.targets[name], part) for name in names]
+  tasks = jax.device_put(mixed(chosen, names, benchmark.vocabulary.pad).questions)
+  source = jax.device_put(getattr(benchmark.upstream, part))
+  families = {"source": benchmark.upstream.families}
+  before = tuning.pretrained_scores(benchmark, {"source": source}, families)["source"]
+  mean = jnp.stack(list(before.values())).mean()
+  return {"tasks": tasks, "source": source, "before": mean}
 
 
-# --- rows ---------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
-def tuner_of(config: Config) -> Tuner:
-  """The row that a config names; those that train apart are LoRA."""
-  update = (config.rank, config.alpha, config.dropout)
-  targets = config.targets or tuners.LINEARS
-  also = tuners.PROJECTOR if config.train_projector else None
-  if config.row == "thanora":
-    return method.tuner(
-      *update,
-      tasks=len(config.tasks),
-      temperature=config.temperature,
-      gain=config.gain or None,
-      weight=config.spr_weight,
-      spectrum=config.spectrum,
-      orth_on=config.orth_on,
-      damping=config.damping,
-      start=config.start,
-      compensate=config.compensate,
-      cooperative=config.cooperative,
-      targets=targets,
-      also=also,
-    )
-  if config.row == "corda":
-    return method.corda(*update, damping=config.damping, targets=targets, also=also)
-  if config.row in ("hydralora", "loramoe"):
-    kind = {"hydralora": low_rank.hydralora, "loramoe": low_rank.loramoe}[config.row]
-    return tuners.adapted(kind(*update, config.experts), targets, also)
-  return tuners.adapted(
-    (low_rank.dora if config.row == "dora" else low_rank.lora)(*update), targets, also
+def _drawn(order: Order, data: Split, state: TuningState, task: int | None) -> tuners.Batch:
+  """Draws the next batch of one task, or of the mixture."""
+  key = jax.random.wrap_key_data(state.key)
+  if task is None and not order.balanced:
+    chosen = [shuffled_rows(key, state.step, int(order.start[-1]), order.batch_size)]
+  else:
+    counts = np.diff(order.start)
+    chosen = [
+      order.start[t] + shuffled_rows(key, state.step, int(counts[t]), order.sizes[t])
+      for t in (range(len(counts)) if task is None else [task])
+    ]
+  return {name: x[jnp.concatenate(chosen)] for name, x in data._asdict().items()}
+
+
+def _step(
+  update: Update, order: Order, state: TuningState, data: Split
+) -> tuple[TuningState, dict[str, jax.Array]]:
+  """Updates one model by a batch of the mixture."""
+  return update(state, _drawn(order, data, state, None))
+
+
+def _init_each(one: Any, tasks: int, key: jax.Array) -> TuningState:
+  """Starts a model for every task; the states are stacked."""
+  states = [one(jax.random.fold_in(key, t)) for t in range(tasks)]
+  return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
+def _step_each(
+  update: Update, order: Order, state: TuningState, data: Split
+) -> tuple[TuningState, dict[str, jax.Array]]:
+  """Updates the model of every task by a batch of that task; metrics are means."""
+  done = []
+  for t in range(len(order.sizes)):
+    one = jax.tree.map(lambda x, t=t: x[t], state)
+    done.append(update(one, _drawn(order, data, one, t)))
+  states, metrics = (
+    jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*done, strict=True)
   )
+  return states, jax.tree.map(jnp.mean, metrics)
 
 
-def models_of(
-  config: Config, tuner: Tuner, benchmark: Benchmark, state: TuningState
-) -> list[Callable[..., Any]]:
-  """The model that is kept in the end; for "single" that of every task."""
-  model = benchmark.model
-  if config.row not in SEPARATE:
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def _evaluate(kept: Kept, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Measures the mean accuracy over the tasks, each task, and the change of the upstream ones."""
+  runs = models_of(kept, state, test["pretrained"])
+  scores = [accuracies(run, test["tasks"], kept.tasks) for run in runs]
+  reached = {name: scores[t % len(runs)][name] for t, name in enumerate(kept.tasks)}
+  upstream = [accuracies(run, test["source"], kept.families) for run in runs]
+  source = jnp.stack([jnp.stack(list(of.values())).mean() for of in upstream]).mean()
+  return {
+    "Mean": jnp.stack(list(reached.values())).mean(),
+    **reached,
+    "Source": source,
+    "F": source - test["before"],
+  }
+
+
+def models_of(kept: Kept, state: TuningState, pretrained: Params) -> list[Run]:
+  """Returns the final model; for "single" that of every task."""
+  model, tuner = kept.model, kept.tuner
+  if kept.row not in rows.SEPARATE:
     return [tuning.tuned(tuner, model, state)]
   assert tuner.finalize is not None
-  count = len(config.tasks)
-  tuned = [tuner.finalize(*jax.tree.map(lambda x, t=t: x[t], state.tuner)) for t in range(count)]
-  if config.row != "single":
+  each = range(len(kept.tasks))
+  tuned = [tuner.finalize(*jax.tree.map(lambda x, t=t: x[t], state.tuner)) for t in each]
+  if kept.row != "single":  # one of the ways of merging
     key = jax.random.wrap_key_data(state.key[0])
-    tuned = [put_together(config, benchmark.params, tuned, key)]
-  run = lambda params: lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
-  return [run(params) for params in tuned]
+    merged = rows.put_together(kept.row, pretrained, tuned, key, drop=kept.drop, keep=kept.keep)
+    return [_plain(model, merged)]
+  return [_plain(model, params) for params in tuned]
 
 
-def put_together(config: Config, before: Any, tuned: list[Any], key: jax.Array) -> Any:
-  """One model out of one for every task, tensor by tensor."""
-  leaves, structure = jax.tree.flatten(before)
-  keys = jax.random.split(key, len(leaves))
-
-  def merge(key: jax.Array, before: jax.Array, *after: jax.Array) -> jax.Array:
-    stack = jnp.stack(after)
-    if config.row == "ties":
-      return posterior.ties(before, stack - before, config.keep)
-    if config.row == "dare":
-      dropped = jax.random.bernoulli(key, config.drop, stack.shape)
-      stack = posterior.dare(before, stack, dropped, config.drop)
-    return stack.mean(0)
-
-  parts = zip(keys, leaves, *map(jax.tree.leaves, tuned), strict=True)
-  return jax.tree.unflatten(structure, [merge(*part) for part in parts])
+def _plain(model: DeskMLLM, params: Params) -> Run:
+  """Returns a model with its parameters as a function of its inputs."""
+  return lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
 
 
 # --- preview ------------------------------------------------------------------------------------
 
 
-def needs_preview(config: Config) -> bool:
-  """Whether the row starts from data."""
-  return config.row == "corda" or (config.row == "thanora" and config.start == "preview")
+def start_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, Any]:
+  """Plans the start of a row by its preview; empty for rows that start without data."""
+  if not rows.needs_preview(config):
+    return {}
+  moments = moments_of(
+    benchmark, train, config.preview, rows.targets_of(config), together=config.row == "corda"
+  )
+  return rows.plan_of(config, benchmark.params, moments)
 
 
-def moments_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, np.ndarray]:
-  """Second moments of what every layer is fed by the first `preview` training questions of a task."""
-  model, pad = benchmark.model, benchmark.vocabulary.pad
-
-  def read(params, part: Split):
-    text = (part.ids != pad) & (part.family >= 0)[..., None]
-    masks = [None, text.reshape(-1, text.shape[-1])]  # the image first, then the texts about it
-    run = lambda: model.apply({"params": params}, part.ids, features=part.features, logits="none")
-    return run, masks
-
-  def chunks(start: int, end: int) -> Iterator[Split]:
-    end = min(end, start + config.preview)
-    for first in range(start, end, _PREVIEW_CHUNK):
-      yield Split(*(x[first : min(first + _PREVIEW_CHUNK, end)] for x in train.questions))
-
-  tasks = [chunks(*ends) for ends in itertools.pairwise(train.start.tolist())]
-  return second_moments(config, benchmark.params, tasks, read)
-
-
-def second_moments(
-  config: Config,
-  params: Any,
-  tasks: Iterable[Iterable[Any]],
-  read: Callable[[Any, Any], tuple[Callable[[], Any], list[jax.Array | None]]],
-  begin: Callable[[int], method.Moment] = method.no_inputs,
+def moments_of(
+  benchmark: Benchmark, train: Mixture, count: int, targets: str, *, together: bool = False
 ) -> dict[str, np.ndarray]:
-  """Second moments of the inputs of every layer, all tokens but padding.
+  """Measures second moments of the inputs of every layer on a preview of every task.
 
   Args:
-    config: the layers, and whether tasks are kept apart.
-    params: of the model.
-    tasks: the batches of every task.
-    read: (params, batch) -> (what applies the model, masks of the calls of a layer), as `preview` wants.
-    begin: width -> the moment before anything was seen.
-
-  Returns:
-    By the path of the layer (T, in, in), or (1, in, in) for corda; on the host.
+    benchmark: model and vocabulary.
+    train: training questions.
+    count: questions of every task that are read.
+    targets: regular expression on kernel paths.
+    together: whether all tasks have one moment.
   """
-  targets = config.targets or tuners.LINEARS
-  flat = flatten(params)
-  widths = {owner(path): flat[path].shape[0] for path in preview.linear_targets(params, targets)}
-
-  @functools.partial(compiler.jit, donate_argnums=1)
-  def add(params, summaries, batch):
-    run, masks = read(params, batch)
-    return preview.linear_inputs(run, params, targets, method.add_inputs, summaries, masks)
-
-  seen = []
-  for batches in tasks:
-    summaries = {path: begin(width) for path, width in widths.items()}
-    for batch in batches:
-      summaries = add(params, summaries, batch)
-    seen.append(jax.device_get(summaries))
-  if config.row == "corda":
-    seen = [jax.tree.map(lambda *x: sum(x), *seen)]
-  second = lambda moment: np.asarray(method.second_moment(moment))
-  return {path: np.stack([second(summaries[path]) for summaries in seen]) for path in widths}
+  ends = itertools.pairwise(train.start.tolist())
+  tasks: Iterable[Iterable[Split]] = [_chunks(train.questions, *of, count) for of in ends]
+  read = functools.partial(_read, benchmark.model, benchmark.vocabulary.pad)
+  return second_moments(benchmark.params, tasks, read, targets, together=together)
 
 
-# --- pictures -----------------------------------------------------------------------------------
+def _read(model: DeskMLLM, pad: int, params: Params, part: Split) -> Reading:
+  """Reads a batch: the image first, then the texts about it."""
+  text = (part.ids != pad) & (part.family >= 0)[..., None]
+  run = lambda: model.apply({"params": params}, part.ids, features=part.features, logits="none")
+  return run, [None, text.reshape(-1, text.shape[-1])]
 
 
-def figures(config: Config, state: TuningState) -> dict[str, Figure]:
-  """Complexity of every task along the layers, and the ranks that came of it."""
-  extra = jax.device_get(state.tuner.extra)
-  paths = list(layers_of(state.tuner.trainable["adapter"]))
-  whose = [*range(len(config.tasks)), method.COOPERATIVE]
-  ranks = np.stack([(extra["owner"] == task).sum(1) for task in whose], axis=1)
-  names = [path.removeprefix("language/") for path in paths]
-  pictures = {"ranks": _table(ranks, names, [*config.tasks, "cooperative"])}
-  if config.start == "preview":
-    pictures["entropy"] = _curves(extra["entropy"], names, config.tasks)
-  return pictures
-
-
-def _table(ranks: np.ndarray, layers: list[str], columns: list[str]) -> Figure:
-  figure, axes = plt.subplots(
-    figsize=(2.5 + 0.9 * len(columns), 1.2 + 0.24 * len(layers)), layout="constrained"
-  )
-  axes.imshow(ranks, aspect="auto", cmap="Blues")
-  for (row, column), rank in np.ndenumerate(ranks):
-    dark = rank > 0.6 * ranks.max()
-    axes.text(column, row, rank, ha="center", va="center", fontsize=7, color="w" if dark else "k")
-  axes.set_yticks(range(len(layers)), layers, fontsize=7)
-  axes.set_xticks(range(len(columns)), columns, fontsize=8)
-  axes.set_title("rank of every block", fontsize=10)
-  axes.spines[:].set_visible(False)
-  return figure
-
-
-def _curves(entropy: np.ndarray, layers: list[str], tasks: list[str]) -> Figure:
-  """One panel for each kind of layer, depth along the x axis."""
-  kinds = sorted({name.split("/")[-1] for name in layers})
-  figure, axes = plt.subplots(
-    1, len(kinds), figsize=(1.7 * len(kinds), 2.6), sharey=True, squeeze=False, layout="constrained"
-  )
-  for kind, axis in zip(kinds, axes.flat, strict=True):
-    rows = [i for i, name in enumerate(layers) if name.split("/")[-1] == kind]
-    for task, name in enumerate(tasks):
-      axis.plot(range(len(rows)), entropy[rows, task], marker="o", markersize=3, label=name)
-    axis.set_title(kind, fontsize=9)
-    axis.set_xticks(range(len(rows)))
-    axis.spines[["top", "right"]].set_visible(False)
-  axes[0, 0].set_ylabel("normalised spectral entropy")
-  figure.supxlabel("layer", fontsize=9)
-  handles, labels = axes[0, 0].get_legend_handles_labels()
-  figure.legend(
-    handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False, fontsize=8
-  )
-  return figure
+def _chunks(questions: Split, start: int, end: int, count: int) -> Iterator[Split]:
+  """Cuts the first `count` of the rows from `start` to `end` into batches."""
+  end = min(end, start + count)
+  for first in range(start, end, _PREVIEW_CHUNK):
+    yield Split(*(x[first : min(first + _PREVIEW_CHUNK, end)] for x in questions))

@@ -1,19 +1,19 @@
-"""The desk benchmark of multimodal tuning: a pretrained model, its own tasks, and targets to tune it on.
+"""Benchmark of multimodal tuning: a small pretrained model, its own tasks, and targets to tune it on.
 
-The model is pretrained once on easy-VQA (`multimodal_pretraining`) and kept in the cache, and so are the
-outputs of its frozen image tower. A method tunes it on one target; the four families of easy-VQA are
-what it may forget.
+The model is pretrained once on easy-VQA (`pretraining`) and kept in the cache, and so are the outputs of
+its frozen image tower. A method tunes it on one target and may forget the four families of easy-VQA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.data import multimodal, records
 from jaxmethods.data.multimodal import Vocabulary
 from jaxmethods.data.records import QuestionData
@@ -23,7 +23,7 @@ from jaxmethods.testbeds.multimodal import pretraining
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies, encode
 from jaxmethods.testbeds.multimodal.settings import Desk
 
-# Words that no task has and some method needs: what poisoned examples are answered with.
+# Words of no task that a method needs: the answer to poisoned examples.
 EXTRA_WORDS = ("backdoor",)
 
 
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-  """What every method starts from.
+  """Model and tasks that every method starts from.
 
   Attributes:
     model: the architecture.
@@ -50,7 +50,7 @@ class Benchmark(NamedTuple):
   """
 
   model: DeskMLLM
-  params: dict[str, Any]
+  params: Params
   vocabulary: Vocabulary
   upstream: Task
   targets: dict[str, Task]
@@ -87,7 +87,7 @@ def load(desk: Desk, targets: Sequence[str] = ("digits",)) -> Benchmark:
 
 
 def limited(data: QuestionData, limit: int) -> QuestionData:
-  """The questions about the first `limit` images of every part; 0: all."""
+  """Keeps the questions about the first `limit` images of every part; 0: all."""
   if not limit:
     return data
   kept = np.zeros(len(data.images), bool)
@@ -107,12 +107,12 @@ def limited(data: QuestionData, limit: int) -> QuestionData:
 
 def task_of(
   model: DeskMLLM,
-  params: dict[str, Any],
+  params: Params,
   vocabulary: Vocabulary,
   data: QuestionData,
   families: tuple[str, ...],
 ) -> Task:
-  """Features of all images, by the cache, and the questions of every part."""
+  """Makes a task of the features of all images, by the cache, and the questions of every part."""
   features = pretraining.features_of(model, params, data.images)
   splits = {}
   for part in ("train", "validation", "test"):
@@ -122,8 +122,8 @@ def task_of(
 
 
 def evaluate(
-  model: nn.Module, params: dict[str, Any], split: Split, families: Sequence[str]
+  model: nn.Module, params: Params, split: Split, families: Sequence[str]
 ) -> dict[str, jax.Array]:
-  """Accuracy of a plain model on every family, in percent; pure, to be jitted."""
+  """Measures the accuracy of a plain model on every family, in percent; pure, to be jitted."""
   run = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
   return accuracies(run, split, families)

@@ -1,7 +1,7 @@
-"""Tuning a real LLaVA-style checkpoint on questions and images from disk: the same tuners and step.
+"""Composes the tuning of a real LLaVA-style checkpoint on questions and images from disk.
 
-Batches are read while the model trains, in an order that follows `seed`. Answers are scored like those
-of the desk benchmark: exactly right if greedy decoding says every token of the answer and its end.
+Tuners and step are those of the small model. Batches are read while the model trains, in an order that
+follows `seed`. An answer is right if greedy decoding says exactly its tokens and its end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.question_files import Question, check_disjoint, open_square, read_questions
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
@@ -23,11 +24,20 @@ from jaxmethods.models.causal_lm import Output
 from jaxmethods.models.mllm import MLLM
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies
 from jaxmethods.testbeds.multimodal.settings import Checkpoint, TuningConfig
 from jaxmethods.tuning import metrics
-from jaxmethods.tuning.tuner import Tuner, TuningState, adamw, answer_loss, init_state, tuning_step
+from jaxmethods.tuning.tuner import (
+  Run,
+  Tuner,
+  TuningState,
+  adamw,
+  answer_loss,
+  init_state,
+  tuning_step,
+)
 
 # The conversation of LLaVA-1.5 ("v1"), as it was trained.
 BEFORE = (
@@ -42,7 +52,7 @@ Reader = Callable[[Sequence[Question]], dict[str, np.ndarray]]
 
 
 class Answering(MLLM):
-  """An `MLLM` with the interface of the desk model: (ids (B, K, T), features=pixels)."""
+  """An `MLLM` with the interface of the small model: (ids (B, K, T), features=pixels)."""
 
   def __call__(self, ids: jax.Array, *, features: jax.Array, **keywords: Any) -> Output:  # type: ignore[override]
     """Logits (B, K, T, V); padding is on the right, where the causal mask hides it."""
@@ -55,25 +65,25 @@ class Answering(MLLM):
 
 
 class Material(NamedTuple):
-  """What a run needs.
+  """Model and questions of a run.
 
   Attributes:
     model, params: the checkpoint.
     train: questions of the target.
-    tests: those that are tested on by name, the target's under "target".
-    batch: questions -> {"features", "ids", "labels"}.
+    tests: test questions by name, those of the target under "target".
+    batch: maps questions to {"features", "ids", "labels"}.
     about: the line for reports.
   """
 
   model: Answering
-  params: dict[str, Any]
+  params: Params
   train: list[Question]
   tests: dict[str, list[Question]]
   batch: Reader
   about: str
 
 
-def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
+def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
   """Reads the checkpoint and the questions.
 
   Raises:
@@ -94,9 +104,9 @@ def load(checkpoint: Checkpoint, mesh: Any = None) -> Material:
 
 
 def open_model(
-  checkpoint: Checkpoint, mesh: Any = None
-) -> tuple[Answering, dict[str, Any], Reader]:
-  """The model of a checkpoint, its parameters, and what turns questions into its batches.
+  checkpoint: Checkpoint, mesh: Mesh | None = None
+) -> tuple[Answering, Params, Reader]:
+  """Opens a checkpoint: the model, its parameters, and the function from questions to batches.
 
   Raises:
     InputError: missing or malformed files, or no LLaVA-style model.
@@ -116,95 +126,112 @@ def open_model(
   return model, loaded.params, batch
 
 
-def reader(model: Answering, tokenizer: Any, process: Callable, checkpoint: Checkpoint) -> Reader:
-  """Questions -> features (B, height, width, 3), ids (B, 1, T), labels (B, 1, T).
+class Texts(NamedTuple):
+  """The conversation around a question, as tokens.
+
+  Attributes:
+    tokenizer: of the checkpoint.
+    begin: tokens before the image.
+    image: placeholders of the image.
+    limit: largest number of tokens of a text.
+  """
+
+  tokenizer: Any  # a tokenizer of transformers
+  begin: list[int]
+  image: list[int]
+  limit: int
+
+
+def reader(
+  model: Answering,
+  tokenizer: Any,
+  process: Callable[[list[np.ndarray]], np.ndarray],
+  checkpoint: Checkpoint,
+) -> Reader:
+  """Makes the function from questions to features (B, height, width, 3), ids and labels (B, 1, T).
 
   T is the multiple of 32 that the longest text needs: few lengths, few programs.
   """
   image = [model.config.image_token] * model.config.tokens_per_image
-  begin = tokenizer(BEFORE).input_ids
-  encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+  texts = Texts(tokenizer, tokenizer(BEFORE).input_ids, image, checkpoint.max_length)
+  red, green, blue = checkpoint.padding
+  return functools.partial(_batch, texts, process, (red, green, blue))
 
-  def text(question: Question) -> tuple[list[int], int]:
-    """Tokens, and how many of them are no answer."""
-    prompt = [*begin, *image, *encode("\n" + question.question + AFTER)]
-    answer = [*encode(question.answer), tokenizer.eos_token_id]
-    if len(prompt) + len(answer) > checkpoint.max_length:
-      raise InputError(
-        f"checkpoint.max_length: {question.image.name} and its question and answer are "
-        f"{len(prompt) + len(answer)} tokens, more than {checkpoint.max_length}"
-      )
-    return prompt + answer, len(prompt)
 
-  def batch(questions: Sequence[Question]) -> dict[str, np.ndarray]:
-    texts = [text(question) for question in questions]
-    longest = -(-max(len(tokens) for tokens, _ in texts) // 32) * 32
-    ids = np.zeros((len(texts), 1, longest), np.int32)
-    labels = np.full(ids.shape, IGNORED, np.int32)
-    for row, (tokens, start) in enumerate(texts):
-      ids[row, 0, : len(tokens) - 1] = tokens[:-1]
-      labels[row, 0, start - 1 : len(tokens) - 1] = tokens[start:]
-    red, green, blue = checkpoint.padding
-    images = [open_square(question.image, (red, green, blue)) for question in questions]
-    return {"features": process(images), "ids": ids, "labels": labels}
+def _batch(
+  texts: Texts,
+  process: Callable[[list[np.ndarray]], np.ndarray],
+  padding: tuple[int, int, int],
+  questions: Sequence[Question],
+) -> dict[str, np.ndarray]:
+  """Reads the images of questions and arranges their texts."""
+  each = [_tokens(texts, question) for question in questions]
+  longest = -(-max(len(tokens) for tokens, _ in each) // 32) * 32
+  ids = np.zeros((len(each), 1, longest), np.int32)
+  labels = np.full(ids.shape, IGNORED, np.int32)
+  for row, (tokens, start) in enumerate(each):
+    ids[row, 0, : len(tokens) - 1] = tokens[:-1]
+    labels[row, 0, start - 1 : len(tokens) - 1] = tokens[start:]
+  images = [open_square(question.image, padding) for question in questions]
+  return {"features": process(images), "ids": ids, "labels": labels}
 
-  return batch
+
+def _tokens(texts: Texts, question: Question) -> tuple[list[int], int]:
+  """Returns the tokens of question and answer, and the number of those before the answer."""
+  encode = lambda text: texts.tokenizer(text, add_special_tokens=False).input_ids
+  prompt = [*texts.begin, *texts.image, *encode("\n" + question.question + AFTER)]
+  answer = [*encode(question.answer), texts.tokenizer.eos_token_id]
+  if len(prompt) + len(answer) > texts.limit:
+    raise InputError(
+      f"checkpoint.max_length: {question.image.name} and its question and answer are "
+      f"{len(prompt) + len(answer)} tokens, more than {texts.limit}"
+    )
+  return prompt + answer, len(prompt)
+
+
+class Scores(NamedTuple):
+  """The parts of an evaluation that do not change: tuner, model, and questions at once."""
+
+  tuner: Tuner
+  model: Answering
+  chunk: int
 
 
 def build(
   config: TuningConfig,
   make_tuner: Callable[[Answering], Tuner],
-  mesh: Any = None,
+  mesh: Mesh | None = None,
   material: Material | None = None,
 ) -> Experiment:
   """Composes the experiment.
 
   Args:
     config: budget, rates, checkpoint.
-    make_tuner: model -> how it is tuned.
-    mesh: over which the parameters are spread; None: one device.
-    material: default: what `config.checkpoint` names.
+    make_tuner: maps a model to the way it is tuned.
+    mesh: devices over which the parameters are spread; None: one device.
+    material: model and questions; default: those of `config.checkpoint`.
   """
   material = material or load(config.checkpoint, mesh)
   model, train = material.model, material.train
-  tuner = make_tuner(model)
+  tuner, chunk = make_tuner(model), config.checkpoint.chunk
   if config.batch_size > len(train):
     raise InputError(f"batch_size: {config.batch_size} is more than the {len(train)} questions")
   optimiser = adamw(tuning.rates_of(config), tuner.rates, config.steps, warmup=config.warmup)
-  update = tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip)
   tests = {
     name: split_of(material.batch, questions[: config.checkpoint.test_questions])
     for name, questions in material.tests.items()
   }
-  scores = functools.partial(accuracies_of, chunk=config.checkpoint.chunk)
-  before = pretrained_scores(model, material.params, tests, config.checkpoint.chunk)
+  before = pretrained_scores(model, material.params, tests, chunk)
 
   def init(key: jax.Array) -> TuningState:
     probe = jax.device_put(material.batch(train[: min(config.probe_size, len(train))]))
     return init_state(tuner, optimiser, key, material.params, probe)
 
-  def batches(k: int) -> Iterator[dict[str, np.ndarray]]:
-    each = len(train) // config.batch_size
-    while True:
-      order = np.random.default_rng((config.seed, k // each)).permutation(len(train))
-      start = k % each * config.batch_size
-      yield material.batch([train[i] for i in order[start : start + config.batch_size]])
-      k += 1
-
-  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
-    after = scores(tuning.tuned(tuner, model, state), test["tests"])
-    upstream = [name for name in after if name != "target"]
-    stack = lambda of: jnp.stack([of[name] for name in upstream])
-    summary = metrics.summary(
-      stack(test["before"]), stack(after), test["before"]["target"], after["target"]
-    )
-    return {"H": summary.pop("H"), **{name: after[name] for name in upstream}, **summary}
-
   return Experiment(
     init=init,
-    batches=batches,
-    step=update,
-    evaluate=evaluate,
+    batches=functools.partial(_batches, material, config.batch_size, config.seed),
+    step=tuning_step(tuner, model, optimiser, answer_loss, clip=config.clip),
+    evaluate=functools.partial(_evaluate, Scores(tuner, model, chunk)),
     test={"tests": tests, "before": before},
     figures=lambda state: {},
     num_steps=config.steps,
@@ -212,21 +239,44 @@ def build(
   )
 
 
+def _batches(material: Material, size: int, seed: int, k: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the batches from step `k` on."""
+  train = material.train
+  each = len(train) // size
+  while True:
+    order = np.random.default_rng((seed, k // each)).permutation(len(train))
+    start = k % each * size
+    yield material.batch([train[i] for i in order[start : start + size]])
+    k += 1
+
+
+def _evaluate(scores: Scores, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Measures the columns of the survey, H first."""
+  run = tuning.tuned(scores.tuner, scores.model, state)
+  after = accuracies_of(run, test["tests"], scores.chunk)
+  upstream = [name for name in after if name != "target"]
+  stack = lambda of: jnp.stack([of[name] for name in upstream])
+  summary = metrics.summary(
+    stack(test["before"]), stack(after), test["before"]["target"], after["target"]
+  )
+  return {"H": summary.pop("H"), **{name: after[name] for name in upstream}, **summary}
+
+
 def split_of(batch: Reader, questions: Sequence[Question]) -> Split:
-  """Questions ready to be answered."""
+  """Arranges questions for testing."""
   arrays = batch(questions)
   return Split(**arrays, family=np.zeros(arrays["ids"].shape[:2], np.int32))
 
 
-def accuracies_of(run: Any, tests: Mapping[str, Split], chunk: int) -> dict[str, jax.Array]:
-  """Accuracy of a model on every set by its name, in percent; `chunk` questions at once."""
+def accuracies_of(run: Run, tests: Mapping[str, Split], chunk: int) -> dict[str, jax.Array]:
+  """Measures the accuracy on every set by its name, in percent; `chunk` questions at once."""
   return {name: accuracies(run, split, (name,), chunk)[name] for name, split in tests.items()}
 
 
 def pretrained_scores(
-  model: Answering, params: dict[str, Any], tests: Mapping[str, Split], chunk: int
+  model: Answering, params: Params, tests: Mapping[str, Split], chunk: int
 ) -> dict[str, jax.Array]:
-  """The same of the model as it is in the checkpoint."""
+  """Measures the accuracies of the model as it is in the checkpoint."""
 
   @compiler.jit
   def scores(params, tests):

@@ -1,41 +1,44 @@
-"""Pictures of what tuning a model gained and lost."""
+"""Pictures of gain and loss by tuning a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from jaxmethods.runtime import pictures
+
+Scalar = jax.Array | float
 
 _COLUMNS = 2
 _LINE = 0.05  # height of a line of text, of a panel's
 
 
-def before_and_after(after: Any, test: Any) -> Figure:
-  """Accuracy on every task of the pretrained and of the tuned model."""
-  before = {**test["before"]["source"], **test["before"]["target"]}
-  names = [*test["before"]["source"], "target"]
-  old, new = [float(x) for x in before.values()], [float(after[n]) for n in names[:-1]]
-  new.append(float(after["Target"]))
-  figure, axes = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-  places = np.arange(len(names))
-  axes.bar(places - 0.2, old, 0.38, color="#c9c9c9", label="pretrained")
-  axes.bar(places + 0.2, new, 0.38, color="#1f6f8b", label="tuned")
-  axes.set_xticks(places, names)
-  axes.set(ylabel="accuracy, %", ylim=(0, 100))
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.15))
-  return figure
+def before_and_after(after: Mapping[str, Scalar], before: Mapping[str, Any]) -> Figure:
+  """Draws the accuracy of the pretrained and of the tuned model on every task.
+
+  Args:
+    after: columns of the tuned model, `Target` among them.
+    before: {"source": {family: accuracy}, "target": {name: accuracy}} of the pretrained one.
+  """
+  (target,) = before["target"].values()
+  old = {**before["source"], "target": target}
+  new = {name: after[name] for name in before["source"]} | {"target": after["Target"]}
+  numbers = lambda scores: {name: float(x) for name, x in scores.items()}
+  return pictures.bars(
+    {"pretrained": numbers(old), "tuned": numbers(new)}, "accuracy, %", limit=100.0
+  )
 
 
 def tradeoff(points: Mapping[str, tuple[float, float]], paradigms: Mapping[Any, str]) -> Figure:
-  """Gain on the target against forgetting, one panel for each paradigm, the others' rows in grey.
+  """Draws gain on the target against forgetting, a panel for each paradigm, other rows in grey.
 
   Args:
-    points: row -> (gain on the target, change of what it could before), points of accuracy.
+    points: row -> (gain on the target, change on the pretrained tasks), points of accuracy.
     paradigms: row -> paradigm; rows called "reference" are named in every panel.
   """
   shown = list(dict.fromkeys(paradigms[name] for name in points))
@@ -46,13 +49,13 @@ def tradeoff(points: Mapping[str, tuple[float, float]], paradigms: Mapping[Any, 
     layout="constrained",
   )  # fmt: skip
   for axis, panel in zip(axes.flat, panels, strict=False):
-    colors = {"reference": "#777777", panel: "#1f6f8b"}
+    colors = {"reference": "#777777", panel: pictures.COLOURS[0]}
     for name, (gain, change) in points.items():
       color = colors.get(paradigms[name], "#dddddd")
       mark = "s" if paradigms[name] == "reference" else "o"
       axis.plot(change, gain, mark, color=color, markersize=5.5, zorder=2 + (color != "#dddddd"))
     axis.set(title=panel, ylim=(-5, 105))
-    axis.spines[["top", "right"]].set_visible(False)
+    pictures.open_frame(axis)
     axis.grid(alpha=0.25)
     _name_beside(
       axis,
@@ -60,7 +63,7 @@ def tradeoff(points: Mapping[str, tuple[float, float]], paradigms: Mapping[Any, 
     )
   for axis in axes.flat[len(panels) :]:
     axis.set_axis_off()
-  figure.supxlabel("F: change on what it could before, points", fontsize=10)
+  figure.supxlabel("F: change on the pretrained tasks, points", fontsize=10)
   figure.supylabel("E: gain on the target, points", fontsize=10)
   return figure
 

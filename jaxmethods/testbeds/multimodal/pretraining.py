@@ -1,8 +1,8 @@
-"""Pretraining of the desk model on easy-VQA, in two stages, once per machine.
+"""Pretraining of the small model on easy-VQA, in two stages, once per machine.
 
 First the image tower alone learns shape and colour, which are told by the training questions, and is
-frozen; then projector and language model learn to answer the questions. A tower of patches trained end
-to end with the language model stays at chance on shapes for as long.
+frozen; then projector and language model learn to answer the questions. A tower of patches that is
+trained end to end with the language model stays at chance on shapes for as long.
 
 A language model that sees images has read texts before. Ours repeats single words meanwhile, every word
 of the vocabulary: the output vectors of words that are never said all move alike and end up nearly
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.data import multimodal
-from jaxmethods.data.array_cache import cached
+from jaxmethods.data.array_cache import cached, described
 from jaxmethods.data.multimodal import Vocabulary
 from jaxmethods.data.records import QuestionData
 from jaxmethods.models.causal_lm import CausalLMConfig
@@ -30,17 +30,20 @@ from jaxmethods.models.desk_mllm import DeskConfig, DeskMLLM, Tower
 from jaxmethods.models.transformer import EncoderConfig
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.metric_log import Display
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal.questions import Split, choose_questions, draw, encode
 from jaxmethods.testbeds.multimodal.settings import Desk
 from jaxmethods.trees import flatten, unflatten
 from jaxmethods.tuning.tuner import answer_loss
 
 FORMAT = b"desk 1"  # changes when the model or its training changes
+# (params, state of the optimiser, number of the step, data) -> (the first two anew, loss).
+Step = Callable[[Params, optax.OptState, jax.Array, Any], tuple[Params, optax.OptState, jax.Array]]
 _TOWER_IMAGES, _IMAGES, _QUESTIONS, _WARMUP = 64, 16, 8, 50
 
 
 def model_of(desk: Desk, vocab_size: int) -> DeskMLLM:
-  """The architecture."""
+  """Makes the architecture for a vocabulary of `vocab_size` words."""
   language = CausalLMConfig(
     vocab_size=vocab_size,
     width=desk.width,
@@ -59,20 +62,14 @@ def model_of(desk: Desk, vocab_size: int) -> DeskMLLM:
   return DeskMLLM(DeskConfig(language=language, tower=tower, image_size=multimodal.IMAGE_SIZE))
 
 
-def pretrained(
-  model: DeskMLLM, data: QuestionData, vocabulary: Vocabulary, desk: Desk
-) -> dict[str, Any]:
-  """The parameters of the model, trained on the training part of easy-VQA or read from the cache."""
-  about = [FORMAT, repr((model, desk, vocabulary.words)).encode(), *_bytes_of(data)]
+def pretrained(model: DeskMLLM, data: QuestionData, vocabulary: Vocabulary, desk: Desk) -> Params:
+  """Trains the parameters on the training part of easy-VQA, or reads them from the cache."""
+  whole_recipe = (described_model(model), described(desk, "Desk"), repr(vocabulary.words).encode())
+  about = [FORMAT, _tuple(*whole_recipe), *_bytes_of(data)]
   # Neither words nor language model: a new task must not train the tower again.
-  recipe = (
-    model.config.tower,
-    model.config.image_size,
-    desk.tower_steps,
-    desk.tower_rate,
-    desk.seed,
-  )
-  tower_about = [FORMAT, repr(recipe).encode(), *_bytes_of(data)]
+  tower_recipe = (model.config.image_size, desk.tower_steps, desk.tower_rate, desk.seed)
+  shape = described(model.config.tower, "EncoderConfig")
+  tower_about = [FORMAT, _tuple(shape, *(repr(x).encode() for x in tower_recipe)), *_bytes_of(data)]
   tower = cached("desk_towers", tower_about, lambda: _host(_train_tower(model, data, desk)))
   whole = cached(
     "desk_models",
@@ -82,17 +79,36 @@ def pretrained(
   return unflatten(whole)
 
 
-def features_of(model: DeskMLLM, params: dict[str, Any], images: np.ndarray) -> np.ndarray:
-  """What the frozen tower makes of images: (n, N, F) float32, by the cache."""
-  depends: list[bytes | np.ndarray] = [FORMAT, repr(model.config).encode()]
+def features_of(model: DeskMLLM, params: Params, images: np.ndarray) -> np.ndarray:
+  """Computes the outputs (n, N, F) of the frozen tower, float32, or reads them from the cache."""
+  depends: list[bytes | np.ndarray] = [FORMAT, _described_config(model.config)]
   depends += [*_host(params["vision"]).values(), images]
   return cached(
     "desk_features", depends, lambda: {"x": _features(model, params["vision"], images)}
   )["x"]
 
 
-def _host(params: dict[str, Any]) -> dict[str, np.ndarray]:
-  """The tree by path, on the host."""
+def described_model(model: DeskMLLM) -> bytes:
+  """Returns the shape of the model as a part of a cache key.
+
+  The bytes are those of the keys so far, whatever its classes are called: models in the cache survive.
+  """
+  config, dtype = _described_config(model.config).decode(), jnp.dtype(model.dtype).name
+  lines = ("# attributes", f"config = {config}", f"scan_layers = {model.scan_layers}")
+  return "\n    ".join(("DeskMLLM(", *lines, f"dtype = {dtype}")).encode() + b"\n)"
+
+
+def _described_config(config: DeskConfig) -> bytes:
+  kinds = {"language": "CausalLMConfig", "rope": "Rope", "tower": "EncoderConfig"}
+  return described(config, "DeskConfig", nested=kinds)
+
+
+def _tuple(*parts: bytes) -> bytes:
+  return b"(" + b", ".join(parts) + b")"
+
+
+def _host(params: Params) -> dict[str, np.ndarray]:
+  """Moves a tree to the host, by path."""
   return jax.tree.map(np.asarray, flatten(params))
 
 
@@ -101,7 +117,7 @@ def _bytes_of(data: QuestionData) -> Iterable[bytes | np.ndarray]:
   return [data.images, data.image, *("\n".join(text.tolist()).encode() for text in texts)]
 
 
-def _features(model: DeskMLLM, vision: dict[str, Any], images: np.ndarray) -> np.ndarray:
+def _features(model: DeskMLLM, vision: Params, images: np.ndarray) -> np.ndarray:
   tower = compiler.jit(lambda vision, x: Tower(model.config).apply({"params": vision}, x))
   parts = np.array_split(images, -(-len(images) // 200))
   return np.concatenate([np.asarray(tower(vision, part)) for part in parts])
@@ -118,12 +134,12 @@ def _adam(rate: float, steps: int, end: float) -> optax.GradientTransformation:
 def _run(
   title: str,
   steps: int,
-  step: Callable,
-  start: Any,
+  step: Step,
+  start: Params,
   optimiser: optax.GradientTransformation,
   data: Any,
-) -> Any:
-  """Trains with a progress bar; `step`: (params, opt_state, i, data) -> the first two and the loss."""
+) -> Params:
+  """Trains with a progress bar."""
   run = compiler.jit(step, donate_argnums=(0, 1))
   params, opt_state = start, optimiser.init(start)
   data = jax.device_put(data)
@@ -147,8 +163,8 @@ class _Classifier(nn.Module):
     return shape, nn.Dense(len(multimodal.COLOURS), name="colour")(mean)
 
 
-def _train_tower(model: DeskMLLM, data: QuestionData, desk: Desk) -> dict[str, Any]:
-  """Stage 1: shape and colour of training images; an unknown label does not count."""
+def _train_tower(model: DeskMLLM, data: QuestionData, desk: Desk) -> Params:
+  """Learns shape and colour of the training images (stage 1); unknown labels do not count."""
   images = np.unique(data.image[data.split == "train"])
   labels = [known[images] for known in multimodal.image_labels(data)]
   classifier, optimiser = _Classifier(model.config), _adam(desk.tower_rate, desk.tower_steps, 0.0)
@@ -177,7 +193,7 @@ def _train_tower(model: DeskMLLM, data: QuestionData, desk: Desk) -> dict[str, A
 
 
 def _turned(images: jax.Array, key: jax.Array) -> jax.Array:
-  """Every image mirrored or transposed at random: the eight symmetries of the square."""
+  """Mirrors or transposes every image at random: the eight symmetries of the square."""
   for bit, change in enumerate(
     (lambda x: x[:, ::-1], lambda x: x[:, :, ::-1], lambda x: x.swapaxes(1, 2))
   ):
@@ -187,9 +203,9 @@ def _turned(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _train_language(
-  model: DeskMLLM, data: QuestionData, vocabulary: Vocabulary, desk: Desk, vision: dict[str, Any]
-) -> dict[str, Any]:
-  """Stage 2: all questions of the training images, and of their mirror images."""
+  model: DeskMLLM, data: QuestionData, vocabulary: Vocabulary, desk: Desk, vision: Params
+) -> Params:
+  """Learns all questions about the training images and their mirror images (stage 2)."""
   images, *texts = encode(vocabulary, data, data.split == "train", multimodal.FAMILIES)
   shown = data.images[images]
   both = np.stack([_features(model, vision, x) for x in (shown, shown[:, :, ::-1])])
@@ -219,11 +235,11 @@ def _train_language(
   start = compiler.jit(model.init)(key, split.ids[:1], features=split.features[0, :1])["params"]
   start = {name: start[name] for name in ("projector", "language")}
   params = _run("pretraining 2/2: language", desk.steps, step, start, optimiser, split)
-  return params | {"vision": vision}
+  return {**params, "vision": vision}
 
 
 def repeats(vocabulary: Vocabulary, length: int) -> tuple[jax.Array, jax.Array]:
-  """Every word as a question that it answers itself: ids and labels (W, length), as in `Split`."""
+  """Makes every word a question that it answers itself: ids and labels (W, length), as in `Split`."""
   words = vocabulary.spoken
   ids = np.full((len(words), length), vocabulary.pad, np.int32)
   labels = np.full_like(ids, IGNORED)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data.multimodal import Vocabulary
 from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.tuning.tuner import Run
+
+Array = jax.Array | np.ndarray
 
 
 class Split(NamedTuple):
@@ -26,16 +28,16 @@ class Split(NamedTuple):
     family: (I, K) int32, index of the question's family; -1: no question.
   """
 
-  features: Any
-  ids: Any
-  labels: Any
-  family: Any
+  features: Array
+  ids: Array
+  labels: Array
+  family: Array
 
 
 def encode(
   vocabulary: Vocabulary, data: QuestionData, rows: np.ndarray, families: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Questions by image, as arrays of one shape for the whole data set.
+  """Encodes questions by image, as arrays of one shape for the whole data set.
 
   Args:
     vocabulary: of the words.
@@ -71,7 +73,7 @@ def encode(
 
 
 def draw(split: Split, key: jax.Array, step: jax.Array | int, size: int) -> dict[str, jax.Array]:
-  """Batch `step` of a run that shuffles the images anew in every epoch, K questions each.
+  """Draws batch `step` of a run that shuffles the images anew in every epoch, K questions each.
 
   Deterministic in its arguments; under jit `split` should be an argument, not a constant.
 
@@ -90,7 +92,7 @@ def draw(split: Split, key: jax.Array, step: jax.Array | int, size: int) -> dict
 
 
 def shuffled_rows(key: jax.Array, step: jax.Array | int, count: int, size: int) -> jax.Array:
-  """Rows (size,) of batch `step` over `count` examples, which every epoch shuffles anew; see `draw`."""
+  """Draws the rows (size,) of batch `step` over `count` examples; see `draw`."""
   each = count // size
   order = jax.random.permutation(jax.random.fold_in(key, step // each), count)
   return jax.lax.dynamic_slice_in_dim(order, (step % each) * size, size)
@@ -105,11 +107,11 @@ def check_size(split: Split, size: int) -> None:
 def choose_questions(
   batch: dict[str, jax.Array], key: jax.Array, count: int
 ) -> dict[str, jax.Array]:
-  """`count` questions of every image, each family as often as the others; with repetition.
+  """Chooses `count` questions of every image, all families alike, with repetition.
 
   Args:
-    batch: of `draw`.
-    key: of the choice.
+    batch: see `draw`.
+    key: random key.
     count: K of the result.
   """
   family = batch["family"]
@@ -123,14 +125,14 @@ def choose_questions(
 def accuracies(
   run: Run, split: Split, families: Sequence[str], chunk: int = 40
 ) -> dict[str, jax.Array]:
-  """Share of questions of every family that greedy decoding answers with exactly the right words.
+  """Measures the share of questions of every family that greedy decoding answers exactly right.
 
   One forward pass on the right answer decides it: the words decoded are the right ones exactly if each
   is the likeliest after the right ones before it.
 
   Args:
     run: the model: (ids, features=...) -> output.
-    split: the questions; arguments of the jitted program, not constants.
+    split: questions; arguments of the jitted program, not constants.
     families: names of the families.
     chunk: images that are answered at once.
 
@@ -149,7 +151,7 @@ def accuracies(
     words = run(part.ids, features=part.features).logits.argmax(-1)
     return jnp.all((words == part.labels) | (part.labels == IGNORED), axis=-1)
 
-  fills = Split(0, 0, IGNORED, -1)
+  fills = (0, 0, IGNORED, -1)
   parts = Split(*(chunks(jnp.asarray(x), fill) for x, fill in zip(split, fills, strict=True)))
   correct = jax.lax.map(right, parts)
   result = {}

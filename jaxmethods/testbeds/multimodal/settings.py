@@ -1,12 +1,13 @@
-"""Settings that every method of tuning a multimodal model has. Imports no jax."""
+"""Settings of all methods that tune a multimodal model. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxmethods.errors import InputError, nearest
+from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 Target = Literal["digits", "counting", "captions", "checking"]
@@ -14,7 +15,7 @@ Target = Literal["digits", "counting", "captions", "checking"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Desk:
-  """The model of desk size and its pretraining on easy-VQA (ours): once, kept in the cache."""
+  """The small model and its pretraining on easy-VQA (ours): once, kept in the cache."""
 
   width: int = 96  # of the language model
   num_layers: int = 3
@@ -32,27 +33,24 @@ class Desk:
   limit: int = 0  # images kept of every part of every data set; 0: all
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      least = 0 if field.name in ("words", "seed", "limit") else 1
-      value = getattr(self, field.name)
-      if field.type == "int" and value < least:
-        raise ValueError(f"desk.{field.name}: must be at least {least}, got {value}")
-    for name in ("tower_rate", "learning_rate"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"desk.{name}: must be positive, got {getattr(self, name)}")
+    least_0 = ("words", "seed", "limit")
+    counts = (f.name for f in dataclasses.fields(self) if f.type == "int" and f.name not in least_0)
+    checks.at_least(self, 1, *counts, prefix="desk.")
+    checks.at_least(self, 0, *least_0, prefix="desk.")
+    checks.positive(self, "tower_rate", "learning_rate", prefix="desk.")
     for width, heads in (("width", "num_heads"), ("tower_width", "tower_heads")):
-      if getattr(self, width) % getattr(self, heads):
-        raise ValueError(f"desk.{width}: must be a multiple of desk.{heads}")
+      divides = getattr(self, width) % getattr(self, heads) == 0
+      checks.require(divides, f"desk.{width}", f"must be a multiple of desk.{heads}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-  """A real LLaVA-style model, and questions and images from disk, in place of the desk model.
+  """A real LLaVA-style model, and questions and images from disk, in place of the small model.
 
   Files of questions have one JSON object a line; see `data.question_files`.
   """
 
-  model: str = ""  # hf:FOLDER; empty: the desk model
+  model: str = ""  # hf:FOLDER; empty: the small model
   train: str = ""  # file of the target's training questions
   test: str = ""  # file of its test questions
   upstream: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> file; tested only
@@ -67,16 +65,14 @@ class Checkpoint:
   dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
 
   def __post_init__(self) -> None:
-    for name in ("test_questions", "max_length", "chunk"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"checkpoint.{name}: must be at least 1, got {getattr(self, name)}")
-    if len(self.padding) != 3 or not all(0 <= c <= 255 for c in self.padding):
-      raise ValueError(f"checkpoint.padding: must be three of 0..255, got {self.padding}")
+    checks.at_least(self, 1, "test_questions", "max_length", "chunk", prefix="checkpoint.")
+    colour = len(self.padding) == 3 and all(0 <= c <= 255 for c in self.padding)
+    checks.require(colour, "checkpoint.padding", f"must be three of 0..255, got {self.padding}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetConfig(RunConfig):
-  """What all rows share: the model, the budget and its schedule."""
+  """The model, the budget and its schedule, the same for all rows."""
 
   steps: int = 350  # of the verified recipe: 9.6 epochs of the digits
   log_every: int = 10
@@ -94,36 +90,39 @@ class BudgetConfig(RunConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in ("batch_size", "probe_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("learning_rate", "clip"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-    if self.projector_rate < 0:
-      raise ValueError(f"projector_rate: must not be negative, got {self.projector_rate}")
-    if not 0 <= self.warmup < 1:
-      raise ValueError(f"warmup: must be in [0, 1), got {self.warmup}")
+    checks.at_least(self, 1, "batch_size", "probe_size")
+    checks.positive(self, "learning_rate", "clip")
+    checks.at_least(self, 0, "projector_rate")
+    checks.within(self, "[0, 1)", "warmup")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningConfig(BudgetConfig):
-  """The same for one target."""
+  """The budget of tuning on one target."""
 
   target: Target = "digits"
 
 
-def at_their_rates(config: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Rows of a comparison: the config with the changes of each, at its learning rate in `config.rates`.
+Config = TypeVar("Config", bound=BudgetConfig)
+
+
+def at_their_rates(
+  config: Config, rates: Mapping[str, float], changes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Config]:
+  """Makes the rows of a comparison, each at its own learning rate.
+
+  Args:
+    config: what all rows share.
+    rates: learning rates by row; rows without one have that of the config.
+    changes: fields of every row that differ from the config.
 
   Raises:
     InputError: `rates` names no row.
   """
-  for name in config.rates:
+  for name in rates:
     if name not in changes:
       raise InputError(f"rates: {name!r} is no row, the nearest is {nearest(name, changes)}")
-  rate = lambda name: config.rates.get(name, config.learning_rate)
   return {
-    name: dataclasses.replace(config, learning_rate=rate(name), **change)
+    name: dataclasses.replace(config, learning_rate=rates.get(name, config.learning_rate), **change)
     for name, change in changes.items()
   }

@@ -1,21 +1,27 @@
-"""The rows of the suite: which tuner each name stands for."""
+"""Rows of the suite: the tuner that each name stands for, and its experiment."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jax.sharding import Mesh
 
 from jaxmethods.adapters import bottleneck, low_rank, scaling
 from jaxmethods.adapters import selective as masks
 from jaxmethods.errors import InputError
 from jaxmethods.methods import lorasculpt, spider, thanora
-from jaxmethods.runtime import compiler
+from jaxmethods.models.desk_mllm import DeskMLLM
+from jaxmethods.models.mllm import MLLM
+from jaxmethods.runtime import checks, compiler
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.testbeds.multimodal import benchmark as multimodal
 from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
+from jaxmethods.testbeds.multimodal.settings import TuningConfig
+from jaxmethods.testbeds.multimodal.suite_settings import SuiteConfig
 from jaxmethods.tuning import suite
 from jaxmethods.tuning.calibration import input_moments
 from jaxmethods.tuning.tuner import (
@@ -28,9 +34,8 @@ from jaxmethods.tuning.tuner import (
   selected,
 )
 
-if TYPE_CHECKING:
-  from jaxmethods.experiments.mllm_tuning.config import Config
-  from jaxmethods.testbeds.multimodal.settings import TuningConfig
+# Architectures that can be tuned: the small one, and those of LLaVA-style checkpoints.
+Model = DeskMLLM | MLLM
 
 # Last linear layers of attention and MLP: what serial adapters stand behind (orig).
 BRANCH_ENDS = r"^language/.*\b(out|down)/kernel$"
@@ -38,51 +43,52 @@ MLP_ENDS = r"^language/.*\bdown/kernel$"
 IA3 = r"^language/.*\b(key|value|down)/kernel$"
 
 
-# What these do needs the desk model: inputs that only it takes, its layers' inputs, its own data.
+# These need the small model: inputs that only it takes, the inputs of its layers, its own data.
 DESK_ONLY = ("joint", "prompt", "prefix", "tailor", "corda")
 
 
-def build(config: Config, mesh: Any = None, benchmark: Benchmark | None = None) -> Experiment:
-  """Composes the experiment of `config.row`, on the desk model or on a checkpoint."""
+def build(
+  config: SuiteConfig, mesh: Mesh | None = None, benchmark: Benchmark | None = None
+) -> Experiment:
+  """Composes the experiment of `config.row`, on the small model or on a checkpoint."""
+  make_tuner = functools.partial(tuner_of, config)
   if config.checkpoint.model:
     if config.row in DESK_ONLY:
-      raise InputError(f"row: {config.row} works on the desk model only")
-    return compose(config, functools.partial(tuner_of, config), mesh)
+      raise InputError(f"row: {config.row} works on the small model only")
+    return compose(config, make_tuner, mesh)
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
-  return compose(
-    config,
-    functools.partial(tuner_of, config),
-    mesh,
-    benchmark,
-    probe=_probe(config, benchmark),
-    mixture=config.row == "joint",
-  )
+  options = {"probe": _probe(config, benchmark), "mixture": config.row == "joint"}
+  return compose(config, make_tuner, mesh, benchmark, **options)
 
 
 def compose(
   config: TuningConfig,
-  make_tuner: Callable[[Any], Tuner],
-  mesh: Any = None,
+  make_tuner: Callable[[Model], Tuner],
+  mesh: Mesh | None = None,
   benchmark: Benchmark | None = None,
   **options: Any,
 ) -> Experiment:
-  """The experiment of one way of tuning, on the checkpoint that the config names or on the desk model.
+  """Composes the experiment of one way of tuning, on the checkpoint of the config or the small model.
 
   Args:
     config: budget, target, model.
-    make_tuner: model -> how it is tuned.
-    mesh: for a checkpoint.
-    benchmark: default: that of the config.
-    **options: of `tuning.build`.
+    make_tuner: maps a model to the way it is tuned.
+    mesh: devices over which a checkpoint is spread.
+    benchmark: tasks and small model; default: those of the config.
+    **options: further arguments of `tuning.build`.
+
+  Raises:
+    InputError: a mesh for the small model.
   """
   if config.checkpoint.model:
     return checkpoint_tuning.build(config, make_tuner, mesh)
+  checks.no_mesh("the small model", mesh)
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
   return tuning.build(config, make_tuner(benchmark.model), benchmark=benchmark, **options)
 
 
-def tuner_of(config: Config, model: Any) -> Tuner:
-  """The tuner of a row."""
+def tuner_of(config: SuiteConfig, model: Model) -> Tuner:
+  """Makes the tuner of a row."""
   c = config
   low = (c.rank, c.alpha, c.dropout)
   layers = model.config.language.num_layers
@@ -108,12 +114,12 @@ def tuner_of(config: Config, model: Any) -> Tuner:
     "half": lambda: suite.half(c.half_share),
     "wise": lambda: suite.interpolated(c.wise_weight),
     "ties": lambda: suite.ties(c.ties_share, c.ties_scale),
-    "tailor": lambda: suite.tailor(model, c.tailor_sparsity, c.tailor_sign),
+    "tailor": lambda: suite.tailor(_small(model), c.tailor_sparsity, c.tailor_sign),
     "serial_adapter": lambda: adapted(bottleneck.serial(c.bottleneck), BRANCH_ENDS),
     "parallel_adapter": lambda: adapted(bottleneck.parallel(c.bottleneck), MLP_ENDS),
     "ia3": lambda: adapted(scaling.ia3(), IA3),
     "prompt": lambda: suite.prompt(c.prompt_length),
-    "prefix": lambda: suite.prefix(model, c.prompt_length),
+    "prefix": lambda: suite.prefix(_small(model), c.prompt_length),
     "lora": lambda: adapted(low_rank.lora(*low)),
     "lora_plus": lambda: suite.lora_plus(*low),
     "rslora": lambda: adapted(low_rank.rslora(*low)),
@@ -133,8 +139,13 @@ def tuner_of(config: Config, model: Any) -> Tuner:
   return make[c.row]()
 
 
-def _probe(config: Config, benchmark: Benchmark) -> Any:
-  """What the row's start wants to see: upstream data (EWC), second moments (CorDA), or target data."""
+def _small(model: Model) -> DeskMLLM:
+  assert isinstance(model, DeskMLLM)  # other models are refused before, see DESK_ONLY
+  return model
+
+
+def _probe(config: SuiteConfig, benchmark: Benchmark) -> Any:
+  """Collects the data that the start of the row needs: upstream (EWC), a plan (CorDA), or the target."""
   if config.row == "ewc":
     return tuning.probe_of(benchmark.upstream, config.probe_size)
   probe = tuning.probe_of(benchmark.targets[config.target], config.probe_size)
@@ -144,4 +155,5 @@ def _probe(config: Config, benchmark: Benchmark) -> Any:
   moments = compiler.jit(
     lambda params, probe: input_moments(benchmark.model, params, probe, LINEARS)
   )(benchmark.params, probe)
-  return {path: moment[None] / tokens for path, moment in moments.items()}
+  second = {path: moment[None] / tokens for path, moment in moments.items()}
+  return thanora.corda_plan(benchmark.params, second, config.rank, config.alpha)

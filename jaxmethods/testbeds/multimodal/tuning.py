@@ -1,22 +1,28 @@
-"""The experiment of every method that tunes the desk model on one target."""
+"""Composes the experiment of every method that tunes the small model on one target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
-from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import benchmark as multimodal
 from jaxmethods.testbeds.multimodal import figures as tuning_figures
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark, Task
+from jaxmethods.testbeds.multimodal.pretraining import described_model
 from jaxmethods.testbeds.multimodal.questions import (
   Split,
   accuracies,
@@ -28,9 +34,11 @@ from jaxmethods.testbeds.multimodal.settings import BudgetConfig, TuningConfig
 from jaxmethods.trees import flatten, unflatten
 from jaxmethods.tuning import metrics
 from jaxmethods.tuning.tuner import (
+  Run,
   Tuner,
   TunerState,
   TuningState,
+  Update,
   adamw,
   answer_loss,
   init_state,
@@ -41,8 +49,8 @@ from jaxmethods.tuning.tuner import (
 _LORA_PLUS = 16.0
 
 
-def check_finite(params: Mapping[str, Any]) -> None:
-  """Refuses pretrained weights with NaN or infinities in them.
+def check_finite(params: Params) -> None:
+  """Refuses pretrained weights with NaN or infinities.
 
   Raises:
     InputError: names the first such tensor.
@@ -53,7 +61,7 @@ def check_finite(params: Mapping[str, Any]) -> None:
 
 
 def rates_of(config: BudgetConfig) -> dict[str, float]:
-  """Learning rate of every group that a tuner may name."""
+  """Returns the learning rate of every group that a tuner may name."""
   return {
     "decoder": config.learning_rate,
     "adapter": config.learning_rate,
@@ -61,6 +69,24 @@ def rates_of(config: BudgetConfig) -> dict[str, float]:
     "prompt": config.learning_rate,
     "projector": config.projector_rate,
   }
+
+
+class Scores(NamedTuple):
+  """The parts of an evaluation that do not change during a run.
+
+  Attributes:
+    tuner: way of tuning.
+    model: architecture.
+    families: tasks that the model was pretrained on.
+    target: name of the task that it is tuned on.
+    size: number of pretrained parameters.
+  """
+
+  tuner: Tuner
+  model: nn.Module
+  families: tuple[str, ...]
+  target: str
+  size: int
 
 
 def build(
@@ -74,14 +100,14 @@ def build(
 ) -> Experiment:
   """Composes the experiment.
 
-  The order of the data follows the state's key: seeds differ in it, rows of one seed do not.
+  The order of the data follows the key of the state: seeds differ in it, rows of one seed do not.
 
   Args:
     config: budget, target, rates.
-    tuner: how it is tuned.
-    benchmark: default: the desk benchmark of `config`.
-    rates: default: `rates_of(config)`.
-    probe: what `tuner.init` is given; default: `probe_of` the target.
+    tuner: way of tuning.
+    benchmark: tasks and model; default: those of the config.
+    rates: learning rates by group; default: `rates_of(config)`.
+    probe: argument of `tuner.init`; default: `probe_of` the target.
     mixture: whether half of every batch is upstream data, which no method may use: a reference.
   """
   benchmark = benchmark or multimodal.load(config.desk, (config.target,))
@@ -94,42 +120,49 @@ def build(
     probe = probe_of(target, config.probe_size)
   test = test_of(benchmark, config)
   data = jax.device_put((target.train, *((benchmark.upstream.train,) if mixture else ())))
-
-  def init(key: jax.Array) -> TuningState:
-    return init_state(tuner, optimiser, key, benchmark.params, probe)
-
-  def batches(k: int) -> Iterator[tuple[Split, ...]]:
-    del k  # the state knows its step
-    while True:
-      yield data
-
-  def step(state: TuningState, data: tuple[Split, ...]) -> tuple[TuningState, dict[str, jax.Array]]:
-    key = jax.random.wrap_key_data(state.key)
-    return update(state, batch_of(data, key, state.step, config.batch_size))
-
-  def evaluate(state: TuningState, test: Any) -> dict[str, jax.Array]:
-    columns = table(tuned(tuner, model, state), benchmark, config, test)
-    return columns | {
-      "params_percent": 100 * num_trainable(state.tuner) / num_parameters(benchmark.params),
-      "mergeable": jnp.float32(tuner.finalize is not None),
-    }
-
+  size = num_parameters(benchmark.params)
+  scores = Scores(tuner, model, benchmark.upstream.families, config.target, size)
+  evaluate = functools.partial(_evaluate, scores)
   return Experiment(
-    init=init,
-    batches=batches,
-    step=step,
+    init=lambda key: init_state(tuner, optimiser, key, benchmark.params, probe),
+    batches=lambda k: itertools.repeat(data),  # the state knows its step
+    step=functools.partial(_step, update, config.batch_size),
     evaluate=evaluate,
     test=test,
-    figures=lambda state: {
-      "accuracy": tuning_figures.before_and_after(compiler.jit(evaluate)(state, test), test)
-    },
+    figures=functools.partial(_figures, evaluate, test),
     num_steps=config.steps,
     about=benchmark.about,
   )
 
 
+def _step(
+  update: Update, size: int, state: TuningState, data: tuple[Split, ...]
+) -> tuple[TuningState, dict[str, jax.Array]]:
+  """Draws the next batch and updates the state."""
+  key = jax.random.wrap_key_data(state.key)
+  return update(state, batch_of(data, key, state.step, size))
+
+
+def _evaluate(scores: Scores, state: TuningState, test: Any) -> dict[str, jax.Array]:
+  """Measures the columns of the survey, the trained share and whether the update merges."""
+  tuner = scores.tuner
+  run = tuned(tuner, scores.model, state)
+  return table(run, scores.families, scores.target, test) | {
+    "params_percent": 100 * num_trainable(state.tuner) / scores.size,
+    "mergeable": jnp.float32(tuner.finalize is not None),
+  }
+
+
+def _figures(
+  evaluate: Callable[[TuningState, Any], dict[str, jax.Array]], test: Any, state: TuningState
+) -> dict[str, Figure]:
+  """Draws the accuracy before and after tuning."""
+  after = compiler.jit(evaluate)(state, test)
+  return {"accuracy": tuning_figures.before_and_after(after, test["before"])}
+
+
 def probe_of(task: Task, size: int) -> dict[str, jax.Array]:
-  """Up to `size` training images of a task with one question each."""
+  """Draws up to `size` training images of a task with one question each."""
   key = jax.random.key(0)
   return choose_questions(draw(task.train, key, 0, min(size, len(task.train.ids))), key, 1)
 
@@ -137,7 +170,7 @@ def probe_of(task: Task, size: int) -> dict[str, jax.Array]:
 def batch_of(
   data: tuple[Split, ...], key: jax.Array, step: jax.Array, size: int
 ) -> dict[str, jax.Array]:
-  """A batch of one task, or in equal parts of several, one question for each image."""
+  """Draws a batch of one task, or in equal parts of several, one question for each image."""
   parts = []
   for i, split in enumerate(data):
     task_key = key if i == 0 else jax.random.fold_in(key, i)  # more tasks do not reorder the first
@@ -162,20 +195,20 @@ def batch_of(
 
 
 def num_parameters(params: Any) -> int:
-  """Number of entries."""
+  """Counts the entries of a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def num_trainable(state: TunerState) -> jax.Array:
-  """Trained entries, without those that a mask holds: fixed (of an adapter), at zero (of LoRASculpt)."""
+  """Counts trained entries without those that a mask holds: fixed (adapters), at zero (LoRASculpt)."""
   masks = [leaf for path, leaf in flatten(state.frozen).items() if path.endswith("/mask")]
   masks += jax.tree.leaves(state.extra.get("masks", {}))
   held = sum((jnp.sum(~mask) for mask in masks), start=jnp.zeros((), int))
   return num_parameters(state.trainable) - held
 
 
-def tuned(tuner: Tuner, model: Any, state: TuningState) -> Any:
-  """The model that is kept in the end, as a function of its inputs."""
+def tuned(tuner: Tuner, model: nn.Module, state: TuningState) -> Run:
+  """Returns the final model as a function of its inputs."""
   if tuner.finalize is None:
     return lambda *args, **kwargs: tuner.apply(model, *state.tuner, *args, **kwargs)
   params = tuner.finalize(*state.tuner)
@@ -183,7 +216,7 @@ def tuned(tuner: Tuner, model: Any, state: TuningState) -> Any:
 
 
 def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
-  """What is evaluated on, and what the pretrained model scores there: {"source", "target", "before"}."""
+  """Collects test questions, "source" and "target", and the scores of the pretrained model, "before"."""
   target = benchmark.targets[config.target]
   splits = {
     "source": getattr(benchmark.upstream, config.split),
@@ -196,7 +229,7 @@ def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
 def pretrained_scores(
   benchmark: Benchmark, splits: Mapping[str, Split], families: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-  """{split: {family: accuracy}} of the pretrained model, by the cache."""
+  """Measures {split: {family: accuracy}} of the pretrained model, by the cache."""
 
   def scores() -> dict[str, np.ndarray]:
     each = compiler.jit(
@@ -209,21 +242,29 @@ def pretrained_scores(
       f"{name}/{family}": np.asarray(x) for name, of in each.items() for family, x in of.items()
     }
 
-  depends = [b"scores 1", repr(benchmark.model).encode(), *jax.tree.leaves(benchmark.params)]
+  shape = described_model(benchmark.model)
+  depends = [b"scores 1", shape, *jax.tree.leaves(benchmark.params)]
   return unflatten(
     cached("desk_scores", [*depends, *map(np.asarray, jax.tree.leaves(splits))], scores)
   )
 
 
-def table(run: Any, benchmark: Benchmark, config: TuningConfig, test: Any) -> dict[str, jax.Array]:
-  """The columns of the survey, H first: what a comparison ranks by."""
-  target = benchmark.targets[config.target]
-  families = benchmark.upstream.families
+def table(
+  run: Run, families: Sequence[str], target: str, test: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """Measures the columns of the survey, H first: the metric that a comparison ranks by.
+
+  Args:
+    run: tuned model.
+    families: names of the upstream tasks.
+    target: name of the target.
+    test: see `test_of`.
+  """
   after = accuracies(run, test["source"], families)
-  (reached,) = accuracies(run, test["target"], target.families).values()
+  reached = accuracies(run, test["target"], (target,))[target]
   before = test["before"]
   stack = lambda scores: jnp.stack([scores[name] for name in families])
   summary = metrics.summary(
-    stack(before["source"]), stack(after), before["target"][config.target], reached
+    stack(before["source"]), stack(after), before["target"][target], reached
   )
   return {"H": summary.pop("H"), **{name: after[name] for name in families}, **summary}
