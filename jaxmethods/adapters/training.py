@@ -89,17 +89,21 @@ def parts(batch: Batch, count: int) -> dict[str, jax.Array]:
 
 
 def next_token_loss(adapter: Adapter, model: nn.Module) -> Loss:
-  """Cross-entropy of the next token for a causal LM; the batch has "ids", "labels", maybe "mask".
+  """Makes the cross-entropy of the next token; the batch has "ids", "labels" and maybe "mask".
 
-  Labels (B, T) stand at the position of their own token, as transformers has it; `IGNORED` ones do not
-  count, and neither does the first. With a key, dropout is on.
+  Labels (B, T) stand at the position of their own token, as transformers has it. `IGNORED` ones do not
+  count, neither does the first, nor one whose predecessor is padding: nothing foretells it. With a key,
+  dropout is on.
   """
 
   def loss(params, tree, batch, key):
     rngs = None if key is None else {"dropout": key}
-    output = apply(adapter, model, params, tree, batch["ids"], mask=batch.get("mask"), rngs=rngs)
+    mask = batch.get("mask")
+    output = apply(adapter, model, params, tree, batch["ids"], mask=mask, rngs=rngs)
     # The labels are moved, not the logits: a slice of those would be a copy of the largest array.
     labels = jnp.roll(batch["labels"], -1, axis=1).at[:, -1].set(IGNORED)
+    if mask is not None:
+      labels = jnp.where(mask, labels, IGNORED)
     return token_cross_entropy(output.logits, labels)
 
   return loss

@@ -22,21 +22,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods import trees
 from jaxmethods.adapters import low_rank
 from jaxmethods.adapters.adapter import Factors, layers_of
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
 from jaxmethods.stats.selection import top_share
-from jaxmethods.trees import below, flatten, owner
+from jaxmethods.trees import Params, Tree, below, flatten, owner
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner
 
-Tree = Any
 Connector = Literal["full", "lora_cmr", "frozen"]
 
-# What the penalty looks at (code); q, k and v of the language model, never of the image tower.
+# Kernels in the penalty (code): q, k and v of the language model, never of the image tower.
 REGULARISED = r"^language/.*\b(query|key|value)/kernel$"
 
 # (code) Keeps the logarithm of a weight that is exactly zero finite.
@@ -46,8 +46,10 @@ _TINY = 1e-15
 # --- sparse factors -----------------------------------------------------------------------------
 
 
-def magnitude_mask(factor: Array, keep_ratio: float) -> Array:
-  """The entries of one factor that stay: the largest by |.|, ties to the earlier position (code).
+def magnitude_mask(
+  factor: Float[Array, "rows columns"], keep_ratio: float
+) -> Bool[Array, "rows columns"]:
+  """Marks the entries of a factor that stay: the largest by |.|, ties to the earlier position (code).
 
   Args:
     factor: A or B of one layer.
@@ -59,30 +61,31 @@ def magnitude_mask(factor: Array, keep_ratio: float) -> Array:
   Raises:
     InputError: rho outside (0, 1], or so small that nothing stays.
   """
+  shapes.check(factor=(factor, "rows columns"))
   _check_ratio(keep_ratio, factor.size)
   return top_share(jnp.abs(factor), keep_ratio)
 
 
 def magnitude_masks(tree: Tree, keep_ratio: float) -> Tree:
-  """`magnitude_mask` of every factor of a tree on its own; a stack of layers has one mask a layer."""
+  """Marks the entries of every factor of a tree by itself; a stack of layers has one mask a layer."""
   one = functools.partial(magnitude_mask, keep_ratio=keep_ratio)
   return jax.tree.map(lambda leaf: _mapped(one, leaf.ndim - 2)(leaf), tree)
 
 
 def dense_masks(tree: Tree) -> Tree:
-  """Masks that keep everything: those before the pruning step."""
+  """Makes masks that keep everything: those before the pruning step."""
   return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
 
 
 def masked(tree: Tree, masks: Tree) -> Tree:
-  """Mask * P for every factor; what is not kept is exactly zero."""
+  """Multiplies factors by their masks; entries that are not kept are exactly zero."""
   return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, 0), tree, masks)
 
 
 def sculpt(
   updates: Array | int, tree: Tree, masks: Tree, *, prune_at: int = 100, keep_ratio: float = 0.1
 ) -> tuple[Tree, Tree]:
-  """What happens to the factors before the forward pass of a step (code).
+  """Prunes the factors before the forward pass of a step (code).
 
   After `prune_at` updates the masks are taken, once; from then on they undo what the optimiser wrote
   into entries that are gone. One program for all steps. The masks belong into the checkpoint: the
@@ -108,7 +111,7 @@ def sculpt(
 
 
 def free_entries(tree: Tree, keep_ratio: float) -> int:
-  """Entries that stay trainable after pruning; `tree` may be abstract."""
+  """Counts the entries that stay trainable after pruning; `tree` may be abstract."""
   return sum(
     math.prod(leaf.shape[:-2]) * math.floor(keep_ratio * math.prod(leaf.shape[-2:]))
     for leaf in jax.tree.leaves(tree)
@@ -116,18 +119,18 @@ def free_entries(tree: Tree, keep_ratio: float) -> int:
 
 
 def product_density(density_a: float, density_b: float, rank: int) -> float:
-  """E[s_BA] = 1 - (1 - s_A s_B)^r: share of non-zeros in BA under independent random masks (paper)."""
+  """Computes E[s_BA] = 1 - (1 - s_A s_B)^r, the density of BA under independent random masks (paper)."""
   return 1.0 - (1.0 - density_a * density_b) ** rank
 
 
 def density_bound(deviation: float, rows: int, columns: int, rank: int) -> float:
-  """P(|s_BA - E[s_BA]| >= deviation) is at most this, for B (rows, rank), A (rank, columns) (paper)."""
+  """Bounds P(|s_BA - E[s_BA]| >= deviation), for B (rows, rank), A (rank, columns) (paper)."""
   exponent = -2.0 * deviation**2 * rows * columns / (rank * (rows + columns))
   return min(1.0, 2.0 * math.exp(exponent))
 
 
-def update_density(tree: Tree) -> Array:
-  """Share of non-zeros in the products BA of all layers of a tree together."""
+def update_density(tree: Params) -> Float[Array, ""]:
+  """Measures the share of non-zeros in the products BA of all layers of a tree together."""
   nonzero, size = jnp.zeros(()), 0
   for f in layers_of(tree).values():
     product = jnp.einsum("...ri,...ro->...io", f["a"], f["b"])
@@ -138,8 +141,8 @@ def update_density(tree: Tree) -> Array:
 # --- conflict mitigation ------------------------------------------------------------------------
 
 
-def importance(kernel: Array, omega: float = 1.0) -> Array:
-  """M = tanh(omega |1 / ln(|W| / ||W||_F + 1e-15)|), in (0, 1]: large where the weight is (code).
+def importance(kernel: Float[Array, "in out"], omega: float = 1.0) -> Float[Array, "in out"]:
+  """Computes M = tanh(omega |1 / ln(|W| / ||W||_F + 1e-15)|) in (0, 1], large where |W| is (code).
 
   Args:
     kernel: of one layer, any layout.
@@ -149,6 +152,7 @@ def importance(kernel: Array, omega: float = 1.0) -> Array:
     The shape of the kernel, in float32 or better; no gradient. Zeros of the kernel, and all of a
     kernel of zeros, have tanh(omega / 34.54).
   """
+  shapes.check(kernel=(kernel, "in out"))
   size = jnp.abs(_wide(kernel))
   norm = jnp.linalg.norm(size)
   relative = size / jnp.where(norm > 0, norm, 1)
@@ -156,8 +160,13 @@ def importance(kernel: Array, omega: float = 1.0) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def conflict(kernel: Array, a: Array, b: Array, omega: float = 1.0) -> Array:
-  """||M * (BA)||_F, the energy of the update where the pretrained weight is large (code).
+def conflict(
+  kernel: Float[Array, "*layers in out"],
+  a: Float[Array, "*layers rank in"],
+  b: Float[Array, "*layers rank out"],
+  omega: float = 1.0,
+) -> Float[Array, "*layers"]:
+  """Computes ||M * (BA)||_F, the energy of the update where the pretrained weight is large (code).
 
   The norm is not squared and the scale of the update is left out. The gradient is the closed one:
   with D = BA and n the norm, dB = (M*M*D) A^T / n and dA = B^T (M*M*D) / n, both zero where n is. The
@@ -172,7 +181,11 @@ def conflict(kernel: Array, a: Array, b: Array, omega: float = 1.0) -> Array:
 
   Returns:
     () or (layers,).
+
+  Raises:
+    ValueError: shapes that do not fit.
   """
+  shapes.check(kernel=(kernel, "... in out"), a=(a, "... rank in"), b=(b, "... rank out"))
 
   def one(kernel, a, b):
     return jnp.linalg.norm(importance(kernel, omega) * (_wide(a).T @ _wide(b)))
@@ -202,8 +215,8 @@ conflict.defvjp(_conflict_forward, _conflict_backward)
 
 def conflict_penalty(
   kernels: Mapping[str, Array], factors: Mapping[str, Factors], omega: float = 1.0
-) -> Array:
-  """L_CMR: the mean of `conflict` over layers (code: over the q, k and v projections).
+) -> Float[Array, ""]:
+  """Computes L_CMR, the mean of `conflict` over layers (code: over the q, k and v projections).
 
   Args:
     kernels: frozen, by the path of the layer.
@@ -225,13 +238,17 @@ def conflict_penalty(
 # --- a rival -------------------------------------------------------------------------------------
 
 
-def leading_inputs(kernel: Array, rank: int) -> Array:
-  """A_ref (rank, in): the top right singular vectors of W, what pretraining listens to (inferred)."""
+def leading_inputs(kernel: Float[Array, "in out"], rank: int) -> Float[Array, "rank in"]:
+  """Computes A_ref, the top right singular vectors of W: the main inputs of pretraining (inferred)."""
+  shapes.check(kernel=(kernel, "in out"))
   return jnp.linalg.svd(_wide(kernel), full_matrices=False)[0][:, :rank].T
 
 
-def orthogonality_penalty(a: Array, reference: Array) -> Array:
-  """||A A_ref^T||_F^2 (O-LoRA-like, inferred); both (..., rank, in)."""
+def orthogonality_penalty(
+  a: Float[Array, "*layers rank in"], reference: Float[Array, "*layers rank in"]
+) -> Float[Array, ""]:
+  """Computes ||A A_ref^T||_F^2 (O-LoRA-like, inferred)."""
+  shapes.check(a=(a, "... rank in"), reference=(reference, "... rank in"))
   return jnp.sum(jnp.einsum("...ri,...si->...rs", a, reference) ** 2)
 
 
@@ -253,7 +270,7 @@ def tuner(
   official_final: bool = False,
   targets: str = tuners.LINEARS,
 ) -> Tuner:
-  """LoRASculpt; the masks are in `extra`.
+  """Makes LoRASculpt; the masks are in `extra`.
 
   Args:
     rank: of the update.
@@ -337,7 +354,7 @@ def post_pruned(
   keep_ratio: float = 0.1,
   targets: str = tuners.LINEARS,
 ) -> Tuner:
-  """LoRA whose factors are pruned once, after training."""
+  """Makes LoRA whose factors are pruned once, after training."""
   base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets)
 
   def finalize(trainable, frozen, extra):
@@ -357,7 +374,7 @@ def orthogonal(
   weight: float = 1e-3,
   targets: str = tuners.LINEARS,
 ) -> Tuner:
-  """Orth-Reg: LoRA that is kept away from the leading inputs of the pretrained weights (inferred)."""
+  """Makes LoRA that keeps away from the leading inputs of pretrained weights (Orth-Reg, inferred)."""
   base = tuners.adapted(low_rank.lora(rank, alpha, dropout), targets)
 
   def init(key, params, probe):
@@ -380,8 +397,8 @@ def orthogonal(
   return base._replace(init=init, penalty=penalty)
 
 
-def _kernels(params: Tree) -> dict[str, Array]:
-  """Kernels by the path of their layer."""
+def _kernels(params: Params) -> dict[str, Array]:
+  """Returns kernels by the path of their layer."""
   flat = flatten(params)
   return {owner(path): x for path, x in flat.items() if path.split("/")[-1] == "kernel"}
 

@@ -15,26 +15,26 @@ whole logical tensor, as always under jit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
 from jaxmethods.stats.selection import top_share
-from jaxmethods.trees import flatten, is_stacked, unflatten
+from jaxmethods.trees import Params, flatten, is_stacked, unflatten
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner, TunerState
 
-Params = Mapping[str, Any]
 # (pretrained value, its importance P, accumulated gradient S) of one tensor -> mask in [0, 1].
 MaskRule = Callable[[Array, Array, Array], Array]
 
 
 class State(NamedTuple):
-  """What the method remembers, trees like the trained parameters; part of the checkpoint.
+  """Memory of the method, trees like the trained parameters; part of the checkpoint.
 
   Attributes:
     anchor: theta^0, the pretrained values; never changes.
@@ -52,13 +52,13 @@ class State(NamedTuple):
 # --- importance discrepancy ---------------------------------------------------------------------
 
 
-def normalised_magnitude(x: Array, constant: float = 0.0) -> Array:
-  """N(x) = sigmoid((|x| - mean|x|) / sd|x|), 0 everywhere if all of x is 0.
+def normalised_magnitude(x: Float[Array, ...], constant: float = 0.0) -> Float[Array, ...]:
+  """Computes N(x) = sigmoid((|x| - mean|x|) / sd|x|), 0 everywhere if all of x is 0.
 
   Args:
-    x: one tensor.
-    constant: what a tensor of one magnitude other than 0 gets; the published code divides by sd = 0
-      and compares NaN. A tensor of one entry is such a tensor.
+    x: one tensor, any shape.
+    constant: score of a tensor of one magnitude other than 0; the published code divides by sd = 0 and
+      compares NaN. A tensor of one entry is such a tensor.
 
   Returns:
     The shape of `x`, in float32 or better: in bfloat16 large scores become equal.
@@ -72,26 +72,27 @@ def normalised_magnitude(x: Array, constant: float = 0.0) -> Array:
   return jnp.where(varies | jnp.isnan(size.max()), score, level)
 
 
-def pretrained_importance(theta0: Array) -> Array:
-  """P = N(theta^0); 1 for constant tensors, so that nothing in them is ever selected."""
+def pretrained_importance(theta0: Float[Array, ...]) -> Float[Array, ...]:
+  """Computes P = N(theta^0); 1 for constant tensors, so that nothing in them is ever selected."""
   return normalised_magnitude(theta0, constant=1.0)
 
 
-def task_importance(accumulated: Array) -> Array:
-  """G = N(S); 0 for constant tensors, so that nothing in them is ever selected."""
+def task_importance(accumulated: Float[Array, ...]) -> Float[Array, ...]:
+  """Computes G = N(S); 0 for constant tensors, so that nothing in them is ever selected."""
   return normalised_magnitude(accumulated, constant=0.0)
 
 
 # --- importance selection mask ------------------------------------------------------------------
 
 
-def selected(pretrained: Array, task: Array) -> Array:
-  """I = [P < G]: the task needs the parameter more than pretraining did; strict."""
+def selected(pretrained: Float[Array, ...], task: Float[Array, ...]) -> Bool[Array, ...]:
+  """Selects I = [P < G], parameters that the task needs more than pretraining did; strict."""
+  shapes.same(pretrained=pretrained, task=task)
   return pretrained < task
 
 
-def allocation(pretrained: Array, task: Array) -> Array:
-  """M = min(1, R / mean of R over the selected), R = G / (P + G) where selected and 0 elsewhere.
+def allocation(pretrained: Float[Array, ...], task: Float[Array, ...]) -> Float[Array, ...]:
+  """Computes M = min(1, R / mean of R over the selected), R = G / (P + G) there and 0 elsewhere.
 
   Args:
     pretrained: P of one tensor.
@@ -106,30 +107,33 @@ def allocation(pretrained: Array, task: Array) -> Array:
   return jnp.where(chosen, jnp.minimum(1, ratio / jnp.where(mean > 0, mean, 1)), 0)
 
 
-def mix(theta0: Array, tuned: Array, mask: Array) -> Array:
-  """(1 - M) theta^0 + M theta_opt: the anchor is the pretrained value, not the previous iterate.
+def mix(
+  theta0: Float[Array, ...], tuned: Float[Array, ...], mask: Float[Array, ...]
+) -> Float[Array, ...]:
+  """Mixes (1 - M) theta^0 + M theta_opt: the anchor is the pretrained value, not the previous iterate.
 
   Exact where M is 0 or 1. NaN in `tuned` shows wherever it stands, also under M = 0.
   """
+  shapes.same(theta0=theta0, tuned=tuned, mask=mask)
   mask = mask.astype(jnp.promote_types(theta0.dtype, jnp.float32))
   return ((1 - mask) * theta0 + mask * tuned).astype(tuned.dtype)
 
 
 def soft(theta0: Array, importance: Array, accumulated: Array) -> Array:
-  """The method's mask."""
+  """Computes the mask of the method."""
   del theta0
   return allocation(importance, task_importance(accumulated))
 
 
 def hard(theta0: Array, importance: Array, accumulated: Array) -> Array:
-  """M = I, an ablation (inferred)."""
+  """Computes M = I, an ablation (inferred)."""
   del theta0
   chosen = selected(importance, task_importance(accumulated))
   return chosen.astype(importance.dtype)
 
 
 def by_gradient(share: float) -> MaskRule:
-  """GradMask: the top `share` of |S| is updated and nothing else."""
+  """Makes the rule of GradMask: the top `share` of |S| is updated and nothing else."""
 
   def rule(theta0, importance, accumulated):
     del theta0
@@ -138,8 +142,8 @@ def by_gradient(share: float) -> MaskRule:
   return rule
 
 
-def frozen_by_magnitude(theta0: Array, ratio: float = 0.5) -> Array:
-  """MagnitudeMask: the floor(ratio * n) entries of largest |theta^0| do not move."""
+def frozen_by_magnitude(theta0: Float[Array, ...], ratio: float = 0.5) -> Bool[Array, ...]:
+  """Marks the floor(ratio * n) entries of largest |theta^0|, which do not move (MagnitudeMask)."""
   return top_share(jnp.abs(theta0), ratio)
 
 
@@ -147,10 +151,10 @@ def frozen_by_magnitude(theta0: Array, ratio: float = 0.5) -> Array:
 
 
 def start(params: Params, *, recompute_importance: bool = False, update_every: int = 1) -> State:
-  """The state before the first update.
+  """Makes the state before the first update.
 
   Args:
-    params: what is trained, at its pretrained values. Leaves that are not floating are passed by.
+    params: trained parameters at their pretrained values. Leaves that are not floating are passed by.
     recompute_importance: keep no P: a third less memory, a little more time.
     update_every: of `update`; the mask is remembered if it is not 1.
   """
@@ -169,13 +173,13 @@ def update(
   rule: MaskRule = soft,
   update_every: int = 1,
 ) -> tuple[Params, State, Params]:
-  """What follows the optimiser's step.
+  """Mixes the parameters with their pretrained values after a step of the optimiser.
 
   Args:
     state: from `start` or the last call.
     tuned: parameters as the optimiser left them.
-    gradients: those that the optimiser was given, or the same before clipping (which of the two the
-      published run adds up is not determined by its code).
+    gradients: gradients of the optimiser, or the same before clipping (the published code does not
+      determine which of the two it adds up).
     updates: number of updates before this one.
     rule: `soft` (the method), `hard`, or another.
     update_every: the mask is made anew every so many updates (inferred); 1 is the method.
@@ -215,7 +219,7 @@ def tuner(
   update_every: int = 1,
   recompute_importance: bool = False,
 ) -> Tuner:
-  """SPIDER on the parameters in whose path `targets` is found; `extra` is the `State`, as a dict.
+  """Makes SPIDER on the parameters in whose path `targets` is found; `extra` is the `State`, as a dict.
 
   Args:
     targets: regular expression (paper setting: projector and last two decoder layers).
@@ -245,7 +249,7 @@ def tuner(
 
 
 def half(targets: str, round_steps: int) -> Tuner:
-  """Half fine-tuning: in each round a random half of the tensors does not move.
+  """Makes half fine-tuning: in each round a random half of the tensors does not move.
 
   Args:
     targets: regular expression on parameter paths.

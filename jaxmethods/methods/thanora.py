@@ -23,13 +23,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.adapters import low_rank
-from jaxmethods.adapters.adapter import Factors, Params, key_of, layers_of
+from jaxmethods.adapters.adapter import Factors, key_of, layers_of
 from jaxmethods.errors import InputError
 from jaxmethods.models.init import torch_linear
-from jaxmethods.trees import below, flatten, unflatten
+from jaxmethods.stats import shapes
+from jaxmethods.trees import Key, Params, below, flatten, unflatten
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner, TunerState
 
@@ -46,12 +47,12 @@ class Moment(NamedTuple):
     inputs: how many were seen, ().
   """
 
-  total: Array
-  inputs: Array
+  total: Float[Array, "in in"]
+  inputs: Float[Array, ""]
 
 
 class Decomposition(NamedTuple):
-  """W C = U S V^T, everything that starting and ranking a block needs.
+  """W C = U S V^T: the parts that ranks and starts are made of.
 
   Attributes:
     left: U^T, (n, out) with n = min(in, out).
@@ -59,9 +60,9 @@ class Decomposition(NamedTuple):
     right: V^T C^{-1}, (n, in).
   """
 
-  left: Array
-  values: Array
-  right: Array
+  left: Float[Array, "n out"]
+  values: Float[Array, " n"]
+  right: Float[Array, "n in"]
 
 
 class Blocks(NamedTuple):
@@ -74,10 +75,10 @@ class Blocks(NamedTuple):
     entropy: H of every task, (T,) float32.
   """
 
-  a: Array
-  b: Array
-  owner: Array
-  entropy: Array
+  a: Float[Array, "rows in"]
+  b: Float[Array, "rows out"]
+  owner: Int[Array, " rows"]
+  entropy: Float[Array, " tasks"]
 
 
 class Layer(NamedTuple):
@@ -86,47 +87,55 @@ class Layer(NamedTuple):
   Attributes:
     a, b: factors of all blocks, tasks in order, the cooperative one last.
     owner: (rank,) int32.
-    kernel: what stays frozen: the residual, or the kernel itself.
+    kernel: frozen part: the residual, or the kernel itself.
   """
 
-  a: Array
-  b: Array
-  owner: Array
-  kernel: Array
+  a: Float[Array, "rank in"]
+  b: Float[Array, "rank out"]
+  owner: Int[Array, " rank"]
+  kernel: Float[Array, "in out"]
 
 
 # --- preview ------------------------------------------------------------------------------------
 
 
 def no_inputs(width: int) -> Moment:
-  """The moment before anything was seen."""
+  """Makes the moment before any input."""
   return Moment(jnp.zeros((width, width)), jnp.zeros(()))
 
 
-def add_inputs(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
+def add_inputs(
+  moment: Moment, x: Float[Array, "*batch in"], mask: Bool[Array, "*batch"] | None = None
+) -> Moment:
   """Adds the inputs of a batch; nothing of it is kept but the sum.
 
   Args:
-    moment: so far.
+    moment: moment so far.
     x: (..., in).
-    mask: (...) bool, what counts (no padding); default all.
+    mask: (...) bool, inputs that count (no padding); default all.
   """
+  shapes.check(total=(moment.total, "in in"), x=(x, "... in"))
   x = x.astype(moment.total.dtype)
   mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+  shapes.same(tokens=x[..., 0], mask=mask)
   x = jnp.where(mask[..., None], x, 0).reshape(-1, x.shape[-1])
   return Moment(moment.total + x.T @ x, moment.inputs + mask.sum())
 
 
-def second_moment(moment: Moment) -> Array:
-  """C = X X^T / M, (in, in); zeros if nothing was seen."""
+def second_moment(moment: Moment) -> Float[Array, "in in"]:
+  """Computes C = X X^T / M; zeros without any input."""
+  shapes.check(total=(moment.total, "in in"), inputs=(moment.inputs, ""))
   return moment.total / jnp.maximum(moment.inputs, 1)
 
 
-def damped(moment: Array, share: float = 0.01, tolerance: float = 0.05) -> Array:
-  """C + share * mean(diag C) * I, the share doubled until ||C C^-1 - I||_F < tolerance (corda).
+def damped(
+  moment: Float[Array, "in in"], share: float = 0.01, tolerance: float = 0.05
+) -> Float[Array, "in in"]:
+  """Computes C + share mean(diag C) I, the share doubled until ||C C^-1 - I||_F < tolerance (corda).
 
   A moment of zeros becomes a multiple of the identity.
   """
+  shapes.check(moment=(moment, "in in"))
   identity = jnp.eye(len(moment), dtype=moment.dtype)
   level = jnp.trace(moment) / len(moment)
   level = jnp.where(level > 0, level, 1)
@@ -141,13 +150,14 @@ def damped(moment: Array, share: float = 0.01, tolerance: float = 0.05) -> Array
   return at(jax.lax.while_loop(singular, lambda share: 2 * share, first))
 
 
-def decompose(kernel: Array, moment: Array) -> Decomposition:
-  """The singular value decomposition of W C (corda; in float32 or better).
+def decompose(kernel: Float[Array, "in out"], moment: Float[Array, "in in"]) -> Decomposition:
+  """Computes the singular value decomposition of W C (corda; in float32 or better).
 
   Args:
     kernel: W^T, (in, out).
     moment: C, damped, (in, in).
   """
+  shapes.check(kernel=(kernel, "in out"), moment=(moment, "in in"))
   wide = jnp.promote_types(jnp.result_type(kernel, moment), jnp.float32)
   kernel, moment = kernel.astype(wide), moment.astype(wide)
   # C is symmetric: C W^T = V S U^T.
@@ -155,8 +165,8 @@ def decompose(kernel: Array, moment: Array) -> Decomposition:
   return Decomposition(ut, values, jnp.linalg.solve(moment, v).T)
 
 
-def spectral_entropy(values: Array, spectrum: Spectrum = "sv") -> Array:
-  """H = - sum p ln p / ln n of normalised singular values, in [0, 1] (figure).
+def spectral_entropy(values: Float[Array, " n"], spectrum: Spectrum = "sv") -> Float[Array, ""]:
+  """Computes H = - sum p ln p / ln n of normalised singular values, in [0, 1] (figure).
 
   Args:
     values: all n singular values.
@@ -165,6 +175,7 @@ def spectral_entropy(values: Array, spectrum: Spectrum = "sv") -> Array:
   Returns:
     Scalar; 0 for a matrix of zeros, and for n = 1.
   """
+  shapes.check(values=(values, "n"))
   values = values**2 if spectrum == "sv2" else values
   total = values.sum()
   share = values / jnp.where(total > 0, total, 1)
@@ -176,7 +187,7 @@ def spectral_entropy(values: Array, spectrum: Spectrum = "sv") -> Array:
 
 
 def task_weights(entropies: Sequence[float], temperature: float) -> np.ndarray:
-  """Softmax of H / tau over tasks (reviews name a softmax and a temperature, the form is inferred)."""
+  """Computes the softmax of H / tau over tasks (reviews name both, the form is inferred)."""
   scaled = np.asarray(entropies, np.float64) / temperature
   weights = np.exp(scaled - scaled.max())
   return weights / weights.sum()
@@ -185,9 +196,9 @@ def task_weights(entropies: Sequence[float], temperature: float) -> np.ndarray:
 def allocate(
   entropies: Sequence[float], rank: int, temperature: float = 0.1, *, cooperative: bool = True
 ) -> tuple[np.ndarray, int]:
-  """Ranks of one layer: floor(rank / (T + 1)) for the cooperative block (reviews), the rest by weight.
+  """Divides the rank: floor(rank / (T + 1)) for the cooperative block (reviews), the rest by weight.
 
-  What rounding down leaves goes to the largest fractions, ties to the earlier task; then tasks without
+  The rest of rounding down goes to the largest fractions, ties to the earlier task; then tasks without
   any take one each from the largest (inferred).
 
   Args:
@@ -219,7 +230,7 @@ def allocate(
 
 
 def owners(ranks: Sequence[int] | np.ndarray, shared: int) -> np.ndarray:
-  """Whose each row of the factors is, (rank,)."""
+  """Names the owner of every row of the factors, (rank,)."""
   tasks = np.repeat(np.arange(len(ranks)), ranks)
   return np.concatenate([tasks, np.full(shared, COOPERATIVE)]).astype(np.int32)
 
@@ -229,8 +240,8 @@ def owners(ranks: Sequence[int] | np.ndarray, shared: int) -> np.ndarray:
 
 def oriented_block(
   parts: Decomposition, rank: int, gain: float = 1.0, which: Literal["first", "last"] = "first"
-) -> tuple[Array, Array]:
-  """B = U sqrt(gain S), A = sqrt(gain S) V^T C^-1, truncated (corda; where gamma stands is inferred).
+) -> tuple[Float[Array, "rank in"], Float[Array, "rank out"]]:
+  """Computes B = U sqrt(gain S), A = sqrt(gain S) V^T C^-1, truncated (corda; place of gamma inferred).
 
   Args:
     parts: of the layer.
@@ -244,6 +255,7 @@ def oriented_block(
   Raises:
     ValueError: there are fewer components than `rank`.
   """
+  shapes.check(left=(parts.left, "n out"), values=(parts.values, "n"), right=(parts.right, "n in"))
   if rank > len(parts.values):
     raise ValueError(f"a block of rank {rank} of a matrix with {len(parts.values)} components")
   part = slice(None, rank) if which == "first" else slice(len(parts.values) - rank, None)
@@ -275,7 +287,13 @@ def task_blocks(
 
 
 def start_layer(
-  key: Array, kernel: Array, blocks: Blocks, rank: int, *, scale: float, compensate: bool = True
+  key: Key,
+  kernel: Float[Array, "in out"],
+  blocks: Blocks,
+  rank: int,
+  *,
+  scale: float,
+  compensate: bool = True,
 ) -> Layer:
   """Adds the cooperative block to the task blocks of a layer, and takes them out of its kernel.
 
@@ -292,6 +310,9 @@ def start_layer(
     The layer, factors and residual in float32 or better.
   """
   a, b = blocks.a, blocks.b
+  shapes.check(
+    kernel=(kernel, "in out"), a=(a, "rows in"), b=(b, "rows out"), owner=(blocks.owner, "rows")
+  )
   residual = kernel.astype(a.dtype)
   if compensate:
     residual = residual - scale * a.T @ b
@@ -377,10 +398,15 @@ def _kernel(flat: Mapping[str, Array], path: str) -> Array:
 # --- subspace-preserving regularisation ---------------------------------------------------------
 
 
-def cross_talk(a: Array, b: Array, owner: Array, on: OrthogonalOn = "both") -> Array:
-  """sum_{i<j} ||A_i A_j^T||_F^2 + ||B_i^T B_j||_F^2 over the blocks of tasks (reviews: both vanish).
+def cross_talk(
+  a: Float[Array, "*layers rank in"],
+  b: Float[Array, "*layers rank out"],
+  owner: Int[Array, "*layers rank"],
+  on: OrthogonalOn = "both",
+) -> Float[Array, "*layers"]:
+  """Computes sum_{i<j} ||A_i A_j^T||_F^2 + ||B_i^T B_j||_F^2 over task blocks (reviews: both vanish).
 
-  As one Gram matrix of each factor: half of what stands between rows of different tasks.
+  From one Gram matrix of each factor: half of its squares between rows of different tasks.
 
   Args:
     a: factors (..., rank, in).
@@ -391,6 +417,7 @@ def cross_talk(a: Array, b: Array, owner: Array, on: OrthogonalOn = "both") -> A
   Returns:
     (...): one number for each layer.
   """
+  shapes.check(a=(a, "... rank in"), b=(b, "... rank out"), owner=(owner, "... rank"))
   task = owner != COOPERATIVE
   apart = (owner[..., :, None] != owner[..., None, :]) & task[..., :, None] & task[..., None, :]
 
@@ -406,12 +433,12 @@ def cross_talk(a: Array, b: Array, owner: Array, on: OrthogonalOn = "both") -> A
 
 def subspace_penalty(
   factors: Mapping[str, Factors], owner: Mapping[str, Array], on: OrthogonalOn = "both"
-) -> Array:
-  """L_SPR: the mean of `cross_talk` over layers (that it is the mean is inferred).
+) -> Float[Array, ""]:
+  """Computes L_SPR, the mean of `cross_talk` over layers (that it is the mean is inferred).
 
   Args:
     factors: "a" and "b" by the path of the layer; stacks count as their layers.
-    owner: of the rows, by the same paths.
+    owner: owners of the rows, by the same paths.
     on: of `cross_talk`.
 
   Returns:

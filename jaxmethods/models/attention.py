@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxmethods.stats.dropout import dropout
 
-MASKED = -1e30  # finite: a query that sees nothing gets the mean of all values, not NaN
+MASKED = -1e30  # finite: the scores of a query that sees nothing are no NaN
 
 
 def masked_bias(visible: jax.Array) -> jax.Array:
@@ -17,7 +17,9 @@ def masked_bias(visible: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-  """Softmax attention; the G queries of a group share keys and values.
+  """Mixes values by softmax attention; the G queries of a group share keys and values.
+
+  A query that sees nothing gets zeros, and no gradient passes through it.
 
   Args:
     query: (B, K, G, T, d), already scaled.
@@ -33,7 +35,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Arra
 
 def _attention(query, key, value, bias):
   weights = jnp.exp(_shifted_scores(query, key, bias))
-  total = weights.sum(-1, keepdims=True)
+  total = _total(weights)
   weights = weights.astype(value.dtype)
   # Divided after the product: (T, d) instead of (T, S) quotients.
   mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, value) / total.astype(value.dtype)
@@ -71,7 +73,7 @@ def attention_with_dropout(
 ) -> jax.Array:
   """`attention` of which a `rate` share of the weights is dropped, the rest scaled up."""
   weights = jnp.exp(_shifted_scores(query, key, bias))
-  weights = dropout(weights / weights.sum(-1, keepdims=True), rate, rng)
+  weights = dropout(weights / _total(weights), rate, rng)
   return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(value.dtype), value)
 
 
@@ -93,12 +95,19 @@ def attention_rows(
   bias = jnp.broadcast_to(bias, (len(chosen), *bias.shape[1:]))
   bias = jnp.take_along_axis(bias, chosen[:, :, None], axis=1)
   weights = jnp.exp(_shifted_scores(query, key, bias))
-  rows = weights / weights.sum(-1, keepdims=True)
+  rows = weights / _total(weights)
   return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
 
 
 def _shifted_scores(query, key, bias):
-  """Scores in float32 with the maximum of every row at 0."""
+  """Returns scores in float32 with the maximum of every row at 0; those of a blind row stay `MASKED`."""
   scores = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=jnp.float32)
   scores = scores + bias[:, None, None]
-  return scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  return scores - jnp.where(top > MASKED / 2, top, 0)
+
+
+def _total(weights: jax.Array) -> jax.Array:
+  """Sums the weights of every query; 1 where it sees nothing."""
+  total = weights.sum(-1, keepdims=True)
+  return jnp.where(total > 0, total, 1)

@@ -48,3 +48,19 @@ def check_leading(size: int, **trees: PyTree) -> None:
     for x in jax.tree.leaves(tree):
       if shape_of(x)[:1] != (size,):
         raise ValueError(f"{name}: expected {size} rows, got an array of shape {shape_of(x)}")
+
+
+def same(**arguments: ArrayLike) -> None:
+  """Checks that all arrays have the shape of the first.
+
+  Args:
+    **arguments: name -> array.
+
+  Raises:
+    ValueError: "mask: expected the shape (4, 3) of weight, got (3,)".
+  """
+  (first, array), *others = arguments.items()
+  expected = shape_of(array)
+  for name, other in others:
+    if (given := shape_of(other)) != expected:
+      raise ValueError(f"{name}: expected the shape {expected} of {first}, got {given}")

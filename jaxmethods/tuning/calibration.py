@@ -1,36 +1,41 @@
-"""What the linear layers of the desk model are fed by a batch of questions."""
+"""Second moments of the inputs of linear layers, over a batch of questions."""
 
 from __future__ import annotations
 
 import re
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxmethods.adapters.adapter import Params
 from jaxmethods.adapters.preview import linear_inputs, linear_targets
 from jaxmethods.models.desk_mllm import DeskMLLM
+from jaxmethods.stats import shapes
 from jaxmethods.trees import flatten, owner
 from jaxmethods.tuning.tuner import PROJECTOR, Batch
 
 
 def input_moments(
   model: DeskMLLM, params: Params, batch: Batch, targets: str
-) -> dict[str, jax.Array]:
-  """Sum over all tokens of x x^T, (in, in), by the path of the layer; to be jitted by the caller.
+) -> dict[str, Float[Array, "in in"]]:
+  """Sums x x^T over all tokens, by the path of the layer; to be jitted by the caller.
 
   Text is padded on the right to the length of the longest question of its task; those tokens count too
   where there are any (the targets have one question each, and none).
 
   Args:
-    model: whose layers are not scanned.
-    params: of it.
+    model: small model whose layers are not scanned.
+    params: parameters of the model.
     batch: features (B, N, F), ids (B, K, T).
     targets: regular expression on kernel paths.
+
+  Raises:
+    ValueError: wrong shapes.
   """
+  shapes.check(features=(batch["features"], "B N F"), ids=(batch["ids"], "B K T"))
   layers = [owner(path) for path in linear_targets(params, targets)]
   flat = flatten(params)
-  moments: dict[str, jax.Array] = {}
+  moments: dict[str, Array] = {}
   # The projector sees the images once; the language model sees images, and then texts.
   for calls in (1, 2):
     chosen = [path for path in layers if bool(re.search(PROJECTOR, f"{path}/")) == (calls == 1)]

@@ -1,18 +1,20 @@
-"""What the survey measures: specialisation E, stabilisation F, and what both come to."""
+"""Measures of the survey: specialisation E, stabilisation F, and their summaries."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmethods.stats import shapes
 
 
 def summary(
-  source_before: jax.Array,
-  source_after: jax.Array,
-  target_before: jax.Array,
-  target_after: jax.Array,
-) -> dict[str, jax.Array]:
-  """Scores of one tuned model.
+  source_before: Float[Array, " U"],
+  source_after: Float[Array, " U"],
+  target_before: Float[Array, ""],
+  target_after: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+  """Computes the scores of one tuned model.
 
   Args:
     source_before: (U,) scores of the pretrained model on the tasks that are not tuned.
@@ -26,8 +28,14 @@ def summary(
     Source and Target; "H", their harmonic mean, 0 where both are.
 
   Raises:
-    ValueError: without any task.
+    ValueError: without any task, or for wrong shapes.
   """
+  shapes.check(
+    source_before=(source_before, "U"),
+    source_after=(source_after, "U"),
+    target_before=(target_before, ""),
+    target_after=(target_after, ""),
+  )
   if source_before.size == 0:
     raise ValueError("no upstream task: nothing says what was forgotten")
   source = source_after.mean()

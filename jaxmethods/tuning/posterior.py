@@ -1,4 +1,4 @@
-"""Editing a tuned model after training: back to the pretrained weights where that costs little.
+"""Edits of a tuned model after training: back to the pretrained weights where that costs little.
 
 W_0 is a pretrained tensor, W_1 the tuned one, D = W_1 - W_0. All are taken in float32 or better. The
 functions are for one tensor; `edited` maps them over a tree.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
 from jaxmethods.stats.selection import top_share
+from jaxmethods.trees import Key, PyTree
 
 # (W_0, W_1, key) -> edited tensor.
-Edit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Edit = Callable[[Array, Array, Key], Array]
 
 
-def edited(edit: Edit, before: Any, after: Any, key: jax.Array) -> Any:
+def edited(edit: Edit, before: PyTree, after: PyTree, key: Key) -> PyTree:
   """Edits every tensor of a tree, with a key of its own."""
   leaves, structure = jax.tree.flatten(after)
   keys = jax.random.split(key, max(len(leaves), 1))
@@ -28,11 +31,16 @@ def edited(edit: Edit, before: Any, after: Any, key: jax.Array) -> Any:
   return jax.tree.unflatten(structure, [edit(*pair) for pair in pairs])
 
 
-def dare(before: jax.Array, after: jax.Array, dropped: jax.Array, rate: float) -> jax.Array:
-  """W_0 + (1 - z) D / (1 - p): drops entries of the update, rescales the rest (arXiv 2311.03099).
+def dare(
+  before: Float[Array, ...],
+  after: Float[Array, ...],
+  dropped: Bool[Array, ...],
+  rate: float,
+) -> Float[Array, ...]:
+  """Drops entries of the update and rescales the rest: W_0 + (1 - z) D / (1 - p) (arXiv 2311.03099).
 
   Args:
-    before: W_0, any shape.
+    before: W_0, any shape, or one that `after` has behind an axis of models.
     after: W_1.
     dropped: z, boolean, true with probability p.
     rate: p, in [0, 1).
@@ -40,17 +48,23 @@ def dare(before: jax.Array, after: jax.Array, dropped: jax.Array, rate: float) -
   Raises:
     InputError: if `rate` is outside [0, 1).
   """
+  shapes.same(after=after, dropped=dropped)
   if not 0.0 <= rate < 1.0:
     raise InputError(f"dare: the rate must be in [0, 1), got {rate}")
   return before + jnp.where(dropped, 0, (after - before) / (1 - rate))
 
 
-def masked(before: jax.Array, after: jax.Array, mask: jax.Array) -> jax.Array:
-  """W_0 + m D with a given mask m: entries where it is true keep what they learned."""
+def masked(
+  before: Float[Array, ...], after: Float[Array, ...], mask: Bool[Array, ...]
+) -> Float[Array, ...]:
+  """Keeps the update where the mask m is true: W_0 + m D."""
+  shapes.same(before=before, after=after, mask=mask)
   return jnp.where(mask, after, before)
 
 
-def grafting(before: jax.Array, after: jax.Array, share: float) -> jax.Array:
+def grafting(
+  before: Float[Array, ...], after: Float[Array, ...], share: float
+) -> Float[Array, ...]:
   """Keeps the `share` of entries that changed most.
 
   The original learns the mask (arXiv 2302.06600); this is its magnitude version: floor(share * size)
@@ -59,24 +73,33 @@ def grafting(before: jax.Array, after: jax.Array, share: float) -> jax.Array:
   Raises:
     InputError: if `share` is outside [0, 1].
   """
+  shapes.same(before=before, after=after)
   if not 0.0 <= share <= 1.0:
     raise InputError(f"grafting: the share must be in [0, 1], got {share}")
   return masked(before, after, top_share(jnp.abs(after - before), share))
 
 
-def interpolate(before: jax.Array, after: jax.Array, weight: float) -> jax.Array:
-  """W_0 + a D: weight averaging (WiSE-FT, arXiv 2109.01903).
+def interpolate(
+  before: Float[Array, ...], after: Float[Array, ...], weight: float
+) -> Float[Array, ...]:
+  """Averages weights: W_0 + a D (WiSE-FT, arXiv 2109.01903).
 
   Raises:
     InputError: if `weight` is outside [0, 1].
   """
+  shapes.same(before=before, after=after)
   if not 0.0 <= weight <= 1.0:
     raise InputError(f"weight: must be in [0, 1], got {weight}")
   return before + weight * (after - before)
 
 
-def ties(before: jax.Array, updates: jax.Array, share: float, scale: float = 1.0) -> jax.Array:
-  """TIES merging of K updates: trim, elect a sign, average what agrees (arXiv 2306.01708).
+def ties(
+  before: Float[Array, ...],
+  updates: Float[Array, "K ..."],
+  share: float,
+  scale: float = 1.0,
+) -> Float[Array, ...]:
+  """Merges K updates: trims, elects a sign, averages what agrees (TIES, arXiv 2306.01708).
 
   Args:
     before: W_0.
@@ -87,6 +110,7 @@ def ties(before: jax.Array, updates: jax.Array, share: float, scale: float = 1.0
   Raises:
     InputError: if `share` is outside (0, 1].
   """
+  shapes.same(before=before, update=updates[0])
   if not 0.0 < share <= 1.0:
     raise InputError(f"ties: the share must be in (0, 1], got {share}")
   trimmed = jax.vmap(lambda update: jnp.where(top_share(jnp.abs(update), share), update, 0))(
@@ -98,26 +122,27 @@ def ties(before: jax.Array, updates: jax.Array, share: float, scale: float = 1.0
   return before + scale * mean
 
 
-def hessian(second_moment: jax.Array, samples: jax.Array | int) -> jax.Array:
-  """2 / n sum_k X_k^T X_k over n calibration samples: what the published running mean comes to.
+def hessian(second_moment: Float[Array, "in in"], samples: Array | int) -> Float[Array, "in in"]:
+  """Computes 2 / n sum_k X_k^T X_k over n calibration samples, the value of the published running mean.
 
   Args:
     second_moment: sum of x x^T over all tokens of all samples, (in, in).
     samples: n.
   """
+  shapes.check(second_moment=(second_moment, "in in"))
   return 2 * second_moment / samples
 
 
 def tailor(
-  before: jax.Array,
-  after: jax.Array,
-  hessian: jax.Array,
+  before: Float[Array, "out in"],
+  after: Float[Array, "out in"],
+  hessian: Float[Array, "in in"],
   sparsity: float = 0.9,
   *,
   block: int = 128,
   sign: Literal["plus", "minus"] = "plus",
-) -> jax.Array:
-  """Model Tailor: puts the least important entries back and lets the others make up for it.
+) -> Float[Array, "out in"]:
+  """Puts the least important entries back and lets the others make up for it (Model Tailor).
 
   Zhu et al., arXiv 2402.12048. With U the upper Cholesky factor of H^-1, the score of an entry is
   z(|D|) / 2 + z(W^2 / diag(U)^2) / 2, z standardising the rows of a block of columns. Column by column,
@@ -138,6 +163,7 @@ def tailor(
   Raises:
     InputError: if `sparsity` is outside [0, 1).
   """
+  shapes.check(before=(before, "out in"), after=(after, "out in"), hessian=(hessian, "in in"))
   if not 0.0 <= sparsity < 1.0:
     raise InputError(f"tailor: sparsity must be in [0, 1), got {sparsity}")
   diagonal = jnp.diag(hessian)
@@ -162,11 +188,11 @@ def tailor(
 
 
 def _compensate(
-  after: jax.Array, before: jax.Array, back: jax.Array, factor: jax.Array, step: int
-) -> tuple[jax.Array, jax.Array]:
-  """One block (out, columns): what is kept of it, and the errors of its columns."""
+  after: Array, before: Array, back: Array, factor: Array, step: int
+) -> tuple[Array, Array]:
+  """Works off one block (out, columns): returns the edited block and the errors of its columns."""
 
-  def column(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  def column(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
     current, kept, errors = carry
     w = current[:, i]
     q = jnp.where(back[:, i], before[:, i], w)
@@ -180,8 +206,8 @@ def _compensate(
   return kept, errors
 
 
-def _standardised(x: jax.Array) -> jax.Array:
-  """Every row to mean 0 and sample deviation 1; a constant row to 0."""
+def _standardised(x: Array) -> Array:
+  """Standardises every row to mean 0 and sample deviation 1; a constant row to 0."""
   centred = x - x.mean(1, keepdims=True)
   deviation = jnp.sqrt(jnp.sum(centred**2, 1, keepdims=True) / max(x.shape[1] - 1, 1))
   return jnp.where(deviation > 0, centred / jnp.where(deviation > 0, deviation, 1), 0)

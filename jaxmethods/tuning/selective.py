@@ -1,29 +1,30 @@
-"""Holding parts of a model near its pretrained weights while it is tuned: penalties and masks."""
+"""Penalties that hold a model near its pretrained weights, and statistics of its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-Params = Any
+from jaxmethods.stats import shapes
+from jaxmethods.trees import Params, PyTree
 
 
-def l2_sp(params: Params, anchor: Params, weight: float | jax.Array) -> jax.Array:
-  """L2-SP: lambda / 2 ||theta - theta_0||^2 (Li et al., arXiv 1802.01483).
+def l2_sp(params: Params, anchor: Params, weight: float | Array) -> Float[Array, ""]:
+  """Computes lambda / 2 ||theta - theta_0||^2 (L2-SP, Li et al., arXiv 1802.01483).
 
   Args:
     params: theta.
     anchor: theta_0, a tree like it.
     weight: lambda.
   """
-  return 0.5 * weight * _sum(lambda p, a: jnp.square(p - a), params, anchor)
+  return 0.5 * weight * _sum(lambda p, a: jnp.square(p - a), params=params, anchor=anchor)
 
 
-def ewc(params: Params, anchor: Params, fisher: Params, weight: float | jax.Array) -> jax.Array:
-  """EWC: lambda / 2 sum_i F_i (theta_i - theta_0i)^2 (Kirkpatrick et al., arXiv 1612.00796).
+def ewc(params: Params, anchor: Params, fisher: Params, weight: float | Array) -> Float[Array, ""]:
+  """Computes lambda / 2 sum_i F_i (theta_i - theta_0i)^2 (EWC, Kirkpatrick et al., arXiv 1612.00796).
 
   Args:
     params: theta.
@@ -31,13 +32,17 @@ def ewc(params: Params, anchor: Params, fisher: Params, weight: float | jax.Arra
     fisher: F, a tree like it, see `squared_gradients`.
     weight: lambda.
   """
-  return 0.5 * weight * _sum(lambda p, a, f: f * jnp.square(p - a), params, anchor, fisher)
+  return (
+    0.5
+    * weight
+    * _sum(lambda p, a, f: f * jnp.square(p - a), params=params, anchor=anchor, fisher=fisher)
+  )
 
 
 def squared_gradients(
-  loss: Callable[[Params, Any], jax.Array], params: Params, samples: Any
+  loss: Callable[[Params, PyTree], Float[Array, ""]], params: Params, samples: PyTree
 ) -> Params:
-  """Mean over samples of the squared gradient of each: the diagonal of the empirical Fisher matrix.
+  """Averages the squared gradients of samples: the diagonal of the empirical Fisher matrix.
 
   Args:
     loss: (params, sample) -> scalar.
@@ -48,21 +53,32 @@ def squared_gradients(
 
 
 def absolute_gradients(
-  loss: Callable[[Params, Any], jax.Array], params: Params, samples: Any
+  loss: Callable[[Params, PyTree], Float[Array, ""]], params: Params, samples: PyTree
 ) -> Params:
-  """Mean over samples of |gradient|; arguments as in `squared_gradients`."""
+  """Averages |gradient| over samples; arguments as in `squared_gradients`."""
   return _mean_of_gradients(jnp.abs, loss, params, samples)
 
 
-def _mean_of_gradients(of: Callable, loss: Callable, params: Params, samples: Any) -> Params:
+def _mean_of_gradients(
+  of: Callable[[Array], Array],
+  loss: Callable[[Params, PyTree], Array],
+  params: Params,
+  samples: PyTree,
+) -> Params:
   count = len(jax.tree.leaves(samples)[0])
 
-  def add(total: Params, sample: Any) -> tuple[Params, None]:
+  def add(total: Params, sample: PyTree) -> tuple[Params, None]:
     gradient = jax.grad(loss)(params, sample)
     return jax.tree.map(lambda t, g: t + of(g) / count, total, gradient), None
 
   return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), samples)[0]
 
 
-def _sum(term: Callable[..., jax.Array], *trees: Params) -> jax.Array:
-  return sum(map(jnp.sum, jax.tree.leaves(jax.tree.map(term, *trees))), start=jnp.zeros(()))
+def _sum(term: Callable[..., Array], **trees: Params) -> Array:
+  """Sums a term over all entries of trees of one form; their names are for the error."""
+
+  def of_leaf(*leaves: Array) -> Array:
+    shapes.same(**dict(zip(trees, leaves, strict=True)))
+    return term(*leaves).sum()
+
+  return sum(jax.tree.leaves(jax.tree.map(of_leaf, *trees.values())), start=jnp.zeros(()))

@@ -1,4 +1,4 @@
-"""The tuners of the suite that are no method of their own: every paradigm behind one interface.
+"""Tuners of the suite that are no method of their own: every paradigm behind one interface.
 
 All train the projector themselves, besides what they are named after; embeddings, final norm and head
 stay as they are unless a tuner says otherwise.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,7 @@ VECTORS = r"^projector/|^language/layers.*(bias|scale)$"
 
 
 def frozen() -> Tuner:
-  """The pretrained model as it is: nothing is trained."""
+  """Makes the pretrained model as it is: nothing is trained."""
 
   def init(key, params, probe):
     del key, probe
@@ -52,7 +52,7 @@ def frozen() -> Tuner:
 
 
 def last_layers(count: int, of: int) -> str:
-  """Targets: the projector and the last `count` of `of` unrolled layers."""
+  """Returns the targets projector and last `count` of `of` unrolled layers."""
   numbers = "|".join(str(i) for i in range(max(of - count, 0), of))
   return rf"{PROJECTOR}|^language/layers_({numbers})/"
 
@@ -61,7 +61,7 @@ def last_layers(count: int, of: int) -> str:
 
 
 def l2_sp(weight: float, targets: str = LAYERS) -> Tuner:
-  """L2-SP: a penalty on the distance to the pretrained weights."""
+  """Makes L2-SP: a penalty on the distance to the pretrained weights."""
 
   def penalty(trainable, frozen, extra):
     del frozen
@@ -71,7 +71,7 @@ def l2_sp(weight: float, targets: str = LAYERS) -> Tuner:
 
 
 def ewc(weight: float, model: nn.Module, loss: Loss, targets: str = LAYERS) -> Tuner:
-  """EWC; its probe is a batch of the tasks that must not be forgotten."""
+  """Makes EWC; its probe is a batch of the tasks that must not be forgotten."""
 
   def penalty(trainable, frozen, extra):
     del frozen
@@ -88,12 +88,12 @@ def ewc(weight: float, model: nn.Module, loss: Loss, targets: str = LAYERS) -> T
 
 
 def masked(share: float, score: masks.Score, targets: str = LINEARS) -> Tuner:
-  """Only the `share` of every tensor with the highest scores is tuned; the mask is fixed."""
+  """Tunes the `share` of every tensor with the highest scores; the mask is fixed."""
   return adapted(masks.tuned(share, score), targets)
 
 
 def gradient_masked(share: float, model: nn.Module, loss: Loss, targets: str = LINEARS) -> Tuner:
-  """The same by the mean |gradient| of the probe's examples."""
+  """Tunes the `share` with the highest mean |gradient| over the examples of the probe."""
   base = adapted(masks.tuned(), targets)
 
   def init(key, params, probe):
@@ -106,7 +106,7 @@ def gradient_masked(share: float, model: nn.Module, loss: Loss, targets: str = L
 
 
 def _anchored(base: Tuner) -> Tuner:
-  """`base` with the pretrained values of what it trains in `extra["anchor"]`."""
+  """Keeps the pretrained values of the trained part in `extra["anchor"]`."""
 
   def init(key, params, probe):
     state = base.init(key, params, probe)
@@ -123,7 +123,7 @@ def _per_sample(
   state: TunerState,
   probe: Any,
 ) -> Any:
-  """A statistic of the gradients of single examples with respect to what `base` trains."""
+  """Computes a statistic of the gradients of single examples for the part that `base` trains."""
 
   def of_one(trainable, sample):
     batch = jax.tree.map(lambda x: x[None], sample)
@@ -139,7 +139,7 @@ def _per_sample(
 
 
 def posterior_edit(edit: posterior.Edit, targets: str = LAYERS) -> Tuner:
-  """Full tuning, whose result is edited tensor by tensor.
+  """Makes full tuning whose result is edited tensor by tensor.
 
   `edit` gets a key that is drawn once, at the start.
   """
@@ -157,7 +157,7 @@ def posterior_edit(edit: posterior.Edit, targets: str = LAYERS) -> Tuner:
 
 
 def dare(rate: float, targets: str = LAYERS) -> Tuner:
-  """DARE of the whole update."""
+  """Makes DARE of the whole update."""
 
   def edit(before, after, key):
     return posterior.dare(before, after, jax.random.bernoulli(key, rate, before.shape), rate)
@@ -166,7 +166,7 @@ def dare(rate: float, targets: str = LAYERS) -> Tuner:
 
 
 def half(share: float = 0.5) -> Tuner:
-  """A random share of the entries keeps what it learned."""
+  """Keeps the update of a random share of the entries."""
 
   def edit(before, after, key):
     return posterior.masked(before, after, jax.random.bernoulli(key, share, before.shape))
@@ -175,12 +175,12 @@ def half(share: float = 0.5) -> Tuner:
 
 
 def grafting(share: float) -> Tuner:
-  """The entries that changed most."""
+  """Keeps the update of the entries that changed most."""
   return posterior_edit(lambda before, after, key: posterior.grafting(before, after, share))
 
 
 def ties(share: float, scale: float) -> Tuner:
-  """TIES of the one update there is: grafting with another scale."""
+  """Makes TIES of a single update: grafting with another scale."""
 
   def edit(before, after, key):
     del key
@@ -190,14 +190,16 @@ def ties(share: float, scale: float) -> Tuner:
 
 
 def interpolated(weight: float) -> Tuner:
-  """WiSE: between pretrained and tuned weights."""
+  """Makes WiSE: a point between pretrained and tuned weights."""
   return posterior_edit(lambda before, after, key: posterior.interpolate(before, after, weight))
 
 
-def tailor(model: DeskMLLM, sparsity: float, sign: Any = "plus", targets: str = LAYERS) -> Tuner:
-  """Model Tailor on all linear layers that were tuned; calibrated on the probe.
+def tailor(
+  model: DeskMLLM, sparsity: float, sign: Literal["plus", "minus"] = "plus", targets: str = LAYERS
+) -> Tuner:
+  """Makes Model Tailor on all linear layers that were tuned; calibrated on the probe.
 
-  What is no kernel of a linear layer keeps what it learned.
+  Parameters other than their kernels keep their tuned values.
   """
   base = _anchored(selected(targets))
 
@@ -224,7 +226,7 @@ def tailor(model: DeskMLLM, sparsity: float, sign: Any = "plus", targets: str = 
 
 
 def prompt(length: int) -> Tuner:
-  """Prompt tuning: learned vectors between the image and the question."""
+  """Makes prompt tuning: learned vectors between the image and the question."""
 
   def start(key, model_params):
     return prompts.init_prompt(key, model_params, length)
@@ -233,7 +235,7 @@ def prompt(length: int) -> Tuner:
 
 
 def prefix(model: DeskMLLM, length: int) -> Tuner:
-  """Prefix tuning: learned keys and values that every layer sees."""
+  """Makes prefix tuning: learned keys and values that every layer sees."""
 
   def start(key, model_params):
     del model_params
@@ -266,7 +268,7 @@ def _input(start: Callable[..., Any], inputs: Callable[[Any], dict[str, Any]]) -
 
 
 def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
-  """LoRA+: B has a learning rate of its own, "adapter_b" (arXiv 2402.12354)."""
+  """Makes LoRA+: B has a learning rate of its own, "adapter_b" (arXiv 2402.12354)."""
   base = adapted(low_rank.lora(rank, alpha, dropout))
 
   def rates(trainable):
@@ -281,7 +283,7 @@ def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
 
 
 def adalora(rank: int, dropout: float, weight: float, steps: int, targets: str = LINEARS) -> Tuner:
-  """AdaLoRA: starts with half as many triplets again, and prunes them down to `rank` a layer.
+  """Makes AdaLoRA: starts with half as many triplets again, and prunes them down to `rank` a layer.
 
   Pruning begins after a tenth of the steps and is done after seven tenths (inferred).
 

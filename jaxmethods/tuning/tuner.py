@@ -1,7 +1,7 @@
-"""What a way of tuning a model is (`Tuner`), and the one training step that all of them share.
+"""Ways of tuning a model behind one interface (`Tuner`), and the training step that all share.
 
-A tuner is a few pure functions over three trees: what is trained, what is frozen, and what else a
-checkpoint has to hold (masks, importances, the pretrained values). The plain ones are here: some of the
+A tuner is a few pure functions over three trees: the trained part, the frozen part, and further parts of
+a checkpoint (masks, importances, the pretrained values). The plain ones are here: some of the
 model's own parameters (`selected`), and an adapter beside them (`adapted`).
 """
 
@@ -176,7 +176,7 @@ def init_state(
   params: Params,
   probe: Batch,
 ) -> TuningState:
-  """The state before the first step; `key` also gives the data order."""
+  """Makes the state before the first step; `key` also gives the data order."""
   order, start = jax.random.split(key)
   state = tuner.init(start, params, probe)
   # A donated state must not hold a buffer twice, nor one that belongs to the caller.
@@ -200,7 +200,7 @@ def adamw(
   *,
   warmup: float = 0.03,
 ) -> optax.GradientTransformation:
-  """Adam without weight decay; every group has its own rate, warmed up and then a cosine to 0.
+  """Makes Adam without weight decay; every group has its own rate, warmed up and then a cosine to 0.
 
   Args:
     rates: peak learning rate by label.
@@ -229,10 +229,10 @@ def adamw(
 
 
 def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy of the answer's words.
+  """Computes the cross-entropy of the words of the answer.
 
   Args:
-    run: the tuned `models.desk_mllm.DeskMLLM`.
+    run: tuned model with the interface of `models.desk_mllm.DeskMLLM`.
     batch: features (B, N, F), ids (B, K, T), labels (B, K, T): the next token where it belongs to the
       answer, else `IGNORED`.
     key: of dropout.
@@ -308,18 +308,18 @@ def adapted(adapter: Adapter, targets: str = LINEARS, also: str | None = PROJECT
 
 
 def split_params(params: Params, targets: str) -> tuple[Tree, Tree]:
-  """(parameters in whose path `targets` is found, the others); raises if there are none."""
+  """Splits parameters into those in whose path `targets` is found, and the others."""
   found = set(matching(flatten(params), targets))
   return trees.split(params, lambda path: path in found)
 
 
 def together(trainable: Tree, frozen: Tree, extra: Tree) -> dict[str, Any]:
-  """The parameters of a model of which some were trained."""
+  """Joins the trained and the frozen parameters of a model."""
   del extra
   return trees.merge(trainable, frozen)
 
 
 def own_rates(trainable: Tree) -> Tree:
-  """Labels of the model's own parameters: "projector" or "decoder"."""
+  """Labels the own parameters of a model: "projector" or "decoder"."""
   label = lambda path: "projector" if re.search(PROJECTOR, path) else "decoder"
   return unflatten({path: label(path) for path in flatten(trainable)})

@@ -14,11 +14,13 @@ import numpy as np
 import optax
 import pytest
 import tiny_lm
+from jax.test_util import check_grads
 
 from jaxmethods.adapters.adapter import split
-from jaxmethods.adapters.training import IGNORED, token_cross_entropy
+from jaxmethods.adapters.training import next_token_loss, token_cross_entropy
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
+from jaxmethods.stats.losses import IGNORED
 from jaxmethods.trees import flatten
 
 WORKER = Path(__file__).with_name("devices_worker.py")
@@ -83,6 +85,26 @@ def test_parts_need_not_weigh_the_same():
   ]
   assert count == len(expected) == 6
   np.testing.assert_allclose(total, sum(expected), rtol=1e-6)
+
+
+def test_a_label_behind_padding_does_not_count():
+  """Neither its value nor the ids at padding matter; the gradient is that of finite differences."""
+  lm, batch = tiny_lm.model(), tiny_lm.batch(4)
+  params, tree = tiny_lm.start(lm)
+  tree = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), tree)
+  first = jnp.argmax(batch["mask"], axis=1)
+  assert (first > 0).any()
+  labelled = batch | {"labels": jnp.where(batch["mask"], batch["ids"], IGNORED)}
+  silent = jnp.arange(10) == first[:, None]
+  unlabelled = labelled | {"labels": jnp.where(silent, IGNORED, labelled["labels"])}
+  other = labelled | {"ids": jnp.where(batch["mask"], batch["ids"], 7)}
+  loss = next_token_loss(tiny_lm.ADAPTER, lm)
+  value, count = loss(params, tree, labelled, None)
+  assert count == batch["mask"].sum() - 4
+  for same in (unlabelled, other):
+    np.testing.assert_allclose(loss(params, tree, same, None)[0], value, rtol=1e-6)
+  mean = jax.jit(lambda tree: jnp.divide(*loss(params, tree, labelled, None)))
+  check_grads(mean, (tree,), 1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
 def test_nothing_counts():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from jaxmethods.models.attention import attention, attention_rows, masked_bias
 from jaxmethods.models.causal_lm import CausalLM, table
@@ -154,10 +155,19 @@ def test_embeddings_in_place_of_ids(problem):
     model.apply(variables)
 
 
-def test_a_query_that_sees_nothing_is_finite():
-  x = jnp.ones((1, 1, 1, 2, 4))
-  out = attention(x, x[:, :, 0], x[:, :, 0], masked_bias(jnp.zeros((1, 2, 2), bool)))
-  assert np.isfinite(out).all()
+def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient():
+  """Left padding of two: queries 0 and 1 see nothing; finite differences agree everywhere."""
+  key = jax.random.split(jax.random.key(0), 3)
+  query = jax.random.normal(key[0], (1, 2, 2, 4, 3))
+  keys, value = (jax.random.normal(k, (1, 2, 4, 3)) for k in key[1:])
+  bias = masked_bias(jnp.tri(4, dtype=bool) & (jnp.arange(4) >= 2))[None]
+  run = lambda *x: attention(*x, bias)
+  assert not run(query, keys, value)[..., :2, :].any()
+  check_grads(run, (query, keys, value), 1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+  blind = jax.grad(lambda *x: run(*x)[..., :2, :].sum(), (0, 1, 2))(query, keys, value)
+  assert not any(x.any() for x in blind)
+  rows = attention_rows(query, keys, bias, jnp.array([[0, 3]]))
+  np.testing.assert_allclose(rows.sum(-1), [[[0, 1]] * 4], rtol=1e-6)
 
 
 def test_llama3_rope_slows_only_long_wavelengths():

@@ -43,3 +43,11 @@ def test_under_vmap_the_shape_is_that_of_one():
     return x.sum()
 
   assert jax.jit(jax.vmap(one))(jnp.ones((2, 3))).shape == (2,)
+
+
+def test_all_have_the_shape_of_the_first():
+  shapes.same(weight=np.zeros((4, 3)), mask=np.ones((4, 3)))
+  with pytest.raises(
+    ValueError, match=r"^mask: expected the shape \(4, 3\) of weight, got \(3,\)$"
+  ):
+    shapes.same(weight=np.zeros((4, 3)), mask=np.ones(3))
