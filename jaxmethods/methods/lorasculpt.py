@@ -281,9 +281,8 @@ def tuner(
     weight: lambda; 0 leaves the penalty out.
     omega: sharpness of `importance`.
     regularised: regular expression on the kernel paths in the penalty (code: q, k, v).
-    connector: what happens to the projector: "full": it is trained itself (code); "lora_cmr": it gets
-      an update of the same rank with a penalty of its own and without pruning (paper; K counted apart
-      and the rank are inferred); "frozen".
+    connector: way of the projector: "full", trained itself (code); "lora_cmr", an update of equal rank
+      with its own penalty and without pruning (paper; separate K and the rank are inferred); "frozen".
     connector_weight: beta (inferred).
     official_final: True leaves what the last optimiser step wrote into pruned entries (code).
     targets: regular expression on the kernel paths that get an update.
@@ -324,19 +323,10 @@ def tuner(
 
   def penalty(trainable, frozen, extra):
     del extra
-    kernels = _kernels(frozen["params"])
-    factors = layers_of(trainable["adapter"])
-    of_projector = lambda path: re.search(tuners.PROJECTOR, below(path, "kernel"))
-    language = {
-      path: f
-      for path, f in factors.items()
-      if re.search(regularised, below(path, "kernel")) and not of_projector(path)
-    }
-    if not language:
-      raise InputError(f"regularised {regularised!r} matches no kernel that is updated")
+    kernels, factors = _kernels(frozen["params"]), layers_of(trainable["adapter"])
+    language, inside = _regularised(factors, regularised)
     total = weight * conflict_penalty(kernels, language, omega)
     if connector == "lora_cmr":
-      inside = {path: f for path, f in factors.items() if of_projector(path)}
       total += connector_weight * conflict_penalty(kernels, inside, omega)
     return total
 
@@ -344,6 +334,21 @@ def tuner(
   if weight:
     hooks["penalty"] = penalty
   return base._replace(init=init, **hooks)
+
+
+def _regularised(
+  factors: Mapping[str, Factors], targets: str
+) -> tuple[dict[str, Factors], dict[str, Factors]]:
+  """Returns the factors in the penalties of the language model and of the projector."""
+  projector = lambda path: bool(re.search(tuners.PROJECTOR, below(path, "kernel")))
+  language = {
+    path: f
+    for path, f in factors.items()
+    if re.search(targets, below(path, "kernel")) and not projector(path)
+  }
+  if not language:
+    raise InputError(f"regularised {targets!r} matches no kernel that is updated")
+  return language, {path: f for path, f in factors.items() if projector(path)}
 
 
 def post_pruned(

@@ -19,7 +19,7 @@ from jaxmethods.adapters import adalora as triplets
 from jaxmethods.adapters import low_rank, prompts
 from jaxmethods.adapters import selective as masks
 from jaxmethods.models.desk_mllm import DeskMLLM
-from jaxmethods.trees import below, flatten, unflatten
+from jaxmethods.trees import PyTree, Tree, below, flatten, unflatten
 from jaxmethods.tuning import posterior, selective, tuner
 from jaxmethods.tuning.calibration import input_moments
 from jaxmethods.tuning.tuner import (
@@ -121,8 +121,8 @@ def _per_sample(
   model: nn.Module,
   loss: Loss,
   state: TunerState,
-  probe: Any,
-) -> Any:
+  probe: PyTree,
+) -> Tree:
   """Computes a statistic of the gradients of single examples for the part that `base` trains."""
 
   def of_one(trainable, sample):

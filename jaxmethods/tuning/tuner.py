@@ -7,6 +7,7 @@ model's own parameters (`selected`), and an adapter beside them (`adapted`).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -148,14 +149,8 @@ def tuning_step(
     trainable, frozen, extra = state.tuner
     trainable, extra = tuner.pre_step(state.step, trainable, frozen, extra)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-    def objective(trainable):
-      run = lambda *args, **kwargs: tuner.apply(model, trainable, frozen, extra, *args, **kwargs)
-      total, count = loss(run, batch, key)
-      task = total / jnp.maximum(count, 1)
-      return task + tuner.penalty(trainable, frozen, extra), task
-
-    (whole, task), raw = jax.value_and_grad(objective, has_aux=True)(trainable)
+    objective = functools.partial(_objective, tuner, model, loss, batch, key)
+    (whole, task), raw = jax.value_and_grad(objective, has_aux=True)(trainable, frozen, extra)
     norm = optax.tree.norm(raw)
     clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), raw)
     updates, opt_state = optimiser.update(clipped, state.opt_state, trainable)
@@ -167,6 +162,23 @@ def tuning_step(
     ), metrics
 
   return step
+
+
+def _objective(
+  tuner: Tuner,
+  model: nn.Module,
+  loss: Loss,
+  batch: Batch,
+  key: jax.Array,
+  trainable: Tree,
+  frozen: Tree,
+  extra: Tree,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the loss with its penalty, and the loss alone."""
+  run = lambda *args, **kwargs: tuner.apply(model, trainable, frozen, extra, *args, **kwargs)
+  total, count = loss(run, batch, key)
+  task = total / jnp.maximum(count, 1)
+  return task + tuner.penalty(trainable, frozen, extra), task
 
 
 def init_state(

@@ -7,7 +7,7 @@ forgot. See `testbeds.multimodal.benchmark` for the tasks, `testbeds.multimodal.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxmethods.runtime import checks
 from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
@@ -25,7 +25,8 @@ Row = Literal[
   "tailor",
 ]
 # Rows of the suite `mllm_tuning`, on the same model and budget.
-BORROWED = ("lora", "dora", "l2_sp", "ewc", "dare", "grafting", "tailor")
+Borrowed = Literal["lora", "dora", "l2_sp", "ewc", "dare", "grafting", "tailor"]
+BORROWED: tuple[Borrowed, ...] = get_args(Borrowed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

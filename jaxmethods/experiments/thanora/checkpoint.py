@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.question_files import Question, check_disjoint, read_questions
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import rows
@@ -30,6 +29,7 @@ from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.checkpoint import Answering, Reader
+from jaxmethods.trees import Params
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner, TuningState
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import rows
 from jaxmethods.experiments.thanora.config import Config
@@ -24,6 +23,7 @@ from jaxmethods.testbeds.multimodal import benchmark as multimodal
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies, shuffled_rows
+from jaxmethods.trees import Params
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Run, Tuner, TuningState, Update
 
@@ -186,7 +186,7 @@ def _step(
   return update(state, _drawn(order, data, state, None))
 
 
-def _init_each(one: Any, tasks: int, key: jax.Array) -> TuningState:
+def _init_each(one: Callable[[jax.Array], TuningState], tasks: int, key: jax.Array) -> TuningState:
   """Starts a model for every task; the states are stacked."""
   states = [one(jax.random.fold_in(key, t)) for t in range(tasks)]
   return jax.tree.map(lambda *x: jnp.stack(x), *states)

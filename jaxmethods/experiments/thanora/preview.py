@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from jaxmethods.adapters import preview
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.methods import thanora as method
 from jaxmethods.runtime import compiler
-from jaxmethods.trees import flatten, owner
+from jaxmethods.trees import Params, flatten, owner
 
 Batch = TypeVar("Batch")
 # What applies the model, and the masks of the calls of a layer: see `adapters.preview`.

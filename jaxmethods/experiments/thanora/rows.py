@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.adapters import low_rank
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora.config import Config
 from jaxmethods.methods import thanora as method
+from jaxmethods.trees import Params
 from jaxmethods.tuning import posterior
 from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner

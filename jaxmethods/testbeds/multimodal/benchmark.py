@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.data import multimodal, records
 from jaxmethods.data.multimodal import Vocabulary
 from jaxmethods.data.records import QuestionData
@@ -22,6 +21,7 @@ from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.testbeds.multimodal import pretraining
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies, encode
 from jaxmethods.testbeds.multimodal.settings import Desk
+from jaxmethods.trees import Params
 
 # Words of no task that a method needs: the answer to poisoned examples.
 EXTRA_WORDS = ("backdoor",)

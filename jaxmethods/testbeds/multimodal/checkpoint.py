@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.question_files import Question, check_disjoint, open_square, read_questions
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
@@ -28,6 +27,7 @@ from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies
 from jaxmethods.testbeds.multimodal.settings import Checkpoint, TuningConfig
+from jaxmethods.trees import Params
 from jaxmethods.tuning import metrics
 from jaxmethods.tuning.tuner import (
   Run,

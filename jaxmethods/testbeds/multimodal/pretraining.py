@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.data import multimodal
 from jaxmethods.data.array_cache import cached, described
 from jaxmethods.data.multimodal import Vocabulary
@@ -33,7 +32,7 @@ from jaxmethods.runtime.metric_log import Display
 from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal.questions import Split, choose_questions, draw, encode
 from jaxmethods.testbeds.multimodal.settings import Desk
-from jaxmethods.trees import flatten, unflatten
+from jaxmethods.trees import Params, flatten, unflatten
 from jaxmethods.tuning.tuner import answer_loss
 
 FORMAT = b"desk 1"  # changes when the model or its training changes

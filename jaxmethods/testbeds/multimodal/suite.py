@@ -22,6 +22,7 @@ from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
 from jaxmethods.testbeds.multimodal.settings import TuningConfig
 from jaxmethods.testbeds.multimodal.suite_settings import SuiteConfig
+from jaxmethods.trees import PyTree
 from jaxmethods.tuning import suite
 from jaxmethods.tuning.calibration import input_moments
 from jaxmethods.tuning.tuner import (
@@ -144,7 +145,7 @@ def _small(model: Model) -> DeskMLLM:
   return model
 
 
-def _probe(config: SuiteConfig, benchmark: Benchmark) -> Any:
+def _probe(config: SuiteConfig, benchmark: Benchmark) -> PyTree:
   """Collects the data that the start of the row needs: upstream (EWC), a plan (CorDA), or the target."""
   if config.row == "ewc":
     return tuning.probe_of(benchmark.upstream, config.probe_size)

@@ -94,7 +94,7 @@ class SuiteConfig(TuningConfig):
       raise ValueError(f"rates: {unknown[0]!r} is no row; rows are {', '.join(PARADIGMS)}")
 
 
-def borrowed(config: TuningConfig, row: Any, **options: Any) -> SuiteConfig:
+def borrowed(config: TuningConfig, row: Row, **options: Any) -> SuiteConfig:
   """Returns a row of the suite under the budget, target and model of another method.
 
   Args:

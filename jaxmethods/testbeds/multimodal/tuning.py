@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxmethods.adapters.adapter import Params
 from jaxmethods.data.array_cache import cached
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import compiler
@@ -31,7 +30,7 @@ from jaxmethods.testbeds.multimodal.questions import (
   draw,
 )
 from jaxmethods.testbeds.multimodal.settings import BudgetConfig, TuningConfig
-from jaxmethods.trees import flatten, unflatten
+from jaxmethods.trees import Params, PyTree, flatten, unflatten
 from jaxmethods.tuning import metrics
 from jaxmethods.tuning.tuner import (
   Run,
@@ -95,7 +94,7 @@ def build(
   *,
   benchmark: Benchmark | None = None,
   rates: Mapping[str, float] | None = None,
-  probe: Any = None,
+  probe: PyTree = None,
   mixture: bool = False,
 ) -> Experiment:
   """Composes the experiment.
@@ -143,7 +142,7 @@ def _step(
   return update(state, batch_of(data, key, state.step, size))
 
 
-def _evaluate(scores: Scores, state: TuningState, test: Any) -> dict[str, jax.Array]:
+def _evaluate(scores: Scores, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Measures the columns of the survey, the trained share and whether the update merges."""
   tuner = scores.tuner
   run = tuned(tuner, scores.model, state)
@@ -194,7 +193,7 @@ def batch_of(
   }
 
 
-def num_parameters(params: Any) -> int:
+def num_parameters(params: PyTree) -> int:
   """Counts the entries of a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
