@@ -85,21 +85,21 @@ def table(args: argparse.Namespace) -> None:
 
 def in_order(runs: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
   """Posterior rows last, and those of one rate and seed together: they share the run they edit."""
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   edits = lambda run: PARADIGMS[run[0]] == "posterior"
   return sorted(runs, key=lambda run: (True, *run[1:]) if edits(run) else (False,))
 
 
 def chosen_rows(args: argparse.Namespace) -> list[str]:
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   return list(PARADIGMS) if args.rows is None else args.rows.split(",")
 
 
 def rates_to_try(name: str) -> list[float]:
   """The middle rate of the row's paradigm, a third and three times of it."""
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   return [float(f"{MIDDLE[PARADIGMS[name]] * factor:.1e}") for factor in FACTORS]
 
@@ -145,7 +145,7 @@ class Runner:
 
   def run(self, name: str, rate: float, seed: int) -> None:
     """One run, unless it is done."""
-    from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+    from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
     line = {
       "row": name, "rate": rate, "seed": seed, "split": self.split, "steps": self.args.steps,
@@ -268,8 +268,8 @@ def brief(metrics: dict[str, float]) -> str:
 
 def report(args: argparse.Namespace) -> None:
   """The table, the search behind it, and the picture."""
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
   from jaxmethods.testbeds.multimodal import figures as tuning_figures
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   chosen = best_rates(args)
   lines = [
@@ -313,7 +313,7 @@ def report(args: argparse.Namespace) -> None:
 
 def cost_of(name: str) -> tuple[str, str]:
   """A row's step beside LoRA's, and what it holds, in MB; posterior rows train like `SHARED`."""
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   if name == "base":
     return "-", "-"

@@ -73,7 +73,7 @@ def main() -> None:
 
 def rows_of_suite() -> tuple[str, ...]:
   """LoRA, and all other rows that train; posterior ones share the steps of one of them."""
-  from jaxmethods.experiments.mllm_tuning.config import PARADIGMS
+  from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS
 
   trained = [row for row, kind in PARADIGMS.items() if kind != "posterior" and row != "base"]
   return tuple(sorted(trained, key=lambda row: row != "lora"))

@@ -129,7 +129,7 @@ def density_bound(deviation: float, rows: int, columns: int, rank: int) -> float
   return min(1.0, 2.0 * math.exp(exponent))
 
 
-def update_density(tree: Params) -> Float[Array, ""]:
+def update_density(tree: Tree) -> Float[Array, ""]:
   """Measures the share of non-zeros in the products BA of all layers of a tree together."""
   nonzero, size = jnp.zeros(()), 0
   for f in layers_of(tree).values():

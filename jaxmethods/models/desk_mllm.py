@@ -1,4 +1,4 @@
-"""A multimodal language model of desk size: convolutional tower, projector, causal language model.
+"""A small multimodal language model: convolutional tower, projector, causal language model.
 
 The image comes first, so under the causal mask its tokens never see the text: their keys and values
 are computed once per image and shared by all questions about it (exact). The tower is meant to be
@@ -50,7 +50,7 @@ class DeskConfig:
 
 
 class Tower(nn.Module):
-  """Halves the image, two strided convolutions, transformer blocks, a norm."""
+  """Encodes images: halves them, two strided convolutions, transformer blocks, a norm."""
 
   config: DeskConfig
 
@@ -67,7 +67,7 @@ class Tower(nn.Module):
 
 
 class DeskMLLM(nn.Module):
-  """Images, each with one or several questions; parameters "vision", "projector", "language".
+  """Answers one or several questions about each image; parameters "vision", "projector", "language".
 
   Attributes:
     config: shapes.
@@ -139,15 +139,21 @@ class DeskMLLM(nn.Module):
     return out._replace(logits=out.logits[:, extra:].reshape(*lead, length, -1))
 
   def encode(self, pixels: jax.Array) -> jax.Array:
-    """The tower alone: images (B, size, size, 3) to features (B, N, F)."""
+    """Maps images (B, size, size, 3) to features (B, N, F) by the tower alone."""
     return self.vision(pixels)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """Logits (..., V) of the language model's hidden states (..., D)."""
+    """Maps hidden states (..., D) of the language model to logits (..., V)."""
     return self.language.logits(hidden)
 
-  def _look(self, features: Any, pixels: Any, prefix: Any, room: int) -> Cache:
-    """The cache with the images in it and room for the text."""
+  def _look(
+    self,
+    features: jax.Array | None,
+    pixels: jax.Array | None,
+    prefix: dict[str, jax.Array] | None,
+    room: int,
+  ) -> Cache:
+    """Begins a cache with the images in it and room for the text."""
     if (features is None) == (pixels is None):
       raise ValueError("exactly one of features and pixels is needed where the cache is empty")
     tokens = self.projector(self.vision(pixels) if features is None else features)
@@ -165,7 +171,7 @@ class DeskMLLM(nn.Module):
 
 
 def _repeated(cache: Cache, times: int) -> Cache:
-  """Every row of the cache `times` times, one after the other."""
+  """Repeats every row of the cache `times` times, one after the other."""
   if times == 1:
     return cache
   repeat = lambda x, axis: jnp.repeat(x, times, axis=axis)

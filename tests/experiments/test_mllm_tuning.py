@@ -1,6 +1,7 @@
 """The suite on a model that is pretrained for two steps: data order, columns, rows, bad input."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jaxmethods.data import multimodal
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.mllm_tuning.config import Config, rows
+from jaxmethods.experiments.thanora import build as thanora
 from jaxmethods.runtime import loop
 from jaxmethods.runtime.config import load as load_config
 from jaxmethods.stats.losses import IGNORED
@@ -195,6 +197,26 @@ def test_impossible_settings(changes, message):
       dataclasses.replace(DESK, **changes["desk"])
     else:
       dataclasses.replace(CONFIG, **changes)
+
+
+def test_keys_of_the_cache_outlive_names_of_classes():
+  """The bytes of the first version: a pretrained model is not trained anew."""
+  described = pretraining.described_model(pretraining.model_of(Desk(), 77))
+  assert described.startswith(
+    b"DeskMLLM(\n    # attributes\n    config = DeskConfig(language=Causal"
+  )
+  assert described.endswith(
+    b"image_size=64, stem=32)\n    scan_layers = False\n    dtype = float32\n)"
+  )
+  assert hashlib.sha256(described).hexdigest()[:16] == "35f6761782e9bef7"
+
+
+def test_a_mesh_is_refused(benchmark):
+  mesh = jax.make_mesh((1,), ("data",))
+  with pytest.raises(InputError, match="--mesh: the small model runs on one device"):
+    suite.build(CONFIG, mesh, benchmark)
+  with pytest.raises(InputError, match="--mesh: the small model runs on one device"):
+    thanora.build(thanora.Config(desk=DESK), mesh)
 
 
 def test_bad_input(benchmark):
