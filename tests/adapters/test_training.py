@@ -104,7 +104,7 @@ def test_a_label_behind_padding_does_not_count():
   for same in (unlabelled, other):
     np.testing.assert_allclose(loss(params, tree, same, None)[0], value, rtol=1e-6)
   mean = jax.jit(lambda tree: jnp.divide(*loss(params, tree, labelled, None)))
-  check_grads(mean, (tree,), 1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
+  check_grads(mean, (tree,), 1, modes=["rev"], atol=3e-3, rtol=1e-2, eps=1e-3)
 
 
 def test_nothing_counts():
