@@ -44,7 +44,7 @@ def described(
   """
   kinds = nested or {}
 
-  def text(name: str, value: Any) -> str:
+  def text(name: str, value: DataclassInstance) -> str:
     return described(value, kinds[name], (), kinds).decode() if name in kinds else repr(value)
 
   named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.repr}
