@@ -122,7 +122,8 @@ def class_rank(order: Int[jax.Array, " n"], labels: Int[jax.Array, " n"]) -> Int
   by_class = order[jnp.argsort(labels[order], stable=True)]
   ordered = labels[by_class]
   start = jnp.searchsorted(ordered, ordered, side="left")
-  return jnp.zeros(labels.shape, start.dtype).at[by_class].set(jnp.arange(len(labels)) - start)
+  rank = jnp.arange(len(labels), dtype=jnp.int32) - start.astype(jnp.int32)
+  return jnp.zeros(labels.shape, jnp.int32).at[by_class].set(rank)
 
 
 def deal_below_even_share(

@@ -74,7 +74,7 @@ DOORS = {
     "lengths: expected shape (n,), got (2, 2)",
   ),
   "proportions": (
-    lambda: partition.deal_by_proportions(np.zeros(4, int), np.ones(3), np.arange(4)),
+    lambda: partition.owner_by_proportions(np.zeros(4, int), np.ones(3), np.arange(4)),
     "proportions: expected shape (C, clients), got (3,)",
   ),
   "counts": (
