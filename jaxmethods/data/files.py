@@ -30,13 +30,14 @@ def local_path(name: str) -> Path:
   return inside if not path.exists() and inside.exists() else path
 
 
-def wheel_file(package: str, path: str, sha256: str) -> tuple[bytes, str]:
+def wheel_file(package: str, path: str, sha256: str, extra: str = "data") -> tuple[bytes, str]:
   """Reads a file out of an installed wheel without importing the package.
 
   Args:
     package: distribution name, e.g. "grakel".
     path: path below site-packages.
     sha256: expected digest; another version of the wheel may carry other bytes.
+    extra: of jaxmethods that installs the package.
 
   Returns:
     The content, and the origin ("grakel 0.1.11 (wheel)").
@@ -44,11 +45,13 @@ def wheel_file(package: str, path: str, sha256: str) -> tuple[bytes, str]:
   Raises:
     InputError: if the package or the file is missing, or its bytes are not the expected ones.
   """
-  (content,), origin = wheel_files(package, (path,), sha256)
+  (content,), origin = wheel_files(package, (path,), sha256, extra)
   return content, origin
 
 
-def wheel_files(package: str, paths: Sequence[str], sha256: str) -> tuple[list[bytes], str]:
+def wheel_files(
+  package: str, paths: Sequence[str], sha256: str, extra: str = "data"
+) -> tuple[list[bytes], str]:
   """Like `wheel_file` for several files; the digest is that of their contents one after the other."""
   path = paths[0]
   try:
@@ -58,7 +61,7 @@ def wheel_files(package: str, paths: Sequence[str], sha256: str) -> tuple[list[b
       contents.append(Path(str(wheel.locate_file(path))).read_bytes())
   except (importlib.metadata.PackageNotFoundError, OSError) as error:
     raise InputError(
-      f"{path} of the package {package} is not installed: pip install 'jaxmethods[data]'"
+      f"{path} of the package {package} is not installed: pip install 'jaxmethods[{extra}]'"
     ) from error
   digest = hashlib.sha256()
   for content in contents:

