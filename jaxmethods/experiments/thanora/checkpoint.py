@@ -229,7 +229,9 @@ def _read(model: Answering, params: Params, batch: Mapping[str, jax.Array]) -> R
   ids, labels = batch["ids"], batch["labels"]
   last = jnp.max(jnp.where(labels != IGNORED, jnp.arange(ids.shape[-1]), -1), axis=-1)
   mask = jnp.arange(ids.shape[-1]) <= last[..., None]
-  run = lambda: model.apply({"params": params}, ids, features=batch["features"], logits="none")
+  # No gradient, so nothing to compute again; what is seen inside a remat may not leave it.
+  plain = model.clone(remat=False)
+  run = lambda: plain.apply({"params": params}, ids, features=batch["features"], logits="none")
   return run, [mask.reshape(-1, ids.shape[-1])]
 
 
