@@ -8,8 +8,11 @@ float32 with whole values 0..255, bit for bit the result of the host library tha
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxmethods.stats import shapes
@@ -45,7 +48,31 @@ def equalize(image: Array) -> Array:
 def _autocontrast_table(image: Array) -> Array:
   x, value = image.astype(jnp.int32), jnp.arange(_VALUES)
   low, high = x.min((0, 1))[:, None], x.max((0, 1))[:, None]
-  return jnp.where(high > low, (value - low) * 255 // jnp.maximum(high - low, 1), value)
+  short, row_of = _short_of_whole()
+  row = jnp.asarray(short)[jnp.asarray(row_of)[low[:, 0], high[:, 0]]]
+  less = (row[:, value // 8] >> (7 - value % 8)) & 1
+  stretched = (value - low) * 255 // jnp.maximum(high - low, 1) - less
+  return jnp.where(high > low, stretched, value)
+
+
+@functools.cache
+def _short_of_whole() -> tuple[np.ndarray, np.ndarray]:
+  """Where the host library's float64 product falls below the whole level that it should be.
+
+  Returns:
+    bits by value, (rows, 32) uint8, the first row empty; the row of each (low, high), (256, 256).
+  """
+  value, high = np.arange(_VALUES), np.arange(_VALUES)[:, None]
+  rows, row_of = [np.zeros(32, np.uint8)], np.zeros((_VALUES, _VALUES), np.int32)
+  for low in range(_VALUES - 1):
+    span = np.maximum(high - low, 1)
+    scale = 255.0 / span
+    level = (value * scale - low * scale).astype(np.int32)
+    less = (level < (value - low) * 255 // span) & (low <= value) & (value <= high)
+    for each in np.flatnonzero(less.any(1)):
+      row_of[low, each] = len(rows)
+      rows.append(np.packbits(less[each]))
+  return np.stack(rows), row_of
 
 
 def _equalize_table(image: Array) -> Array:

@@ -129,13 +129,53 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
   """
   shapes.check(image=(image, "side side 3"), offsets=(offsets, "2 inner inner 2"))
   side = image.shape[0]
-  blur = _at(_blurs(side, _GLASS_SIGMA), severity)
-  x = _levels(_both_axes(blur, _unit(image)))
+  x = _glass_pass(image, severity)
   place = jnp.arange(2, side)
   for i, (dx, dy) in enumerate(jnp.moveaxis(offsets.astype(jnp.int32), -1, 1)):
     moved = x.at[2:, 2:].set(x[place[:, None] + dy, place + dx])
     x = jnp.where(i < _at(_GLASS_ROUNDS, severity), moved, x)
-  return _levels(_both_axes(blur, _unit(x)))
+  return _glass_pass(x, severity).astype(jnp.uint8)
+
+
+def _glass_pass(image: Array, severity: Array | int) -> Array:
+  """Gaussian blur, truncated to whole levels as the published code does in float64, (h, w, c) int32.
+
+  Two truncations follow each other: a hair at a whole level would count twice. So only the change of a
+  pixel is computed, exactly zero where its neighbours equal it; there the level is looked up.
+  """
+  x = image.astype(jnp.float32)
+  weights, flat = _glass_tables()
+  weight = _at(weights, severity)
+  reach = len(weight)
+
+  def change(x: Array, axis: int) -> Array:
+    """Blurred minus x, along an axis."""
+    size = x.shape[axis]
+    margin = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
+    padded = jnp.pad(x, margin, "edge")
+    part = lambda k: jax.lax.slice_in_dim(padded, reach + k, reach + k + size, axis=axis) - x
+    return sum(weight[k - 1] * (part(k) + part(-k)) for k in range(1, reach + 1))
+
+  rows = change(x, 0)
+  total = rows + change(x, 1) + change(rows, 1)
+  levels = image.astype(jnp.int32)
+  kept = jnp.asarray(flat)[severity - 1, levels]
+  return jnp.where(total == 0, kept, levels + jnp.floor(total).astype(jnp.int32))
+
+
+@functools.cache
+def _glass_tables() -> tuple[np.ndarray, np.ndarray]:
+  """By severity: weights at distances 1, 2, ... (5, reach); level of a flat image of a level (5, 256)."""
+  reach = max(int(4 * sigma + 0.5) for sigma in _GLASS_SIGMA)
+  weights, levels = [], []
+  for sigma in _GLASS_SIGMA:
+    point = np.zeros(2 * reach + 1)
+    point[reach] = 1
+    weights.append(ndimage.gaussian_filter(point, sigma, mode="nearest")[reach + 1 :])
+    values = np.repeat(np.arange(256) / 255, 9).reshape(256, 3, 3)
+    blurred = ndimage.gaussian_filter(values, (0, sigma, sigma), mode="nearest")
+    levels.append((np.clip(blurred[:, 1, 1], 0, 1) * 255).astype(np.int32))
+  return np.stack(weights), np.stack(levels)
 
 
 def motion_blur(image: Array, severity: Array | int, angle: Array) -> Array:

@@ -12,7 +12,7 @@ and an option.
 
 Layout as in `adapters.low_rank`: kernel = W^T (in, out), a = A (rank, in), b = B^T (rank, out). Blocks
 are rows of one pair of factors; `owner` (rank,) says whose a row is: the index of a task, or
-`COOPERATIVE`.
+`COOPERATIVE`, or `NOBODY` where a task has more rows than the matrix has components (inferred).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from jaxmethods.tuning import tuner as tuners
 from jaxmethods.tuning.tuner import Tuner, TunerState
 
 COOPERATIVE = -1
+NOBODY = -2  # rows of zeros, which get no gradient
 Spectrum = Literal["sv", "sv2"]
 OrthogonalOn = Literal["both", "A", "B"]
 
@@ -229,9 +230,20 @@ def allocate(
   return ranks, shared
 
 
-def owners(ranks: Sequence[int] | np.ndarray, shared: int) -> np.ndarray:
-  """Names the owner of every row of the factors, (rank,)."""
+def owners(
+  ranks: Sequence[int] | np.ndarray, shared: int, components: int | None = None
+) -> np.ndarray:
+  """Names the owner of every row of the factors, (rank,).
+
+  Args:
+    ranks: rank of every task, (T,).
+    shared: rank of the cooperative block.
+    components: min(in, out): rows of a task beyond them are nobody's. None: no limit.
+  """
   tasks = np.repeat(np.arange(len(ranks)), ranks)
+  if components is not None:
+    place = np.concatenate([np.arange(rank) for rank in ranks])
+    tasks = np.where(place < components, tasks, NOBODY)
   return np.concatenate([tasks, np.full(shared, COOPERATIVE)]).astype(np.int32)
 
 
@@ -273,17 +285,28 @@ def task_blocks(
 
   Args:
     parts: decomposition of every task.
-    ranks: rank of every task, (T,).
+    ranks: rank of every task, (T,); rows beyond the components of W are zeros and nobody's.
     gain: gamma.
     spectrum: spectrum of the entropy, kept for reports.
 
   Returns:
     The blocks, in float32 or better.
   """
-  blocks = [oriented_block(p, int(rank), gain) for p, rank in zip(parts, ranks, strict=True)]
+  blocks = [_padded_block(p, int(rank), gain) for p, rank in zip(parts, ranks, strict=True)]
   a, b = (jnp.concatenate(part) for part in zip(*blocks, strict=True))
   entropy = jnp.stack([spectral_entropy(p.values, spectrum) for p in parts])
-  return Blocks(a, b, jnp.asarray(owners(ranks, 0)), entropy.astype(jnp.float32))
+  owner = jnp.asarray(owners(ranks, 0, len(parts[0].values)))
+  return Blocks(a, b, owner, entropy.astype(jnp.float32))
+
+
+def _padded_block(
+  parts: Decomposition, rank: int, gain: float
+) -> tuple[Float[Array, "rank in"], Float[Array, "rank out"]]:
+  """Takes the components there are (`oriented_block`), and zeros for the rest of the rank."""
+  there = min(rank, len(parts.values))
+  a, b = oriented_block(parts, there, gain)
+  rest = ((0, rank - there), (0, 0))
+  return jnp.pad(a, rest), jnp.pad(b, rest)
 
 
 def start_layer(
@@ -418,7 +441,7 @@ def cross_talk(
     (...): one number for each layer.
   """
   shapes.check(a=(a, "... rank in"), b=(b, "... rank out"), owner=(owner, "... rank"))
-  task = owner != COOPERATIVE
+  task = owner >= 0
   apart = (owner[..., :, None] != owner[..., None, :]) & task[..., :, None] & task[..., None, :]
 
   def between(rows):

@@ -64,7 +64,7 @@ def test_start(golden):
     layer = thanora.start_layer(jax.random.key(0), g["W"].T, blocks, rank, scale=alpha / rank)
     for t in range(tasks):
       rows = layer.owner == t
-      assert rows.sum() == ranks[t]
+      assert rows.sum() == min(ranks[t], *g["W"].shape)  # the rest is nobody's
       close((layer.a[rows].T @ layer.b[rows]).T, g[f"task{t}/expected_init_product"], 1e-6)
     close(layer.kernel.T, g["expected_residual_weight"], 1e-6)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxmethods.images import corrupt
 
@@ -78,7 +79,7 @@ def test_severity(images, corrupted):
 
 
 @pytest.mark.parametrize(
-  "kind", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "contrast", "elastic_transform",
+  "kind", ["defocus_blur", "motion_blur", "zoom_blur", "contrast", "elastic_transform",
            "pixelate", "gaussian_blur"],
 )  # fmt: skip
 def test_flat_images_stay(run, kind):
@@ -99,6 +100,27 @@ def test_glass_is_the_published_loop(images):
       dx, dy = offsets[0, row - 2, column - 2]
       expected[row, column] = expected[row + dy, column + dx]
   np.testing.assert_array_equal(corrupt.glass_blur(image, 1, jnp.asarray(offsets)), expected)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+@pytest.mark.parametrize("side", [15, 32])
+def test_glass_blur_in_float64(side, severity):
+  """Both truncations are those of the published float64, in flat regions too."""
+  random = np.random.default_rng(severity)
+  image = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
+  image[: side // 2] = image[:1, :1]
+  offsets = random.integers(-1, 1, (2, side - 2, side - 2, 2))
+  sigma, rounds = [(0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)][severity - 1]
+  blurred = lambda x: ndimage.gaussian_filter(x / 255, (sigma, sigma, 0), mode="nearest")
+  expected = np.uint8(blurred(image) * 255)
+  rows, columns = np.mgrid[2:side, 2:side]
+  for dx, dy in np.moveaxis(offsets[:rounds], -1, 1):
+    expected[2:, 2:] = expected[rows + dy, columns + dx]
+  expected = np.uint8(np.clip(blurred(expected), 0, 1) * 255)
+  made = np.asarray(corrupt.glass_blur(image, severity, jnp.asarray(offsets)))
+  difference = np.abs(made.astype(int) - expected)
+  assert difference.max() <= 1
+  assert (difference > 0).mean() < 0.002
 
 
 def test_frost_keeps_to_the_picture(textures, images):

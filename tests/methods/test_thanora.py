@@ -136,6 +136,33 @@ def test_nothing_changes_at_the_start():
   assert not layer.b.any()
 
 
+@pytest.mark.parametrize(("ranks", "shared"), [((12, 3), 2), ((OUT + 1, OUT + 4), 0)])
+def test_a_task_of_more_rows_than_components(ranks, shared):
+  """The whole decomposition is kept; the rest are rows of zeros that get no gradient."""
+  kernel, parts, layer = started(ranks, shared)
+  assert len(layer.owner) == len(layer.a) == sum(ranks) + shared
+  for task, rank in enumerate(ranks):
+    rows = layer.owner == task
+    assert rows.sum() == min(rank, OUT)
+    a, b = thanora.oriented_block(parts[task], min(rank, OUT), 0.5)
+    np.testing.assert_allclose(layer.a[rows].T @ layer.b[rows], a.T @ b, atol=1e-5)
+  rest = layer.owner == thanora.NOBODY
+  assert rest.sum() == sum(max(rank - OUT, 0) for rank in ranks)
+  assert not layer.a[rest].any()
+  assert not layer.b[rest].any()
+  x = draw(6, IN, seed=9)
+
+  def loss(ab):
+    y = x @ layer.kernel + low_rank.low_rank(x, *ab, 2.0)
+    return (y**2).sum() + thanora.cross_talk(*ab, layer.owner)
+
+  np.testing.assert_allclose(
+    x @ layer.kernel + low_rank.low_rank(x, layer.a, layer.b, 2.0), x @ kernel, atol=1e-4
+  )
+  for gradient in jax.grad(loss)((layer.a, layer.b)):
+    assert not gradient[rest].any()
+
+
 def test_merging_is_adding_and_blocks_have_no_order():
   _, _, layer = started()
   x = draw(6, IN, seed=9)
