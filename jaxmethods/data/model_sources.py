@@ -219,6 +219,9 @@ def save_causal_lm(folder: Path, loaded: LoadedLM, params: Params | None = None)
     folder: made if needed.
     loaded: the model.
     params: other parameters of the same model, e.g. with an adapter merged; default: its own.
+
+  Raises:
+    InputError: as `save_checkpoint`.
   """
   tensors = export_params(loaded.params if params is None else params, table(loaded.model.config))
   kinds = {tensor.dtype.name for tensor in tensors.values()}
@@ -226,7 +229,7 @@ def save_causal_lm(folder: Path, loaded: LoadedLM, params: Params | None = None)
   architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
   named = f"{architecture[loaded.files.config['model_type']]}ForCausalLM"
   config = loaded.files.config | {"architectures": [named], "dtype": dtype}
-  save_checkpoint(folder, tensors, config)
+  save_checkpoint(folder, tensors, config, origin=Path(loaded.files.source.origin))
 
 
 def _no_tokenizer(name: str) -> Callable[[], Any]:
@@ -249,6 +252,11 @@ def _hugging_face(name: str, rest: str) -> ModelFiles:
 
 def _checkpoint(folder: Path, source: Source) -> ModelFiles:
   """A folder as transformers writes it."""
+  if (folder / "adapter_config.json").exists():
+    raise InputError(
+      f"{source.name}: {folder} holds an adapter beside the model, which transformers would apply: "
+      "load the model from a folder without it"
+    )
 
   def tokenizer() -> Any:
     from transformers import AutoTokenizer

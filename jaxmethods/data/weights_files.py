@@ -18,6 +18,19 @@ from jaxmethods.trees import Json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Read together with the weights by transformers, PEFT or us.
+_COMPANIONS = (
+  "adapter_*",
+  "pytorch_model*",
+  "tokenizer*",
+  "*token*.json",
+  "vocab*",
+  "merges.txt",
+  "spiece.model",
+  "chat_template*",
+  "generation_config.json",
+  "*processor_config.json",
+)
 _SHARD_BYTES = 5_000_000_000  # what transformers writes
 
 
@@ -91,15 +104,24 @@ def save_checkpoint(
   config: Json,
   *,
   shard_bytes: int = _SHARD_BYTES,
+  origin: Path | None = None,
 ) -> None:
   """Writes a Hugging Face checkpoint: `config.json` and safetensors, in shards if it is large.
+
+  A checkpoint that lies there is replaced as a whole: none of its shards, nor its index, stays.
 
   Args:
     folder: made if needed.
     tensors: name -> tensor.
     config: contents of `config.json`.
     shard_bytes: size at which another file is begun.
+    origin: folder the model came from: its tokenizer and the like may lie in `folder` too.
+
+  Raises:
+    InputError: the folder cannot be written, or holds files of something else that readers would take as
+      part of this model.
   """
+  _refuse_companions(folder, origin)
   shards: list[dict[str, np.ndarray]] = [{}]
   size = 0
   for name, tensor in tensors.items():
@@ -112,9 +134,14 @@ def save_checkpoint(
   names = names if len(shards) > 1 else [_WEIGHTS]
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    # First, so that a save which is cut short leaves a checkpoint that is refused, never a mixture.
+    (folder / _INDEX).unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
       with _replacing(folder / name) as temporary:
         save_file(shard, temporary, metadata={"format": "pt"})
+    for old in folder.glob("model*.safetensors"):
+      if old.name not in names:
+        old.unlink()
     if len(shards) > 1:
       weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
       total = sum(tensor.nbytes for tensor in tensors.values())
@@ -125,6 +152,20 @@ def save_checkpoint(
       temporary.write_text(json.dumps(dict(config), indent=2) + "\n")
   except OSError as error:
     raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _refuse_companions(folder: Path, origin: Path | None) -> None:
+  """Raises for a file that would be read with the saved weights and is not the model's own.
+
+  Its own are those that are the same, byte by byte, in the folder it came from.
+  """
+  for file in sorted({found for pattern in _COMPANIONS for found in folder.glob(pattern)}):
+    own = origin / file.name if origin and not file.name.startswith("adapter_") else None
+    if own is None or not own.is_file() or own.read_bytes() != file.read_bytes():
+      raise InputError(
+        f"{file}: would be read as a part of the saved model, and is of another: choose an empty "
+        "folder, or move the file away"
+      )
 
 
 @contextlib.contextmanager

@@ -132,3 +132,50 @@ def test_broken_gguf(gguf_file, tmp_path):
       open_gguf(cut)
   with pytest.raises(InputError, match="absent: no such file"):
     open_gguf(tmp_path / "absent")
+
+
+SHARDED, WHOLE = {"shard_bytes": 40}, {}
+
+
+@pytest.mark.parametrize("before", [SHARDED, WHOLE, {"shard_bytes": 60}])
+@pytest.mark.parametrize("after", [SHARDED, WHOLE])
+def test_what_is_read_is_what_was_saved_last(tmp_path, before, after):
+  save_checkpoint(tmp_path, {**TENSORS, "old": np.ones(20, np.float32)}, {"old": 1}, **before)
+  new = {name: np.asarray(x + 1, x.dtype) for name, x in TENSORS.items()}
+  save_checkpoint(tmp_path, new, {}, **after)
+  back = dict(Safetensors(tmp_path))
+  assert set(back) == set(new)
+  for name, tensor in new.items():
+    np.testing.assert_array_equal(back[name], tensor)
+  # No file of the old one is left for another reader.
+  stored = [name for file in tmp_path.glob("*.safetensors") for name in Safetensors(file)]
+  assert sorted(stored) == sorted(new)
+  assert (tmp_path / "model.safetensors.index.json").exists() == bool(after)
+  assert json.loads((tmp_path / "config.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "merges.txt", "special_tokens_map.json", "generation_config.json",
+    "pytorch_model.bin", "chat_template.jinja", "preprocessor_config.json",
+  ],
+)  # fmt: skip
+def test_a_folder_with_files_of_another_model_is_refused(tmp_path, name):
+  (tmp_path / name).write_text("{}")
+  with pytest.raises(InputError, match=f"{name}: would be read as a part of the saved model"):
+    save_checkpoint(tmp_path, TENSORS, {})
+  assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_model_keeps_its_own_tokenizer(tmp_path):
+  origin, copy = tmp_path / "origin", tmp_path / "copy"
+  for folder in (origin, copy):
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    save_checkpoint(folder, TENSORS, {}, origin=origin)
+    assert (folder / "tokenizer.json").exists()
+  (copy / "tokenizer.json").write_text("{ }")
+  with pytest.raises(InputError, match=r"tokenizer\.json"):
+    save_checkpoint(copy, TENSORS, {}, origin=origin)
