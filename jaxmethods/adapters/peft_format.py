@@ -3,10 +3,15 @@
 What PEFT has no words for is written as what it is: MoSLoRA as LoRA with the mixer multiplied into A,
 PiSSA and MiLoRA as LoRA of twice the rank (what was trained minus what it started from), so that the
 files fit the published base model. Files themselves are `jaxmethods.data.adapter_files`.
+
+An option that we do not know, and that is not empty, may change what an adapter computes: it is refused by
+name. So are initialisations that move a part of W out of the base layer (PiSSA, OLoRA, CorDA, LoftQ,
+LoRA-GA): their B A belongs to a base model that the files do not have.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -92,8 +97,8 @@ def from_peft(
     (adapter, tree).
 
   Raises:
-    InputError: an unsupported adapter, a tensor that fits nowhere or is missing for one of the layers
-      of a stack.
+    InputError: an unsupported adapter or option, a tensor that fits nowhere, has the wrong shape, or is
+      missing for one of the targets or of the layers of a stack.
   """
   adapter, read, suffixes = _reader(config)
   tree: dict[str, np.ndarray] = {}
@@ -110,6 +115,7 @@ def from_peft(
         for suffix in suffixes
         if f"{ROOT}{name}.{suffix}" in tensors
       }
+      _check_target(config, names, bool(found))
       used.update(found.values())
       layers.append({suffix: np.asarray(tensors[name]) for suffix, name in found.items()})
     if not any(layers):
@@ -131,6 +137,9 @@ def from_peft(
       used.add(theirs)
   if left := sorted(set(tensors) - used):
     raise InputError(f"{left[0]}: this model has no place for this tensor of the PEFT adapter")
+  if not tree:
+    raise InputError("the PEFT adapter has no tensors")
+  adapter.variables(params, unflatten(tree))  # shapes, and factors that should be there
   return adapter, unflatten(tree)
 
 
@@ -223,68 +232,181 @@ _FORMATS = {
 }
 
 
-def _reader(
-  config: Json,
-) -> tuple[Adapter, Callable[[Tensors], Tensors], tuple[str, ...]]:
-  """The adapter, what turns a layer's tensors into factors, and their suffixes."""
+# Options that are read, and those that have no say in what a trained adapter computes.
+_COMMON = {
+  "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+  "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+  "fan_in_fan_out",
+}  # fmt: skip
+_OF_LORA = {
+  "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "eva_config", "megatron_core",
+  "qalora_group_size",
+}  # fmt: skip
+_OPTIONS = {
+  "LORA": _OF_LORA,
+  "VERA": {
+    "r", "vera_dropout", "save_projection", "projection_prng_key", "d_initial", "init_weights",
+  },
+  "ADALORA": _OF_LORA - {"use_rslora", "use_dora"} | {
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+  },
+  "OFT": {
+    "r", "oft_block_size", "module_dropout", "init_weights", "eps", "use_cayley_neumann",
+    "num_cayley_neumann_terms",
+  },
+  "IA3": {"feedforward_modules", "init_ia3_weights"},
+}  # fmt: skip
+# Values, beside an empty one, with which an option changes nothing.
+_NEUTRAL = {
+  "bias": ("none",),
+  "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+
+
+def _check_options(config: Json, kind: str) -> None:
+  """Raises for an option that may change what the adapter computes."""
+  for name, value in config.items():
+    known = name in _COMMON or name in _OPTIONS[kind]
+    empty = value is None or value is False or value in ("", [], {})
+    if not (known or empty or value in _NEUTRAL.get(name, ())):
+      changed = ": it changes the base model" if name == "init_lora_weights" else ""
+      raise InputError(f"{name} {value!r}: a PEFT adapter with this option cannot be read{changed}")
+
+
+def _number(config: Json, name: str, kind: type = int, default: float | None = None) -> float:
+  """An option that must be a number, and be there unless it has a default."""
+  value = config.get(name, default)
+  if isinstance(value, bool) or not isinstance(value, int | kind):
+    expected = "a whole number" if kind is int else "a number"
+    raise InputError(f"{name}: expected {expected} in the PEFT config, got {value!r}")
+  return value
+
+
+def _check_target(config: Json, names: list[str], found: bool) -> None:
+  """Raises where the config and the tensors disagree on whether a module is adapted.
+
+  Args:
+    config: contents of adapter_config.json.
+    names: those the module may have.
+    found: whether there are tensors for it.
+  """
+  if not config.get("target_modules"):
+    return  # older files leave it to PEFT's table of models
+  target = any(_is_target(config, name) for name in names)
+  if target and not found:
+    raise InputError(f"target_modules: the PEFT adapter has no tensors for {names[0]}")
+  if found and not target:
+    raise InputError(f"target_modules: do not name {names[0]}, for which there are tensors")
+
+
+def _is_target(config: Json, name: str) -> bool:
+  """Whether PEFT adapts the module of that name."""
+  targets = config["target_modules"]
+  if targets == "all-linear":
+    chosen = name.rpartition(".")[2] != "lm_head"
+  else:
+    chosen = _is_named(targets, name, "target_modules")
+  layers = config.get("layers_to_transform")
+  if not chosen or _is_named(config.get("exclude_modules"), name, "exclude_modules"):
+    return False
+  if layers is None:
+    return True
+  patterns = config.get("layers_pattern") or r"[^.]*"
+  for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    if match := re.match(rf".*\.{pattern}\.(\d+)\.", name):
+      return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+  return False
+
+
+def _is_named(chosen: object, name: str, option: str) -> bool:
+  """Whether a module is among names, or ends of names, or matches a regular expression."""
+  if not chosen:
+    return False
+  if isinstance(chosen, str):
+    try:
+      return bool(re.fullmatch(chosen, name))
+    except re.error as error:
+      raise InputError(f"{option} {chosen!r}: is not a regular expression: {error}") from None
+  if not isinstance(chosen, list | tuple | set) or not all(isinstance(c, str) for c in chosen):
+    raise InputError(f"{option}: expected names of modules in the PEFT config, got {chosen!r}")
+  return any(name == each or name.endswith(f".{each}") for each in chosen)
+
+
+class _Reader(NamedTuple):
+  """An adapter, what turns a layer's tensors into factors, and their suffixes."""
+
+  adapter: Adapter
+  read: Callable[[Tensors], Tensors]
+  suffixes: tuple[str, ...]
+
+
+def _reader(config: Json) -> _Reader:
+  """How the tensors of a config are read."""
   kind = config.get("peft_type")
-  for option in (
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "lora_bias",
-    "block_share",
-    "coft",
-  ):
-    if config.get(option):
-      raise InputError(f"{option}: a PEFT adapter with this option cannot be read")
-  if config.get("bias", "none") != "none":
-    raise InputError(f"bias {config['bias']!r}: a PEFT adapter with this option cannot be read")
-  if kind == "LORA":
-    settings = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
-    make = low_rank.rslora if config.get("use_rslora") else low_rank.lora
-    if config.get("use_dora"):
-      if config.get("use_rslora"):
-        raise InputError("use_dora with use_rslora: such a PEFT adapter cannot be read")
-      make = low_rank.dora
+  if kind not in _READERS:
+    raise InputError(f"peft_type {kind!r} cannot be read")
+  _check_options(config, kind)
+  return _READERS[kind](config)
 
-    def read(t: Tensors) -> Tensors:
-      factors = {"a": t["lora_A.weight"], "b": t["lora_B.weight"].T}
-      if "lora_magnitude_vector" in t:
-        factors["magnitude"] = t["lora_magnitude_vector"]
-      return factors
 
-    return make(*settings), read, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-  if kind == "VERA":
-    if not config.get("save_projection", True):
-      raise InputError("save_projection: a VeRA adapter without its projections cannot be read")
-    adapter = low_rank.vera(config["r"], dropout=config.get("vera_dropout", 0.0))
-    names = {"scale_rank": "vera_lambda_d", "scale_out": "vera_lambda_b"}
-    return (
-      adapter,
-      lambda t: {ours: t[theirs] for ours, theirs in names.items()},
-      tuple(names.values()),
-    )
-  if kind == "ADALORA":
-    rank = config["init_r"]
-    unit = _adalora_unit(rank, config.get("lora_alpha", 8))
-    read_adalora = lambda t: {
-      "a": t["lora_A"],
-      "b": t["lora_B"].T,
-      "lam": unit * t["lora_E"][:, 0],
-    }
-    adapter = low_rank.adalora(rank, config.get("lora_dropout", 0.0))
-    return adapter, read_adalora, ("lora_A", "lora_B", "lora_E")
-  if kind == "OFT":
-    if config.get("use_cayley_neumann", True):
-      raise InputError("use_cayley_neumann: OFT by a truncated series cannot be read")
-    size = config["oft_block_size"]
-    return scaling.oft(size), lambda t: {"skew": t["oft_R.weight"]}, ("oft_R.weight",)
-  if kind == "IA3":
+def _read_lora(config: Json) -> _Reader:
+  if config.get("use_dora") and config.get("use_rslora"):
+    raise InputError("use_dora with use_rslora: such a PEFT adapter cannot be read")
+  make = low_rank.dora if config.get("use_dora") else low_rank.lora
+  if config.get("use_rslora"):
+    make = low_rank.rslora
+  adapter = make(
+    _number(config, "r"),
+    _number(config, "lora_alpha", float),
+    _number(config, "lora_dropout", float, 0.0),
+  )
 
-    def read_ia3(t: Tensors) -> Tensors:
-      value = t["ia3_l"]
-      return {"scale_in": value[0]} if value.shape[0] == 1 else {"scale_out": value[:, 0]}
+  def read(t: Tensors) -> Tensors:
+    factors = {"a": t["lora_A.weight"], "b": t["lora_B.weight"].T}
+    if "lora_magnitude_vector" in t:
+      factors["magnitude"] = t["lora_magnitude_vector"]
+    return factors
 
-    return scaling.ia3(), read_ia3, ("ia3_l",)
-  raise InputError(f"peft_type {kind!r} cannot be read")
+  return _Reader(adapter, read, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
+
+
+def _read_vera(config: Json) -> _Reader:
+  if not config.get("save_projection", True):
+    raise InputError("save_projection: a VeRA adapter without its projections cannot be read")
+  dropout = _number(config, "vera_dropout", float, 0.0)
+  adapter = low_rank.vera(_number(config, "r"), dropout=dropout)
+  names = {"scale_rank": "vera_lambda_d", "scale_out": "vera_lambda_b"}
+  read = lambda t: {ours: t[theirs] for ours, theirs in names.items()}
+  return _Reader(adapter, read, tuple(names.values()))
+
+
+def _read_adalora(config: Json) -> _Reader:
+  rank = _number(config, "init_r")
+  unit = _adalora_unit(rank, _number(config, "lora_alpha", float, 8))
+  read = lambda t: {"a": t["lora_A"], "b": t["lora_B"].T, "lam": unit * t["lora_E"][:, 0]}
+  adapter = low_rank.adalora(rank, _number(config, "lora_dropout", float, 0.0))
+  return _Reader(adapter, read, ("lora_A", "lora_B", "lora_E"))
+
+
+def _read_oft(config: Json) -> _Reader:
+  if config.get("use_cayley_neumann", True):
+    raise InputError("use_cayley_neumann: OFT by a truncated series cannot be read")
+  adapter = scaling.oft(_number(config, "oft_block_size"))
+  return _Reader(adapter, lambda t: {"skew": t["oft_R.weight"]}, ("oft_R.weight",))
+
+
+def _read_ia3(config: Json) -> _Reader:
+  def read(t: Tensors) -> Tensors:
+    value = t["ia3_l"]
+    return {"scale_in": value[0]} if value.shape[0] == 1 else {"scale_out": value[:, 0]}
+
+  return _Reader(scaling.ia3(), read, ("ia3_l",))
+
+
+_READERS: dict[str, Callable[[Json], _Reader]] = {
+  "LORA": _read_lora,
+  "VERA": _read_vera,
+  "ADALORA": _read_adalora,
+  "OFT": _read_oft,
+  "IA3": _read_ia3,
+}

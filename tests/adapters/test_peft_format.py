@@ -1,6 +1,7 @@
 """Adapters in PEFT's format without PEFT: there and back, and what cannot be read."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxmethods.adapters import adapter as core
 from jaxmethods.adapters import low_rank, prompts, scaling, selective
 from jaxmethods.adapters.peft_format import from_peft, to_peft
 from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
+from jaxmethods.adapters.targets import BLOCK
 from jaxmethods.data.adapter_files import CONFIG, WEIGHTS, read_peft, write_peft
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import table
@@ -96,7 +98,7 @@ def test_what_cannot_be_read():
   with pytest.raises(InputError, match=r"layers\.7\.up\.lora_A: this model has no place"):
     read(config, tensors | {"layers.7.up.lora_A": np.zeros(1)})
   fewer = {name: t for name, t in tensors.items() if "layers.1.mlp" not in name}
-  with pytest.raises(InputError, match="not the same tensors for all layers of layers/mlp/down"):
+  with pytest.raises(InputError, match=r"no tensors for model\.layers\.1\.mlp\.down_proj"):
     read(config, fewer)
   fewer = {name: t for name, t in tensors.items() if "down_proj.lora_B" not in name}
   with pytest.raises(InputError, match=r"no lora_B\.weight for layers/mlp/down"):
@@ -109,10 +111,79 @@ def test_what_cannot_be_read():
   ):
     with pytest.raises(InputError, match=message):
       read(config | option, tensors)
-  # Another rank than the config says is found when the tree meets the model.
-  adapter, tree = read(config | {"r": 2}, tensors)
   with pytest.raises(InputError, match="query/a has shape"):
-    adapter.variables(params, tree)
+    read(config | {"r": 2}, tensors)
+  without = {name: value for name, value in config.items() if name != "r"}
+  with pytest.raises(InputError, match="r: expected a whole number in the PEFT config, got None"):
+    read(without, tensors)
+  with pytest.raises(InputError, match="has no tensors"):
+    read({**config, "target_modules": None}, {})
+
+
+# Values that change nothing, and values that change what B A is added to, or when, or how.
+HARMLESS = [
+  {"init_lora_weights": True}, {"init_lora_weights": False}, {"init_lora_weights": "gaussian"},
+  {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+  {"fan_in_fan_out": True}, {"peft_version": "0.21.2"}, {"layer_replication": None},
+  {"use_qalora": False, "qalora_group_size": 16}, {"loftq_config": {}}, {"of_tomorrow": None},
+  {"trainable_token_indices": None}, {"arrow_config": None}, {"megatron_core": "megatron.core"},
+]  # fmt: skip
+CHANGING = [
+  *({"init_lora_weights": kind} for kind in (
+    "pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga", "mica", "of_tomorrow"
+  )),
+  {"layer_replication": [[0, 2], [1, 2]]}, {"alora_invocation_tokens": [5, 6]}, {"use_qalora": True},
+  {"use_bdlora": {"nblocks": 2}}, {"lora_bias": True}, {"target_parameters": ["experts.w"]},
+  {"trainable_token_indices": [1]}, {"alpha_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]},
+  {"arrow_config": {"top_k": 3}}, {"kasa_config": {"a": 1}}, {"megatron_config": {"a": 1}},
+  {"of_tomorrow": 1}, {"of_tomorrow": 0}, {"of_tomorrow": "x"}, {"bias": "lora_only"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", HARMLESS, ids=str)
+def test_options_that_change_nothing(option):
+  params, tree = shapes(True), tree_of(SAME["lora"], shapes(True))
+  config, tensors = to_peft(SAME["lora"], tree, TABLE)
+  _, back = from_peft(config | option, tensors, TABLE, params)
+  jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+@pytest.mark.parametrize("option", CHANGING, ids=str)
+def test_options_that_change_the_adapter_are_named(option):
+  config, tensors = to_peft(SAME["lora"], tree_of(SAME["lora"], shapes(True)), TABLE)
+  with pytest.raises(InputError, match=f"^{next(iter(option))} .*cannot be read"):
+    from_peft(config | option, tensors, TABLE, shapes(True))
+
+
+@pytest.mark.parametrize(
+  ("targets", "kept", "message"),
+  [
+    ({"target_modules": ["q_proj", "v_proj"]}, r"q_proj|v_proj", None),
+    ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, r"q_proj|v_proj", None),
+    ({"target_modules": r".*\.(q|v)_proj"}, r"q_proj|v_proj", None),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, r"1\.self_attn\.q_proj", None),
+    ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+     r"1\.self_attn\.q_proj", None),
+    ({"target_modules": "all-linear", "exclude_modules": ["mlp.down_proj"]}, r"^(?!.*down_proj).*$", None),
+    ({"target_modules": ["q_proj", "v_proj"]}, r"q_proj", "no tensors for .*v_proj"),
+    ({"target_modules": ["q_proj"]}, r"1\.self_attn\.q_proj", r"no tensors for .*layers\.0"),
+    ({"target_modules": ["q_proj"]}, r"q_proj|v_proj", "do not name .*v_proj"),
+    ({"target_modules": "(q_proj"}, r"q_proj", "not a regular expression"),
+    ({"target_modules": {"q_proj": 1}}, r"q_proj", "expected names of modules"),
+  ],
+)  # fmt: skip
+def test_targets_and_tensors_agree(targets, kept, message):
+  params, lora = shapes(False), SAME["lora"]
+  every = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, BLOCK), params)
+  config, tensors = to_peft(lora, random_like(every), TABLE)
+  tensors = {name: x for name, x in tensors.items() if re.search(kept, name)}
+  config |= targets
+  if message:
+    with pytest.raises(InputError, match=message):
+      from_peft(config, tensors, TABLE, params)
+  else:
+    adapter, tree = from_peft(config, tensors, TABLE, params)
+    assert to_peft(adapter, tree, TABLE)[1].keys() == tensors.keys()
 
 
 def test_bad_files(tmp_path):
@@ -127,7 +198,7 @@ def test_bad_files(tmp_path):
   with pytest.raises(InputError, match=f"{WEIGHTS}: cannot be read"):
     read_peft(tmp_path)
   (tmp_path / CONFIG).write_text("{")
-  with pytest.raises(InputError, match="line 1: is not JSON"):
+  with pytest.raises(InputError, match="is not JSON"):
     read_peft(tmp_path)
 
 
