@@ -273,12 +273,19 @@ def _check_options(config: Json, kind: str) -> None:
       raise InputError(f"{name} {value!r}: a PEFT adapter with this option cannot be read{changed}")
 
 
-def _number(config: Json, name: str, kind: type = int, default: float | None = None) -> float:
+def _whole(config: Json, name: str) -> int:
+  """An option that must be there and be a whole number."""
+  value = config.get(name)
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise InputError(f"{name}: expected a whole number in the PEFT config, got {value!r}")
+  return value
+
+
+def _number(config: Json, name: str, default: float | None = None) -> float:
   """An option that must be a number, and be there unless it has a default."""
   value = config.get(name, default)
-  if isinstance(value, bool) or not isinstance(value, int | kind):
-    expected = "a whole number" if kind is int else "a number"
-    raise InputError(f"{name}: expected {expected} in the PEFT config, got {value!r}")
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise InputError(f"{name}: expected a number in the PEFT config, got {value!r}")
   return value
 
 
@@ -356,9 +363,9 @@ def _read_lora(config: Json) -> _Reader:
   if config.get("use_rslora"):
     make = low_rank.rslora
   adapter = make(
-    _number(config, "r"),
-    _number(config, "lora_alpha", float),
-    _number(config, "lora_dropout", float, 0.0),
+    _whole(config, "r"),
+    _number(config, "lora_alpha"),
+    _number(config, "lora_dropout", 0.0),
   )
 
   def read(t: Tensors) -> Tensors:
@@ -373,25 +380,25 @@ def _read_lora(config: Json) -> _Reader:
 def _read_vera(config: Json) -> _Reader:
   if not config.get("save_projection", True):
     raise InputError("save_projection: a VeRA adapter without its projections cannot be read")
-  dropout = _number(config, "vera_dropout", float, 0.0)
-  adapter = low_rank.vera(_number(config, "r"), dropout=dropout)
+  dropout = _number(config, "vera_dropout", 0.0)
+  adapter = low_rank.vera(_whole(config, "r"), dropout=dropout)
   names = {"scale_rank": "vera_lambda_d", "scale_out": "vera_lambda_b"}
   read = lambda t: {ours: t[theirs] for ours, theirs in names.items()}
   return _Reader(adapter, read, tuple(names.values()))
 
 
 def _read_adalora(config: Json) -> _Reader:
-  rank = _number(config, "init_r")
-  unit = _adalora_unit(rank, _number(config, "lora_alpha", float, 8))
+  rank = _whole(config, "init_r")
+  unit = _adalora_unit(rank, _number(config, "lora_alpha", 8))
   read = lambda t: {"a": t["lora_A"], "b": t["lora_B"].T, "lam": unit * t["lora_E"][:, 0]}
-  adapter = low_rank.adalora(rank, _number(config, "lora_dropout", float, 0.0))
+  adapter = low_rank.adalora(rank, _number(config, "lora_dropout", 0.0))
   return _Reader(adapter, read, ("lora_A", "lora_B", "lora_E"))
 
 
 def _read_oft(config: Json) -> _Reader:
   if config.get("use_cayley_neumann", True):
     raise InputError("use_cayley_neumann: OFT by a truncated series cannot be read")
-  adapter = scaling.oft(_number(config, "oft_block_size"))
+  adapter = scaling.oft(_whole(config, "oft_block_size"))
   return _Reader(adapter, lambda t: {"skew": t["oft_R.weight"]}, ("oft_R.weight",))
 
 

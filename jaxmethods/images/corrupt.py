@@ -154,7 +154,8 @@ def _glass_pass(image: Array, severity: Array | int) -> Array:
     margin = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
     padded = jnp.pad(x, margin, "edge")
     part = lambda k: jax.lax.slice_in_dim(padded, reach + k, reach + k + size, axis=axis) - x
-    return sum(weight[k - 1] * (part(k) + part(-k)) for k in range(1, reach + 1))
+    near = jnp.stack([part(k) + part(-k) for k in range(1, reach + 1)])
+    return jnp.tensordot(weight, near, 1, precision="highest")
 
   rows = change(x, 0)
   total = rows + change(x, 1) + change(rows, 1)
@@ -165,7 +166,7 @@ def _glass_pass(image: Array, severity: Array | int) -> Array:
 
 @functools.cache
 def _glass_tables() -> tuple[np.ndarray, np.ndarray]:
-  """By severity: weights at distances 1, 2, ... (5, reach); level of a flat image of a level (5, 256)."""
+  """By severity: weights at distances 1, 2, .. (5, reach); levels of flat images (5, 256)."""
   reach = max(int(4 * sigma + 0.5) for sigma in _GLASS_SIGMA)
   weights, levels = [], []
   for sigma in _GLASS_SIGMA:
