@@ -4,8 +4,8 @@ What PEFT has no words for is written as what it is: MoSLoRA as LoRA with the mi
 PiSSA and MiLoRA as LoRA of twice the rank (what was trained minus what it started from), so that the
 files fit the published base model. Files themselves are `jaxmethods.data.adapter_files`.
 
-An option that we do not know, and that is not empty, may change what an adapter computes: it is refused by
-name. So are initialisations that move a part of W out of the base layer (PiSSA, OLoRA, CorDA, LoftQ,
+An option that we do not know and that is not empty may change what an adapter computes: it is refused
+by name. So are initialisations that move a part of W out of the base layer (PiSSA, OLoRA, CorDA, LoftQ,
 LoRA-GA): their B A belongs to a base model that the files do not have.
 """
 
