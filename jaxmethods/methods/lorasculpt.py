@@ -46,13 +46,11 @@ _TINY = 1e-15
 # --- sparse factors -----------------------------------------------------------------------------
 
 
-def magnitude_mask(
-  factor: Float[Array, "rows columns"], keep_ratio: float
-) -> Bool[Array, "rows columns"]:
+def magnitude_mask(factor: Float[Array, ...], keep_ratio: float) -> Bool[Array, ...]:
   """Marks the entries of a factor that stay: the largest by |.|, ties to the earlier position (code).
 
   Args:
-    factor: A or B of one layer.
+    factor: A or B of one layer, any shape.
     keep_ratio: rho, in (0, 1].
 
   Returns:
@@ -61,7 +59,6 @@ def magnitude_mask(
   Raises:
     InputError: rho outside (0, 1], or so small that nothing stays.
   """
-  shapes.check(factor=(factor, "rows columns"))
   _check_ratio(keep_ratio, factor.size)
   return top_share(jnp.abs(factor), keep_ratio)
 

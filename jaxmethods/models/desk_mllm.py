@@ -156,7 +156,10 @@ class DeskMLLM(nn.Module):
     """Begins a cache with the images in it and room for the text."""
     if (features is None) == (pixels is None):
       raise ValueError("exactly one of features and pixels is needed where the cache is empty")
-    tokens = self.projector(features if pixels is None else self.vision(pixels))
+    if features is None:
+      assert pixels is not None
+      features = self.vision(pixels)
+    tokens = self.projector(features)
     batch, count, _ = tokens.shape
     begun: dict[str, Any] = {"cache_size": count + room}
     if prefix is not None:

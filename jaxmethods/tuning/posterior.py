@@ -40,15 +40,16 @@ def dare(
   """Drops entries of the update and rescales the rest: W_0 + (1 - z) D / (1 - p) (arXiv 2311.03099).
 
   Args:
-    before: W_0, any shape, or one that `after` has behind an axis of models.
-    after: W_1.
-    dropped: z, boolean, true with probability p.
+    before: W_0, any shape.
+    after: W_1; may have axes of models before those of W_0.
+    dropped: z, true with probability p; may have axes of draws before those of W_1.
     rate: p, in [0, 1).
 
   Raises:
     InputError: if `rate` is outside [0, 1).
   """
-  shapes.same(after=after, dropped=dropped)
+  behind = lambda x: " ".join(("...", *map(str, x.shape)))
+  shapes.check(after=(after, behind(before)), dropped=(dropped, behind(after)))
   if not 0.0 <= rate < 1.0:
     raise InputError(f"dare: the rate must be in [0, 1), got {rate}")
   return before + jnp.where(dropped, 0, (after - before) / (1 - rate))

@@ -194,7 +194,7 @@ def test_limits_of_the_edits():
   np.testing.assert_array_equal(posterior.ties(jnp.zeros((2, 2)), updates, 1.0), 3.0)
   for call in (
     lambda: posterior.grafting(before, after, 1.1),
-    lambda: posterior.ties(before, updates, 0.0),
+    lambda: posterior.ties(jnp.zeros((2, 2)), updates, 0.0),
     lambda: posterior.interpolate(before, after, -0.1),
     lambda: posterior.tailor(before, after, jnp.eye(6), 1.0),
   ):
