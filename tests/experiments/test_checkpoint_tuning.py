@@ -136,7 +136,7 @@ def mixture(folder, **changes):
   of = dataclasses.replace(config(folder).checkpoint, train="", test="", scan_layers=False)
   small = {
     "tasks": ["cups", "others"], "steps": 30, "batch_size": 4, "rank": 4, "alpha": 8.0,
-    "dropout": 0.0, "preview": 3, "learning_rate": 0.1, "projector_rate": 0.1,
+    "dropout": 0.0, "preview": 3, "learning_rate": 0.03, "projector_rate": 0.03,
     "train": {"cups": str(folder / "train.jsonl"), "others": str(folder / "test.jsonl")},
     "test": {"cups": str(folder / "other.jsonl"), "others": str(folder / "other.jsonl")},
     "checkpoint": dataclasses.replace(of, upstream={}),
