@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from jaxmethods.data.records import ArrayData, Source
+from jaxmethods.data.pictures import SUFFIXES, as_pictures, open_picture
+from jaxmethods.data.records import ArrayData, own_source
 from jaxmethods.errors import InputError
-
-_IMAGE_SUFFIXES = {
-  ".png",
-  ".jpg",
-  ".jpeg",
-  ".bmp",
-  ".gif",
-  ".ppm",
-  ".pgm",
-  ".tif",
-  ".tiff",
-  ".webp",
-}
-_LICENCE = "none stated"
 
 
 def load_folder(path: Path, image_size: int | None = None) -> ArrayData:
@@ -64,39 +49,51 @@ def load_folder(path: Path, image_size: int | None = None) -> ArrayData:
     split: (np.stack([pixels[f] for f, _ in members]), np.array([y for _, y in members], np.int32))
     for split, members in files.items()
   }
-  return ArrayData(splits, len(names), Source(f"folder:{path}", str(path), _LICENCE, "", real=True))
+  return ArrayData(splits, len(names), own_source(f"folder:{path}", str(path)))
 
 
 def load_npz(path: Path) -> ArrayData:
   """Arrays of an npz archive.
 
   Recognised keys, where SPLIT is any name:
-    `x`, `y`: the split "all"; with `domain` (n,) ints and `domains` (names), one split per domain;
+    `x`, `y`: the split "all"; with `domain` (n,) ints and `domains` (names) one split per domain, with
+      `client` (n,) ints one per client;
     `SPLIT_x`, `SPLIT_y` or `x_SPLIT`, `y_SPLIT`;
     `SPLIT_jpeg` (uint8: encoded images, concatenated), `SPLIT_offset` (n + 1), `SPLIT_y`;
     optional `classes`: class names (their number is the number of classes).
+  Arrays under other names are not read, and named in the report.
+
+  Pictures are (n, h, w) or (n, h, w, c), see `pictures.as_pictures`; features (n, d).
 
   Raises:
     InputError: naming the key that is missing or does not fit.
   """
+  name = f"npz:{path}"
   if not path.is_file():
-    raise InputError(f"npz:{path}: no such file")
+    raise InputError(f"{name}: no such file")
   try:
     with np.load(path) as archive:
       arrays = dict(archive)
-  except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-    raise InputError(f"npz:{path}: not a readable npz archive ({error})") from error
-  splits = _find_splits(path, arrays)
+  except Exception as error:  # whatever a damaged archive makes zipfile, zlib and numpy do
+    raise InputError(f"{name}: not a readable npz archive ({error})") from None
+  pairs = _find_pairs(name, arrays)
+  splits = _by_group(name, _read_pairs(name, arrays, pairs), arrays)
   labels = np.concatenate([y for _, y in splits.values()])
   num_classes = len(arrays["classes"]) if "classes" in arrays else int(labels.max()) + 1
   if labels.max() >= num_classes:
-    raise InputError(f"npz:{path}: label {labels.max()}, but {num_classes} classes")
-  return ArrayData(splits, num_classes, Source(f"npz:{path}", str(path), _LICENCE, "", real=True))
+    raise InputError(f"{name}: label {labels.max()}, but {num_classes} classes")
+  read = {*_OPTIONAL, *(key for pair in pairs.values() for key in pair)}
+  unread = sorted(key for key in arrays if key not in read and not key.endswith("_offset"))
+  origin = f"{path} (arrays not read: {', '.join(unread)})" if unread else str(path)
+  return ArrayData(splits, num_classes, own_source(name, origin))
 
 
-def _find_splits(
-  path: Path, arrays: dict[str, np.ndarray]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+_OPTIONAL = ("domain", "domains", "client", "classes")
+_GROUPS = ("domain", "client")
+
+
+def _find_pairs(name: str, arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
+  """Split -> names of its two arrays."""
   pairs: dict[str, tuple[str, str]] = {}
   for key in arrays:
     if key == "x":
@@ -108,39 +105,87 @@ def _find_splits(
       pairs[split] = key, f"{split}_y"
   if not pairs:
     raise InputError(
-      f"npz:{path}: expected x and y, or train_x and train_y; it has {', '.join(arrays)}"
+      f"{name}: expected x and y, or train_x and train_y; it has {', '.join(arrays)}"
     )
-  splits = {}
-  for split, (x_key, y_key) in pairs.items():
+  for x_key, y_key in pairs.values():
     if y_key not in arrays:
-      raise InputError(f"npz:{path}: {x_key} without {y_key}")
+      raise InputError(f"{name}: {x_key} without {y_key}")
+  return pairs
+
+
+def _read_pairs(
+  name: str, arrays: dict[str, np.ndarray], pairs: dict[str, tuple[str, str]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """The checked arrays of every split."""
+  plain: dict[str, np.ndarray] = {}
+  ready: dict[str, np.ndarray] = {}
+  for split, (x_key, y_key) in pairs.items():
     x, y = arrays[x_key], arrays[y_key]
-    if x_key.endswith("_jpeg"):
-      offset = arrays.get(f"{split}_offset")
-      if offset is None:
-        raise InputError(f"npz:{path}: {x_key} without {split}_offset")
-      encoded = (x[start:end].tobytes() for start, end in itertools.pairwise(offset))
-      x = np.stack([_decode(io.BytesIO(data), f"{path}:{x_key}") for data in encoded])
-    if len(x) != len(y) or not len(x):
-      raise InputError(f"npz:{path}: {x_key} has {len(x)} rows, {y_key} {len(y)}")
+    encoded = x_key.endswith("_jpeg")
+    if encoded:
+      x = _decoded(name, x_key, x, arrays.get(f"{split}_offset"))
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or not len(x):
+      rows = [a.shape[0] if a.ndim else "no" for a in (x, y)]
+      raise InputError(f"{name}: {x_key} has {rows[0]} rows, {y_key} {rows[1]}")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-      raise InputError(f"npz:{path}: {y_key}: expected class numbers 0, 1, ...")
-    if x.dtype != np.uint8:
-      x = x.astype(np.float32)
-      if not np.isfinite(x).all():
-        row = int(np.isfinite(x).reshape(len(x), -1).all(1).argmin())
-        raise InputError(f"npz:{path}: {x_key}: row {row} is not finite")
-    splits[split] = x, y.astype(np.int32)
-  if list(splits) == ["all"] and "domain" in arrays:
-    x, y = splits["all"]
-    domain = arrays["domain"]
-    if len(domain) != len(x):
-      raise InputError(f"npz:{path}: domain has {len(domain)} rows, x {len(x)}")
-    names = arrays.get("domains", np.arange(domain.max() + 1))
-    if domain.min() < 0 or domain.max() >= len(names):
-      raise InputError(f"npz:{path}: domain outside 0..{len(names) - 1}")
-    splits = {str(name): (x[domain == d], y[domain == d]) for d, name in enumerate(names)}
-  return splits
+      raise InputError(f"{name}: {y_key}: expected class numbers 0, 1, ...")
+    if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4) or not x.size:
+      raise InputError(
+        f"{name}: {x_key}: expected numbers, features (n, d) or pictures (n, h, w, c), got "
+        f"{x.dtype} {x.shape}"
+      )
+    with np.errstate(over="ignore"):
+      finite = np.isfinite(x.astype(np.float32))
+    if not finite.all():
+      row = int(finite.reshape(len(x), -1).all(1).argmin())
+      raise InputError(f"{name}: {x_key}: row {row} is not finite")
+    (ready if encoded or x.ndim == 2 else plain)[x_key] = x
+  ready |= as_pictures(plain, name)
+  return {
+    split: (_features(ready[x_key]), arrays[y_key].astype(np.int32))
+    for split, (x_key, y_key) in pairs.items()
+  }
+
+
+def _features(x: np.ndarray) -> np.ndarray:
+  return x if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def _decoded(name: str, key: str, x: np.ndarray, offset: np.ndarray | None) -> np.ndarray:
+  """The images of a concatenation of files."""
+  if offset is None:
+    raise InputError(f"{name}: {key} without {key.removesuffix('_jpeg')}_offset")
+  files = (x[start:end].tobytes() for start, end in itertools.pairwise(offset))
+  images = [open_picture(io.BytesIO(data), f"{name}: {key} {i}") for i, data in enumerate(files)]
+  if len({image.shape for image in images}) != 1:
+    raise InputError(f"{name}: {key}: expected images of one size")
+  return np.stack(images)
+
+
+def _by_group(
+  name: str, splits: dict[str, tuple[np.ndarray, np.ndarray]], arrays: dict[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """The split "all" cut by the domain or the client of every example, if the archive tells one."""
+  kinds = [kind for kind in _GROUPS if kind in arrays]
+  if not kinds:
+    return splits
+  if len(kinds) > 1 or list(splits) != ["all"]:
+    raise InputError(f"{name}: {kinds[-1]}: expected beside x and y alone")
+  (kind,), (x, y) = kinds, splits["all"]
+  group = arrays[kind]
+  if group.ndim != 1 or not np.issubdtype(group.dtype, np.integer):
+    raise InputError(f"{name}: {kind}: expected numbers 0, 1, ...")
+  if len(group) != len(x):
+    raise InputError(f"{name}: {kind} has {len(group)} rows, x {len(x)}")
+  numbers = range(int(group.max()) + 1)
+  names = arrays.get("domains", numbers) if kind == "domain" else [f"client {k}" for k in numbers]
+  if group.min() < 0 or group.max() >= len(names):
+    raise InputError(f"{name}: {kind} outside 0..{len(names) - 1}")
+  cut = {str(each): (x[group == k], y[group == k]) for k, each in enumerate(names)}
+  for each, (_, y) in cut.items():
+    if not len(y):
+      raise InputError(f"{name}: {kind} {each!r} has no example")
+  return cut
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -148,12 +193,14 @@ def _subfolders(path: Path) -> list[Path]:
 
 
 def _images(path: Path) -> list[Path]:
-  return sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+  return sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def _decode_alike(paths: list[Path], image_size: int | None) -> Iterable[np.ndarray]:
   """Images of one shape: grey if all are, else RGB."""
-  images = [_decode(path, str(path), image_size) for path in paths]
+  images = [open_picture(path) for path in paths]
+  if image_size is not None:
+    images = [_resized(image, image_size) for image in images]
   if any(image.shape[-1] == 3 for image in images):
     images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
   for path, image in zip(paths, images, strict=True):
@@ -163,13 +210,8 @@ def _decode_alike(paths: list[Path], image_size: int | None) -> Iterable[np.ndar
   return images
 
 
-def _decode(file: Path | io.BytesIO, name: str, image_size: int | None = None) -> np.ndarray:
-  try:
-    with Image.open(file) as opened:
-      image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-  except (OSError, SyntaxError, ValueError) as error:
-    raise InputError(f"{name}: not a readable image ({error})") from error
-  if image_size is not None:
-    image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-  pixels = np.asarray(image)
-  return pixels[..., None] if pixels.ndim == 2 else pixels
+def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
+  """A picture (height, width, c) brought to (size, size, c)."""
+  image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  made = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+  return made.reshape(size, size, -1)

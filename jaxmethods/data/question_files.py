@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxmethods.data.pictures import open_picture
 from jaxmethods.errors import InputError
 
 
@@ -76,10 +77,8 @@ def open_square(path: Path, colour: tuple[int, int, int]) -> np.ndarray:
   Raises:
     InputError: it cannot be read as an image.
   """
-  try:
-    image = Image.open(path).convert("RGB")
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: cannot be read as an image: {error}") from None
+  pixels = open_picture(path)
+  image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
   side = max(image.size)
   square = Image.new("RGB", (side, side), colour)
   square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

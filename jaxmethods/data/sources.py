@@ -10,7 +10,7 @@
 | `tfds:tu/NAME` | the same graphs through TensorFlow Datasets' storage |
 | `tfds:NAME`, `tfds:NAME:SPLIT` | images of TensorFlow Datasets |
 | `folder:PATH` | images as class/file or domain/class/file |
-| `npz:PATH` | arrays: `x`, `y` or `train_x`, `train_y`, ... |
+| `npz:PATH` | arrays: `x`, `y` or `train_x`, `train_y`, ...; see `local.load_npz` |
 
 `$JAXMETHODS_DATA` (default `~/.cache/jaxmethods`) is the local data folder; a relative PATH that is not
 below the working directory is looked for there. A missing source says what
@@ -24,7 +24,7 @@ import difflib
 import numpy as np
 
 from jaxmethods.data import embedded, files, local, tu
-from jaxmethods.data.records import ArrayData, GraphData
+from jaxmethods.data.records import ArrayData, GraphData, signed
 from jaxmethods.data.tu_format import Features
 from jaxmethods.errors import InputError
 
@@ -50,11 +50,12 @@ def load_graphs(
   """
   kind, _, rest = name.partition(":")
   if kind == "tu" and rest:
-    return [tu.load(each, features, max_degree) for each in tu.expand(rest)]
+    return [signed(tu.load(each, features, max_degree)) for each in tu.expand(rest)]
   if name.startswith("tfds:tu/"):
     from jaxmethods.data import tfds_sources
 
-    return tfds_sources.load_graphs(name.removeprefix("tfds:tu/"), features, max_degree)
+    found = tfds_sources.load_graphs(name.removeprefix("tfds:tu/"), features, max_degree)
+    return [signed(each) for each in found]
   if name in _GRAPH_NAMES:
     if features != "auto" or max_degree is not None:
       raise InputError(f"{name}: its features are fixed; use tu:NAME to choose them")
@@ -86,11 +87,11 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
   if kind == "tfds" and rest and not rest.startswith("tu/"):
     from jaxmethods.data import tfds_sources
 
-    return tfds_sources.load_arrays(rest)
+    return signed(tfds_sources.load_arrays(rest))
   if kind == "folder" and rest:
-    return local.load_folder(files.local_path(rest), image_size)
+    return signed(local.load_folder(files.local_path(rest), image_size))
   if kind == "npz" and rest:
-    return local.load_npz(files.local_path(rest))
+    return signed(local.load_npz(files.local_path(rest)))
   raise _unknown(name, "arrays", (*_ARRAY_NAMES, "tfds:NAME", "folder:PATH", "npz:PATH"))
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from jaxmethods.data import embedded, tu
 from jaxmethods.data.files import data_dir
+from jaxmethods.data.pictures import as_pictures
 from jaxmethods.data.records import ArrayData, GraphData, Source
 from jaxmethods.data.tu_format import Features, RawGraphs, to_graph_data
 from jaxmethods.errors import InputError
@@ -200,7 +201,9 @@ def load_arrays(name: str) -> ArrayData:
       raise InputError(
         f"tfds:{name}:{each}: expected images of one size, found {len(shapes)} sizes"
       )
-    x = np.stack([example[images[0]] for example in examples])
+    x = as_pictures({each: np.stack([example[images[0]] for example in examples])}, f"tfds:{name}")[
+      each
+    ]
     y = np.array([example[labels[0]] for example in examples], np.int32)
     splits["all" if each == "full" else each] = x, y
   source_record = Source(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmethods.data.records import describe
 from jaxmethods.data.sources import load_arrays
 from jaxmethods.errors import InputError
 
@@ -120,6 +121,15 @@ def test_npz_of_encoded_images(tmp_path):
     ({"x": [[1.0], [np.nan]], "y": [0, 1]}, "x: row 1 is not finite"),
     ({"x": [[1.0]], "y": [3], "classes": ["a"]}, "label 3, but 1 classes"),
     ({"x": [[1.0]], "y": [0], "domain": [2], "domains": ["a"]}, "domain outside"),
+    (
+      {"x": [[1.0]], "y": [0], "domain": [0], "client": [0]},
+      "client: expected beside x and y alone",
+    ),
+    ({"x": [[1.0]], "y": [0], "client": [1]}, "client 'client 0' has no example"),
+    ({"x": [[1.0]], "y": [0], "client": [0.5]}, "client: expected numbers"),
+    ({"x": [["a"]], "y": [0]}, "x: expected numbers, features"),
+    ({"x": [1.0], "y": [0]}, "x: expected numbers, features"),
+    ({"x": [[1e300]], "y": [0]}, "x: row 0 is not finite"),
     ({"x": [[1.0]], "y": [0], "domain": [0, 0]}, "domain has 2 rows"),
     ({"x": np.array([[None]]), "y": [0]}, "not a readable npz"),
   ],
@@ -139,3 +149,28 @@ def test_files_that_are_no_archive(tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(InputError, match="not a readable npz"):
       load_arrays(f"npz:{tmp_path}/a.npz")
+
+
+def test_clients_and_unread_arrays(tmp_path):
+  x, y = np.arange(12, dtype=np.float32).reshape(4, 3), np.array([0, 1, 2, 1])
+  np.savez(tmp_path / "a.npz", x=x, y=y, client=[0, 1, 1, 0], names=list("abcd"))
+  data = load_arrays(f"npz:{tmp_path}/a.npz")
+  assert list(data.splits) == ["client 0", "client 1"]
+  np.testing.assert_array_equal(data.splits["client 1"][0], x[1:3])
+  line = describe([data])
+  assert "arrays not read: names" in line
+  assert "data of yours" in line and "real data" not in line
+  assert f"sha256 {data.source.digest[:12]}" in line
+
+
+def test_the_digest_is_that_of_the_values(tmp_path):
+  def digest(x, y):
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    return load_arrays(f"npz:{tmp_path}/a.npz").source.digest
+
+  x, y = np.random.default_rng(0).normal(size=(6, 3)), np.arange(6) % 2
+  first = digest(x, y)
+  assert digest(x, y) == first
+  assert digest(x + 1, y) != first
+  assert digest(x, 1 - y) != first
+  assert digest(x[:4], y[:4]) != first
