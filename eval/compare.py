@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished = workdir / "rows" / f"{name}.json"
     if not finished.exists():
       row = session.build(given._replace(config=config), workdir / "rows" / name, mesh)
+      workdir_lib.check_data(workdir, row.experiment.about)
       if row.writer:
         workdir_lib.create(workdir, given.config, **header)
+        workdir_lib.keep_data(workdir, row.experiment.about)
         if not about:
           print(row.experiment.about, flush=True)
       about, result = row.experiment.about, _trained(name, row)

@@ -51,8 +51,13 @@ def start(given: Given, workdir: Path) -> Session:
 
 
 def build(given: Given, workdir: Path, mesh: Mesh | None) -> Session:
-  """Builds the method on devices that are started."""
+  """Builds the method on devices that are started.
+
+  Raises:
+    InputError: the run in `workdir` was made with other data.
+  """
   experiment = given.method.build(given.config, mesh)
+  workdir_lib.check_data(workdir, experiment.about)
   return Session(given, workdir, experiment, mesh, is_writer())
 
 
@@ -72,11 +77,16 @@ def train(session: Session) -> Outcome:
   from jaxmethods.runtime import loop
 
   given, workdir, name = session.given, session.workdir, session.given.args.method
+
+  def create_workdir() -> None:
+    workdir_lib.create(workdir, given.config, method=name)
+    workdir_lib.keep_data(workdir, session.experiment.about)
+
   state, metrics = loop.train(
     session.experiment,
     given.config,
     workdir,
-    create_workdir=lambda: workdir_lib.create(workdir, given.config, method=name),
+    create_workdir=create_workdir,
     title=name,
     mesh=session.mesh,
     debug=given.args.debug,

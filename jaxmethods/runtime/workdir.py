@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from jaxmethods.runtime.experiment import RunConfig
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+DATA = "data.json"  # digests of the data, from the first line of the report
 
 
 def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **header: object) -> None:
@@ -44,6 +46,44 @@ def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **heade
   if differing:
     listed = ", ".join(f"{key} (was {a!r}, now {b!r})" for key, (a, b) in differing.items())
     raise InputError(f"--workdir {workdir}: holds a run with another config: {listed}")
+
+
+def check_data(workdir: Path, about: str) -> None:
+  """Raises `InputError` if the run in `workdir` was made with other data under the same name.
+
+  Args:
+    workdir: directory of the run; need not exist.
+    about: first line of the report, with the digests of the data that are there now.
+  """
+  old, new = _kept_data(workdir), digests(about)
+  changed = [name for name in new if name in old and new[name] != old[name]]
+  if changed:
+    listed = ", ".join(f"{name} (was sha256 {old[name]}, now {new[name]})" for name in changed)
+    raise InputError(
+      f"--workdir {workdir}: the data have changed since this run began: {listed}; put the old ones "
+      "back, or choose another --workdir"
+    )
+
+
+def keep_data(workdir: Path, about: str) -> None:
+  """Writes the digests of the data that a run is made with."""
+  write_json(workdir / DATA, _kept_data(workdir) | digests(about))
+
+
+def digests(about: str) -> dict[str, str]:
+  """Finds {name: digest} in the first line of a report."""
+  return dict(re.findall(r"(\S+) \((?:[^()]*, )?sha256 ([0-9a-f]+)\)", about))
+
+
+def _kept_data(workdir: Path) -> dict[str, str]:
+  file = workdir / DATA
+  try:
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {str(name): str(digest) for name, digest in kept.items()}
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, AttributeError):
+    raise InputError(f"{file}: cannot be read; choose another --workdir") from None
 
 
 def create(workdir: Path, config: RunConfig, **header: object) -> None:
