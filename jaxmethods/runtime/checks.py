@@ -5,14 +5,59 @@ Infinite values and NaN pass none of them. Imports no jax.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from jaxmethods.errors import InputError
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
+
+
+# numpy takes no larger one, and jax keeps no more of its bits.
+LARGEST_SEED = 2**32 - 1
+
+
+def sound(config: object) -> None:
+  """Checks what holds for every number of a config, in its groups, lists and mappings too.
+
+  It is finite; not negative, unless its default is; positive, if it is a temperature; and a seed is at
+  most `LARGEST_SEED`. Other limits are those of the config itself.
+  """
+  for name, value, default in _numbers(config, ""):
+    last = name.split(".")[-1]
+    usual = default if isinstance(default, int | float) else 0
+    expected = ""
+    if not math.isfinite(value) and math.isfinite(usual):
+      expected = "finite"
+    elif value < 0 <= usual:
+      expected = "at least 0"
+    elif last.endswith("temperature") and value == 0:
+      expected = "positive"
+    elif (last == "seed" or last.endswith("_seed")) and value > LARGEST_SEED:
+      expected = f"at most {LARGEST_SEED}"
+    if expected:
+      raise ValueError(f"{name}: must be {expected}, got {value!r}")
+
+
+def _numbers(config: object, prefix: str) -> Iterator[tuple[str, float, object]]:
+  """Yields (dotted name, value, default of the field) of every number."""
+  for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    value, name = getattr(config, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from _numbers(value, f"{name}.")
+    elif isinstance(value, Mapping):
+      yield from ((f"{name}.{key}", x, 0) for key, x in value.items() if _is_number(x))
+    elif isinstance(value, list | tuple):
+      yield from ((name, x, 0) for x in value if _is_number(x))
+    elif _is_number(value):
+      yield name, value, field.default
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def at_least(config: object, least: float, *names: str, prefix: str = "") -> None:

@@ -152,7 +152,7 @@ def printed(given: Given) -> bool:
   from jaxmethods.runtime import config as config_lib
 
   if given.args.print_config:
-    print(config_lib.to_yaml(given.config, method=given.args.method), end="")
+    print(config_lib.explained(given.config, method=given.args.method), end="")
   return given.args.print_config
 
 

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
+from jaxmethods.runtime import checks
+
 if TYPE_CHECKING:
   import jax
   from jax.sharding import Mesh
@@ -27,25 +29,26 @@ Config = TypeVar("Config", bound="RunConfig")
 class RunConfig:
   """Settings that every method's config inherits; all can be set from YAML or the command line."""
 
-  seed: int = 1
+  seed: int = 1  # of the initialisation and the order of batches; eval.compare counts up from it
   steps: int = 100  # training steps; communication rounds for federated methods
   log_every: int = 1  # steps between two lines of metrics.jsonl
   eval_every: int = 1  # steps between two evaluations; their metrics join that step's line
-  checkpoint_every: int = 10
-  keep_checkpoints: int = 3
+  checkpoint_every: int = 10  # steps between two checkpoints
+  keep_checkpoints: int = 3  # the newest that stay on disk
   average_last: int = 1  # eval.compare reports the mean of this many last evaluations
 
   def __post_init__(self) -> None:
-    for name in (
+    checks.sound(self)
+    checks.at_least(
+      self,
+      1,
       "steps",
       "log_every",
       "eval_every",
       "checkpoint_every",
       "keep_checkpoints",
       "average_last",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+    )
 
 
 def in_common(config: Config, free: Iterable[str]) -> Config:
