@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--rows", metavar="A,B", help="which of the method's rows (default: all)")
   add("--list_rows", action="store_true", help="list the rows of the method and stop")
   add("--seeds", metavar="N", type=int, default=5, help="seeds for each row (default: 5)")
-  add("--json", metavar="FILE", type=Path, help="also write the results there")
+  add("--json", metavar="FILE", type=command.local, help="also write the results there")
   add(
     "--seed_map",
     choices=("vmap", "scan", "loop"),

@@ -15,6 +15,10 @@ class InputError(ValueError):
   """
 
 
+class MachineError(Exception):
+  """A disk, a device, memory or a network that fails: one line and exit status 1."""
+
+
 class Stopped(Exception):
   """A signal stopped the run, which has saved its state; `status` is the exit status."""
 

@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from jaxmethods import folders
 from jaxmethods.trees import PyTree
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
-
-
-def cache_folder() -> Path:
-  """`$JAXMETHODS_CACHE`, else `~/.cache/jaxmethods`."""
-  return Path(os.environ.get("JAXMETHODS_CACHE") or Path.home() / ".cache" / "jaxmethods")
 
 
 def described(
@@ -72,7 +68,7 @@ def cached(
   digest = hashlib.sha256()
   for part in depends_on:
     digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
-  path = cache_folder() / kind / f"{digest.hexdigest()}.npz"
+  path = folders.cache() / kind / f"{digest.hexdigest()}.npz"
   try:
     with np.load(path) as stored:
       return dict(stored)

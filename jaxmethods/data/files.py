@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxmethods import folders
 from jaxmethods.errors import InputError
 
 _TIMEOUT_SECONDS = 30
@@ -20,12 +21,12 @@ _CHUNK_BYTES = 1 << 18
 
 def data_dir() -> Path:
   """The local data folder: `$JAXMETHODS_DATA`, by default `~/.cache/jaxmethods`."""
-  return Path(os.environ.get("JAXMETHODS_DATA") or "~/.cache/jaxmethods").expanduser()
+  return folders.data()
 
 
 def local_path(name: str) -> Path:
   """A user's file or folder; a relative path that is not here is looked for in the data folder."""
-  path = Path(name).expanduser()
+  path = folders.expanded(name)
   inside = data_dir() / path
   return inside if not path.exists() and inside.exists() else path
 

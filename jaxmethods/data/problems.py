@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxmethods import folders
 from jaxmethods.data.records import Source
 from jaxmethods.errors import InputError
 
@@ -58,7 +59,7 @@ def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
   if name.startswith(_GYM):
     return _reasoning_gym(name, count, seed)
   if name.endswith(".jsonl"):
-    file = Path(name).expanduser()
+    file = folders.expanded(name)
     return _file(file)[:count], Source(name, str(file), "none stated", "", True)
   raise InputError(
     f"problems: unknown source {name!r}: sources are {GENERATED}, {_GYM}NAME, FILE.jsonl"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +27,7 @@ class Checkpoints:
   def __init__(self, directory: Path, keep: int = 1, *, read_only: bool = False):
     """Opens `directory`; a reader leaves the files of a run that may be going on alone."""
     self._directory = directory.resolve()
+    self._aliases = contextlib.ExitStack()
     self._read_only = read_only
     if read_only:
       options = ocp.CheckpointManagerOptions(read_only=True)
@@ -32,14 +37,17 @@ class Checkpoints:
         # join when nothing is saved, and which then complains at exit.
         for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
           shutil.rmtree(unfinished)
+        self._directory.mkdir(parents=True, exist_ok=True)
       options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(self._directory, options=options)
+    alias = self._aliases.enter_context(_alias(self._directory))
+    self._manager = ocp.CheckpointManager(alias, options=options)
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._manager.close()  # waits for the save under way
+    with self._aliases:
+      self._manager.close()  # waits for the save under way
 
   def save(self, step: int, state: State) -> None:
     """Saves in the background; returns once `state` may be donated."""
@@ -100,6 +108,18 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
     self._manager.reload()
+
+
+@contextlib.contextmanager
+def _alias(directory: Path) -> Iterator[Path]:
+  """Gives orbax, which takes folder names for patterns, a name without any letter that means more."""
+  if re.fullmatch(r"[A-Za-z0-9_./-]*", str(directory)):
+    yield directory
+    return
+  with tempfile.TemporaryDirectory(prefix="jaxmethods-") as folder:
+    link = Path(folder, "checkpoints")
+    link.symlink_to(directory, target_is_directory=True)
+    yield link
 
 
 def _unused(path: Path) -> Path:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from jaxmethods.errors import InputError, Stopped
+from jaxmethods.runtime import failures
 
 if TYPE_CHECKING:
   from jaxmethods.runtime.experiment import Room, RunConfig
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # Results go to standard output, and so does progress; an error is alone on standard error.
-BAD_INPUT = 2
 
 
 class Registry(Protocol):
@@ -36,6 +38,17 @@ class _Parser(argparse.ArgumentParser):
     raise InputError(message)
 
 
+def local(text: str) -> Path:
+  """Returns a path of the command line; raises where it means another machine."""
+  if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+    raise argparse.ArgumentTypeError(
+      f"{text} is no folder of this machine ({scheme[0]}); mount it, or copy the run there afterwards"
+    )
+  if not text:
+    raise argparse.ArgumentTypeError("is empty")
+  return Path(text)
+
+
 def parser(program: str, purpose: str) -> argparse.ArgumentParser:
   """Returns a parser with the flags that every entry point has."""
   result = _Parser(
@@ -47,9 +60,9 @@ def parser(program: str, purpose: str) -> argparse.ArgumentParser:
   )
   add = result.add_argument
   add("--method", metavar="NAME", help="a method of --list, or package.module of your own")
-  add("--config", metavar="FILE", type=Path, help="YAML file (default: configs/NAME.yaml)")
+  add("--config", metavar="FILE", type=local, help="YAML file (default: configs/NAME.yaml)")
   add("--short", action="store_true", help="apply the `short:` part of the config: a quick look")
-  add("--workdir", metavar="DIR", type=Path, help="where the run is kept (default: under runs/)")
+  add("--workdir", metavar="DIR", type=local, help="where the run is kept (default: under runs/)")
   add("--mesh", metavar="NAME=SIZE,..", default="", help="spread over devices, e.g. clients=8")
   add("--print_config", action="store_true", help="print the resolved config and stop")
   add("--list", action="store_true", help="list the methods and stop")
@@ -70,7 +83,11 @@ def parse(
   parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
   """Returns the flags, and the (config key, value) pairs that are left."""
-  args, rest = parser.parse_known_args(argv)
+  words = list(sys.argv[1:] if argv is None else argv)
+  for word in words:
+    if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+      raise InputError(f"{word!a}: is not valid UTF-8")
+  args, rest = parser.parse_known_args(words)
   overrides = []
   rest.reverse()
   while rest:
@@ -172,18 +189,28 @@ def workdir(given: Given, kind: str = "") -> Path:
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """Calls `main`, and turns an `InputError` into one line and exit status 2."""
-  try:
-    return main(argv)
-  except Stopped as stopped:
-    print(stopped, flush=True)
-    return stopped.status
-  except InputError as error:
-    message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
-    return BAD_INPUT
-  except KeyboardInterrupt:
-    return 130
-  except BrokenPipeError:  # `... --list | head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+  """Calls `main` and returns the exit status; whatever goes wrong is one line on standard error.
+
+  The one place where that is decided: 2 for bad input, 1 for a machine that fails or a fault of ours.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
+      stream.reconfigure(errors="backslashreplace")
+  with failures.Threads() as threads:
+    try:
+      status = main(argv)
+      for error in threads.errors:
+        print(f"warning: {failures.explain(error).line}", file=sys.stderr)
+      return status
+    except Stopped as stopped:
+      print(stopped, flush=True)
+      return stopped.status
+    except KeyboardInterrupt:
+      return 130
+    except BrokenPipeError:  # `... --list | head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
+    except Exception as error:
+      failure = failures.explain(error)
+      print(f"error: {failure.line}", file=sys.stderr)
+      return failure.status

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from etils import epy
 
+from jaxmethods import folders
 from jaxmethods.errors import InputError
 
 with epy.lazy_imports():
@@ -185,9 +186,7 @@ def _has_huge_pages() -> bool:
 
 def keep_compiled_programs() -> None:
   """Keeps compiled programs in `$JAX_COMPILATION_CACHE_DIR`, by default with our other caches."""
-  default = Path.home() / ".cache" / "jaxmethods" / "xla"
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(default))
+  jax.config.update("jax_compilation_cache_dir", str(folders.programs()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

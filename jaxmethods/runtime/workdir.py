@@ -11,6 +11,7 @@ import yaml
 
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import failures
 from jaxmethods.runtime.experiment import RunConfig
 
 CONFIG = "config.yaml"
@@ -28,24 +29,32 @@ def check(workdir: Path, config: RunConfig, *, may_extend: bool = False, **heade
     **header: further entries of the file that must agree, such as the method.
   """
   parents = [workdir, *workdir.parents]
-  if blocking := next((path for path in parents if path.exists() and not path.is_dir()), None):
-    raise InputError(f"--workdir {workdir}: {blocking} is a file, a directory is needed")
   file = workdir / CONFIG
-  if not file.exists():
-    return
   try:
-    old = yaml.safe_load(file.read_text())
+    if blocking := next((path for path in parents if path.exists() and not path.is_dir()), None):
+      raise InputError(f"--workdir {workdir}: {blocking} is a file, a directory is needed")
+    if not file.exists():
+      return
+  except OSError as error:  # a name too long, a folder that may not be looked into
+    raise failures.of_system(error, f"--workdir {workdir}") from None
+  try:
+    old = yaml.safe_load(file.read_text(encoding="utf-8"))
     new = yaml.safe_load(config_lib.to_yaml(config, **header))
     differing = config_lib.differences(old, new)
   except (OSError, ValueError, AttributeError, yaml.YAMLError):
     raise InputError(f"{file}: is not the config of a run; choose another --workdir") from None
   before, now = differing.get("steps", (0, 0))
-  if may_extend and isinstance(before, int) and isinstance(now, int) and before < now:
-    print(f"{workdir}: going on from {before} to {now} steps")
+  longer = may_extend and isinstance(before, int) and isinstance(now, int) and before < now
+  if longer:
     del differing["steps"]
   if differing:
     listed = ", ".join(f"{key} (was {a!r}, now {b!r})" for key, (a, b) in differing.items())
-    raise InputError(f"--workdir {workdir}: holds a run with another config: {listed}")
+    raise InputError(
+      f"--workdir {workdir}: holds a run with another config: {listed}; "
+      "--workdir NEW starts one beside it"
+    )
+  if longer:
+    print(f"{workdir}: going on from {before} to {now} steps")
 
 
 def check_data(workdir: Path, about: str) -> None:
@@ -92,7 +101,7 @@ def create(workdir: Path, config: RunConfig, **header: object) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(workdir / CONFIG, config_lib.to_yaml(config, **header))
   except OSError as error:
-    raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from None
+    raise failures.of_system(error, f"--workdir {workdir}: cannot be written") from None
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxmethods import folders
 from jaxmethods.data import gfkd, records, sources
 from jaxmethods.data.array_cache import cached
 from jaxmethods.data.records import GraphData
@@ -158,7 +158,7 @@ def _graphs(settings: TeacherSettings) -> tuple[GraphData, np.ndarray, np.ndarra
 def _read(settings: TeacherSettings, data: GraphData) -> tuple[GraphEncoder, Classifier]:
   """Reads a teacher under the published names, and checks that it fits the data."""
   if settings.teacher != "published":
-    path = Path(settings.teacher.removeprefix("npz:")).expanduser()
+    path = folders.expanded(settings.teacher.removeprefix("npz:"))
   elif settings.data == gfkd.NAME:
     path = gfkd.archive_path()
   else:

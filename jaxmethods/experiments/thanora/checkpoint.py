@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmethods import folders
 from jaxmethods.data.question_files import Question, check_disjoint, read_questions
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import rows
@@ -92,7 +92,7 @@ def load(config: Config, mesh: Mesh | None = None) -> Material:
       raise InputError(f"{key}: must name a file for each of {config.tasks}, names {sorted(of)}")
   if shared := set(config.tasks) & set(config.checkpoint.upstream):
     raise InputError(f"checkpoint.upstream: {min(shared)!r} is a task too")
-  read = lambda file: read_questions(Path(file).expanduser())
+  read = lambda file: read_questions(folders.expanded(file))
   train = {name: read(config.train[name]) for name in config.tasks}
   files = {name: config.test[name] for name in config.tasks} | config.checkpoint.upstream
   tests = {name: read(file) for name, file in files.items()}

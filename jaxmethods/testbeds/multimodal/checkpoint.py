@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmethods import folders
 from jaxmethods.data.question_files import Question, check_disjoint, open_square, read_questions
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
@@ -91,9 +91,9 @@ def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
   """
   if not (checkpoint.train and checkpoint.test and checkpoint.upstream):
     raise InputError("checkpoint: needs train, test and upstream, files of questions")
-  train = read_questions(Path(checkpoint.train).expanduser())
+  train = read_questions(folders.expanded(checkpoint.train))
   files = {**checkpoint.upstream, "target": checkpoint.test}
-  tests = {name: read_questions(Path(file).expanduser()) for name, file in files.items()}
+  tests = {name: read_questions(folders.expanded(file)) for name, file in files.items()}
   for name, questions in tests.items():
     check_disjoint(train, questions, name)
   model, params, batch = open_model(checkpoint, mesh)
