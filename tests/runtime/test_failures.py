@@ -111,8 +111,8 @@ def test_a_disk_that_fills_up_costs_no_step(cli, tmp_path, monkeypatch, place):
 
 
 @pytest.mark.parametrize(
-  "name", ["lr[0.1]", "[", "a]b", "every*", "why?", "back\\slash", "two words", "größe-数", "{a,b}", "#1",
-           "%20", "~", "$HOME", "-dash", "quote'\"", "a:b", "new\nline"],
+  "name", ["lr[0.1]", "[", "a]b", "every*", "why?", "back\\slash", "two words", "größe-数", "{a,b}",
+           "#1", "%20", "~", "$HOME", "-dash", "quote'\"", "a:b", "new\nline"],
 )  # fmt: skip
 def test_a_run_may_have_any_name(cli, tmp_path, name):
   for folder in ("plain", name):
