@@ -94,13 +94,15 @@ def federation_of(groups: Sequence[Clients], prebatched: bool) -> Federation:
 def as_one(roster: Roster, groups: Sequence[Clients]) -> Functions:
   """Returns pure functions over all groups, which the caller jits."""
   count = functools.partial(count_hits, roster.setup, roster.backbone)
-  run_round, map_clients = engine.federated_round, engine.map_clients
-  counting, count_map = [count] * len(groups), "scan"
+  run_round: Callable[..., Any] = engine.federated_round
+  map_clients: Callable[..., Any] = engine.map_clients
+  counting = [count] * len(groups)
   if roster.mesh:
     spans = _spans(groups)
     run_round = functools.partial(_round_apart, spans)
     map_clients = functools.partial(_map_apart, spans)
-    counting, count_map = [count] * sum(map(len, spans)), "shard"
+    counting = [count] * sum(map(len, spans))
+  count_map: engine.ClientMap = "shard" if roster.mesh else "scan"
   return _compose(
     roster,
     functools.partial(
@@ -293,7 +295,9 @@ def _together(spans: Spans, sets: Sequence[PyTree]) -> tuple[PyTree, ...]:
   return tuple(jax.tree.map(join, *itertools.islice(left, len(within))) for within in spans)
 
 
-def _round_apart(spans: Spans, algorithm, server, clients, data, weights, key, *, ids, **options):
+def _round_apart(
+  spans: Spans, algorithm, server, clients, data, weights, key, *, ids, **options
+) -> tuple[PyTree, tuple[PyTree, ...], Metrics]:
   """Runs `engine.federated_round` with every data set as a group."""
   apart = functools.partial(_apart, spans)
   server, sets, metrics = engine.federated_round(
@@ -302,6 +306,6 @@ def _round_apart(spans: Spans, algorithm, server, clients, data, weights, key, *
   return server, _together(spans, sets), metrics
 
 
-def _map_apart(spans: Spans, functions, shared, groups, **options):
+def _map_apart(spans: Spans, functions, shared, groups, **options) -> tuple[PyTree, ...]:
   """Runs `engine.map_clients` with every data set as a group."""
   return _together(spans, engine.map_clients(functions, shared, _apart(spans, groups), **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -78,6 +79,6 @@ def _stacked(*leaves: jax.Array) -> jax.Array:
   return host.stack(leaves) if host is jnp else jax.device_put(host.stack(leaves))
 
 
-def _host(x: jax.Array):
+def _host(x: jax.Array) -> ModuleType:
   """Returns numpy, since jnp would compile a program for every shape, or jnp for traced values."""
   return jnp if isinstance(x, jax.core.Tracer) else np
