@@ -210,7 +210,7 @@ class SpectralGNN(nn.Module):
     rows = tuple((p.shape[0], p.shape[2]) for p in batch.products)
 
     h = nn.relu(linear(self.hidden, "node_encoder", nodes["features"]))
-    z = linear(self.hidden, "eigenvalue_encoder", batch.encoding)
+    z = linear(self.hidden, "eigenvalue_encoder", jnp.asarray(batch.encoding))
     z = EigenvalueBlock(self.heads, self.dropout, name="transformer")(
       z, nodes["graph"], rows, train
     )
@@ -222,7 +222,7 @@ class SpectralGNN(nn.Module):
       filters.append(jnp.einsum("rul,rlm->rum", products, here).reshape(-1, self.heads))
       start += count * length
     f = FilterEncoder(self.hidden, name="filter_encoder")(
-      jnp.concatenate(filters)[batch.product_of], batch.edge_mask, train
+      jnp.concatenate(filters)[batch.product_of], jnp.asarray(batch.edge_mask), train
     )
     f = Dropout(self.dropout)(f[batch.twin], train)
 

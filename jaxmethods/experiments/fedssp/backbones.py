@@ -148,7 +148,11 @@ def _features(
 ) -> tuple[jax.Array, ModelState]:
   """Applies a network; with a key it trains, and its statistics move."""
   variables = {"params": params, **model_state}
+  result: PyTree
   if key is None:
-    return model.apply(variables, batch), model_state
-  collections = list(model_state)
-  return model.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=collections)
+    result = model.apply(variables, batch), model_state
+  else:
+    result = model.apply(
+      variables, batch, train=True, rngs={"dropout": key}, mutable=list(model_state)
+    )
+  return result
