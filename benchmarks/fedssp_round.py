@@ -55,16 +55,16 @@ def measure(data: str, rounds: int, devices: int) -> dict:
   began = time.perf_counter()
   import jax
 
-  from jaxmethods.experiments.fedssp import build as federated_graphs
-  from jaxmethods.experiments.fedssp import config as fedssp
+  from jaxmethods.experiments.fedssp.build import build
+  from jaxmethods.experiments.fedssp.config import Config
   from jaxmethods.runtime import launch, loop
 
   mesh = None
   if devices > 1:
     jax.config.update("jax_num_cpu_devices", devices)
     mesh = jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
-  config = fedssp.Config(data=data)
-  experiment = federated_graphs.build(config, mesh)
+  config = Config(data=data)
+  experiment = build(config, mesh)
   state = launch.replicate(experiment.init(jax.random.key(config.seed)), mesh)
   jax.block_until_ready(state)
   result: dict = {"prepare": time.perf_counter() - began}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jraph
@@ -12,8 +12,36 @@ import numpy as np
 
 from jaxmethods.errors import InputError
 
-if TYPE_CHECKING:
-  from jaxmethods.data.records import GraphData
+
+class Named(Protocol):
+  """Anything with a name."""
+
+  @property
+  def name(self) -> str: ...
+
+
+class LabelledGraphs(Protocol):
+  """A set of labelled graphs; `GraphData` of the data records is one.
+
+  Attributes:
+    graphs: one jraph batch of numpy arrays, unpadded: `nodes` (N, F) features, both directions of
+      every edge.
+    labels: (G,) int32 in 0..num_classes-1.
+    num_classes: number of classes.
+    source: its name is in every message.
+  """
+
+  @property
+  def graphs(self) -> jraph.GraphsTuple: ...
+
+  @property
+  def labels(self) -> np.ndarray: ...
+
+  @property
+  def num_classes(self) -> int: ...
+
+  @property
+  def source(self) -> Named: ...
 
 
 class BatchShape(NamedTuple):
@@ -24,8 +52,12 @@ class BatchShape(NamedTuple):
   graphs: int
 
 
-def check_graphs(data: GraphData) -> None:
-  """Raises InputError, naming the data set and the graph, unless `data` keeps its contract."""
+def check_graphs(data: LabelledGraphs) -> None:
+  """Checks that a data set keeps its contract.
+
+  Raises:
+    InputError: naming the data set and the graph.
+  """
   name, graphs = data.source.name, data.graphs
   num_graphs, num_nodes, num_edges = len(graphs.n_node), len(graphs.nodes), len(graphs.senders)
   if len(data.labels) != num_graphs:
@@ -52,7 +84,7 @@ def check_graphs(data: GraphData) -> None:
 
 
 def batch_graphs(
-  data: GraphData,
+  data: LabelledGraphs,
   indices: Sequence[int] | np.ndarray,
   batch_size: int = 128,
   *,
@@ -104,12 +136,12 @@ def batch_graphs(
 
 
 def batch_shape(batch: jraph.GraphsTuple) -> BatchShape:
-  """The static sizes of one batch."""
+  """Returns the static sizes of one batch."""
   return BatchShape(len(batch.nodes["mask"]), len(batch.senders), len(batch.n_node))
 
 
 def count_shapes(batches: Sequence[jraph.GraphsTuple]) -> dict[BatchShape, int]:
-  """How many batches have each shape; its length is the number of compilations of a step."""
+  """Counts the batches of each shape; the number of entries is that of compilations of a step."""
   return dict(Counter(map(batch_shape, batches)))
 
 
@@ -136,7 +168,7 @@ def _shapes(
   node_multiple: int,
   edge_multiple: int,
 ) -> list[BatchShape]:
-  """A shape per chunk, at most `max_shapes` distinct ones, little padding."""
+  """Chooses a shape per chunk, at most `max_shapes` distinct ones, with little padding."""
   sizes = np.array(
     # One node and one graph more: slot N-1 and graph G-1 are always padding.
     [
@@ -177,17 +209,18 @@ def _shapes(
 
 
 def _ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
-  """Concatenation of first[i], ..., first[i] + length[i] - 1."""
+  """Concatenates first[i], ..., first[i] + length[i] - 1 of all i."""
   return np.repeat(first - (np.cumsum(length) - length), length) + np.arange(length.sum())
 
 
 def _pad(
-  data: GraphData,
+  data: LabelledGraphs,
   chunk: np.ndarray,
   shape: BatchShape,
   node_data: dict[str, np.ndarray],
   edge_data: dict[str, np.ndarray],
 ) -> jraph.GraphsTuple:
+  """Copies the graphs of a chunk into a batch of the shape, edges sorted by receiver and sender."""
   graphs, real = data.graphs, len(chunk)
   n_node, n_edge = graphs.n_node[chunk], graphs.n_edge[chunk]
   first_node = (np.cumsum(graphs.n_node) - graphs.n_node)[chunk]

@@ -9,41 +9,46 @@ data sets with a few very large graphs (PROTEINS: 620 nodes, mean 39).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jraph
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from jaxmethods.errors import InputError
 from jaxmethods.graphs.spectral import Spectra, sine_encoding
+from jaxmethods.stats import shapes
+from jaxmethods.trees import PyTree
+
+Array: TypeAlias = np.ndarray | jax.Array  # numpy on the host, jax on the device
+Layout: TypeAlias = list[list[list[int]]]  # per row group, its rows of graph ids
 
 
 class SpectralBatch(NamedTuple):
-  """A padded batch (layout of `jaxmethods.graphs`) with what a spectral filter on edges reads.
+  """A padded batch (layout of `jaxmethods.graphs`) with the arrays of a spectral filter on edges.
 
   Slots are laid out row after row; a row is one of `R` rows of length `L` of its group, and the
   slack of each row is one padding graph. U products of undirected edges belong to each row; the edges
-  themselves are listed without gaps, so that what is computed for each of them has no padding but that
-  of the smaller batches.
+  themselves are listed without gaps, so that arrays over edges are padded in the smaller batches alone.
 
   Attributes:
     graphs: the batch, in the layout of `jaxmethods.graphs`.
-    encoding: (N, H + 1) float32, sine encoding of the slot's eigenvalue (zero in padding).
+    encoding: (N, H + 1) float32, sine encoding of the eigenvalue of each slot (zero in padding).
     products: one array (R, U, L) per row group: U[j, r] U[i, r] for the undirected edge {i, j} of
-      the row and every eigenvalue slot r of the row; zero outside the edge's graph. The signs of
-      eigenvectors cancel in it.
+      the row and every eigenvalue slot r of the row; zero outside the graph of the edge. The signs
+      of eigenvectors cancel in it.
     product_of: (E / 2,) int32, the product of each undirected edge, counted through the row groups.
     edge_mask: (E / 2,) bool, which undirected edges are real; padding last.
     twin: (E,) int32, the undirected edge of each directed edge.
   """
 
   graphs: jraph.GraphsTuple
-  encoding: Any  # arrays: numpy on the host, jax on the device
-  products: tuple[Any, ...]
-  product_of: Any
-  edge_mask: Any
-  twin: Any
+  encoding: Float[Array, "N H+1"]
+  products: tuple[Float[Array, "R U L"], ...]
+  product_of: Int[Array, " E/2"]
+  edge_mask: Bool[Array, " E/2"]
+  twin: Int[Array, " E"]
 
 
 def row_lengths(
@@ -69,10 +74,15 @@ def row_lengths(
 
 
 def shared_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> tuple[float, float]:
-  """What a batch costs in the shape that all of these batches share: (node slots, numbers kept).
+  """Estimates the cost of a batch in the shape that all of these batches share.
 
-  Node slots as in `row_lengths`, an edge taken as a tenth of one; the numbers are those of products
-  and, roughly, encodings. Of `graphs` only the counts are read.
+  Args:
+    graphs: unpadded jraph batch, of which only the counts are read.
+    batches: graph ids of each batch.
+
+  Returns:
+    Node slots as in `row_lengths`, an edge taken as a tenth of one, and the numbers kept: those of
+    products and, roughly, of encodings.
   """
   rows = _best_rows(graphs, batches, multiple=8)
   edges = max(np.asarray(graphs.n_edge)[ids].sum() for ids in batches)
@@ -81,7 +91,7 @@ def shared_cost(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray]) -> tup
 
 
 class _Rows(NamedTuple):
-  """The rows of the largest batch, by row group: how long, how many, products of one; their cost."""
+  """Rows of the largest batch, by row group: their length, number and products; and their cost."""
 
   lengths: tuple[int, ...]
   counts: tuple[int, ...]
@@ -89,7 +99,8 @@ class _Rows(NamedTuple):
   cost: float
 
 
-def _best_rows(graphs, batches, multiple: int) -> _Rows:
+def _best_rows(graphs: jraph.GraphsTuple, batches: Sequence[np.ndarray], multiple: int) -> _Rows:
+  """Packs the largest batch with each candidate and keeps the cheapest."""
   sizes, used = np.asarray(graphs.n_node), np.concatenate(batches)
   sample = max(batches, key=lambda ids: sizes[ids].sum())
   longest = _round_up(sizes[used].max(), multiple)
@@ -114,6 +125,7 @@ def _best_rows(graphs, batches, multiple: int) -> _Rows:
 
 
 def _round_up(n: float, multiple: int) -> int:
+  """Rounds up to a multiple."""
   return int(-(-n // multiple) * multiple)
 
 
@@ -173,7 +185,12 @@ def pack(
 
   Raises:
     InputError: if a graph has more nodes than the longest row has slots.
+    ValueError: for other shapes.
   """
+  shapes.check(
+    n_node=(graphs.n_node, "G"), n_edge=(graphs.n_edge, "G"), labels=(labels, "G"),
+    eigenvalues=(spectra.eigenvalues, "N"),
+  )  # fmt: skip
   sizes = np.asarray(graphs.n_node)
   used = np.concatenate(batches)
   if lengths is None:
@@ -203,6 +220,8 @@ def pack(
 
 
 class _Shape(NamedTuple):
+  """Static sizes of a batch."""
+
   lengths: tuple[int, ...]
   num_rows: tuple[int, ...]
   row_edges: tuple[int, ...]
@@ -211,6 +230,8 @@ class _Shape(NamedTuple):
 
 
 class _Source(NamedTuple):
+  """Arrays that all batches are cut from."""
+
   graphs: jraph.GraphsTuple
   labels: np.ndarray
   spectra: Spectra
@@ -218,8 +239,10 @@ class _Source(NamedTuple):
   dtype: type
 
 
-def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int, ...]:
-  """Products of a row: a fifth above the average, never below the densest graph."""
+def _row_edges(
+  graphs: jraph.GraphsTuple, ids: np.ndarray, lengths: tuple[int, ...]
+) -> tuple[int, ...]:
+  """Chooses the products of a row: a fifth above the average, never below the densest graph."""
   sizes, links = np.asarray(graphs.n_node)[ids], np.asarray(graphs.n_edge)[ids] // 2
   capacity, shorter = [], 0
   for length in lengths:
@@ -231,8 +254,10 @@ def _row_edges(graphs: jraph.GraphsTuple, ids: np.ndarray, lengths) -> tuple[int
   return tuple(capacity)
 
 
-def _layout(graphs: jraph.GraphsTuple, ids, lengths, row_edges) -> list[list[list[int]]]:
-  """Rows of graph ids for each row group; every graph goes to the shortest row it fits."""
+def _layout(
+  graphs: jraph.GraphsTuple, ids: np.ndarray, lengths: tuple[int, ...], row_edges: tuple[int, ...]
+) -> Layout:
+  """Lays graph ids out in the rows of each row group, every graph in the shortest row it fits."""
   sizes, links = np.asarray(graphs.n_node), np.asarray(graphs.n_edge) // 2
   layout, shorter = [], 0
   for length, capacity in zip(lengths, row_edges, strict=True):
@@ -244,7 +269,8 @@ def _layout(graphs: jraph.GraphsTuple, ids, lengths, row_edges) -> list[list[lis
   return layout
 
 
-def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
+def _pack_one(source: _Source, layout: Layout, shape: _Shape) -> SpectralBatch:
+  """Fills the arrays of one batch."""
   graphs, spectra, dtype = source.graphs, source.spectra, source.dtype
   sizes = np.asarray(graphs.n_node)
   node_start = np.concatenate([[0], np.cumsum(sizes)])
@@ -344,5 +370,6 @@ def _pack_one(source: _Source, layout, shape: _Shape) -> SpectralBatch:
   )
 
 
-def _stack(trees):
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+  """Stacks trees on a new first axis."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -6,20 +6,23 @@ from typing import NamedTuple
 
 import jraph
 import numpy as np
+from jaxtyping import Float
 
 from jaxmethods.errors import InputError
+from jaxmethods.stats import shapes
 
 
 class Spectra(NamedTuple):
   """Eigendecompositions L = U diag(e) U^T of many graphs, concatenated.
 
   Attributes:
-    eigenvalues: (sum n,) float64, ascending within each graph.
-    eigenvectors: (sum n^2,) float64; graph k holds its (n, n) matrix row-major, vectors in columns.
+    eigenvalues: (N,) float64, N = sum of n, ascending within each graph.
+    eigenvectors: (N2,) float64, N2 = sum of n^2; graph k holds its (n, n) matrix
+      row-major, vectors in columns.
   """
 
-  eigenvalues: np.ndarray
-  eigenvectors: np.ndarray
+  eigenvalues: Float[np.ndarray, " N"]
+  eigenvectors: Float[np.ndarray, " N2"]
 
 
 def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
@@ -35,8 +38,13 @@ def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
     Spectra in the order of the graphs.
 
   Raises:
-    InputError: if a graph's adjacency is not symmetric (names the graph).
+    InputError: naming the graph, if an adjacency is not symmetric.
+    ValueError: for other shapes.
   """
+  shapes.check(
+    n_node=(graphs.n_node, "G"), n_edge=(graphs.n_edge, "G"),
+    senders=(graphs.senders, "E"), receivers=(graphs.receivers, "E"),
+  )  # fmt: skip
   sizes = np.asarray(graphs.n_node)
   node_start = np.concatenate([[0], np.cumsum(sizes)])
   matrix_start = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) ** 2)])
@@ -64,10 +72,12 @@ def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
   return Spectra(eigenvalues, eigenvectors)
 
 
-def sine_encoding(eigenvalues: np.ndarray, width: int) -> np.ndarray:
+def sine_encoding(
+  eigenvalues: Float[np.ndarray, "*shape"], width: int
+) -> Float[np.ndarray, "*shape H+1"]:
   """Encodes eigenvalues as [v, sin(100 v w_q), cos(100 v w_q)], w_q = exp(-2 q ln(10000) / width).
 
-  A constant of the data, so it is tabulated once in float64 instead of being recomputed every step.
+  A constant of the data, tabulated once in float64 instead of being recomputed every step.
 
   Args:
     eigenvalues: (...,) float64.

@@ -1,4 +1,4 @@
-"""Structure features of FedStar: how a random walk returns, and the degree.
+"""Structure features of FedStar: return probabilities of random walks, and degrees.
 
 Reference: Tan et al., "Federated Learning on Non-IID Graphs via Structural Knowledge Sharing",
 AAAI 2023 (FedStar).
@@ -10,14 +10,19 @@ from collections.abc import Iterator
 
 import jraph
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import sparse
+
+from jaxmethods.stats import shapes
 
 # Entries of one (nodes, largest graph) block of walk probabilities: 32 MB in float64.
 _BLOCK_ENTRIES = 4_000_000
 
 
-def return_probabilities(graphs: jraph.GraphsTuple, length: int = 16) -> np.ndarray:
-  """Probability that a random walk from each node is back after 1, 2, ..., `length` steps.
+def return_probabilities(
+  graphs: jraph.GraphsTuple, length: int = 16
+) -> Float[np.ndarray, "N length"]:
+  """Computes the probability that a random walk from a node is back after 1, ..., `length` steps.
 
   The diagonals of (A D^-1)^t, per graph.
 
@@ -27,7 +32,13 @@ def return_probabilities(graphs: jraph.GraphsTuple, length: int = 16) -> np.ndar
 
   Returns:
     (N, length) float32; zeros for a node without edges.
+
+  Raises:
+    ValueError: for other shapes.
   """
+  shapes.check(
+    n_node=(graphs.n_node, "G"), senders=(graphs.senders, "E"), receivers=(graphs.receivers, "E")
+  )
   num_nodes = int(graphs.n_node.sum())
   adjacency = sparse.csr_array(
     (np.ones(len(graphs.senders)), (graphs.receivers, graphs.senders)), (num_nodes, num_nodes)
@@ -56,8 +67,8 @@ def return_probabilities(graphs: jraph.GraphsTuple, length: int = 16) -> np.ndar
   return result
 
 
-def _blocks(n_node: np.ndarray) -> Iterator[np.ndarray]:
-  """Graphs of similar size, as many as fit into one block."""
+def _blocks(n_node: Int[np.ndarray, " G"]) -> Iterator[np.ndarray]:
+  """Yields graphs of similar size, as many as fit into one block."""
   order = np.argsort(n_node, kind="stable")
   order = order[n_node[order] > 0]
   begin, nodes = 0, 0
@@ -70,16 +81,16 @@ def _blocks(n_node: np.ndarray) -> Iterator[np.ndarray]:
     yield order[begin:]
 
 
-def degree_one_hot(graphs: jraph.GraphsTuple, width: int = 16) -> np.ndarray:
-  """One-hot in-degree of each node, clipped to 1..width: (N, width) float32."""
+def degree_one_hot(graphs: jraph.GraphsTuple, width: int = 16) -> Float[np.ndarray, "N width"]:
+  """Encodes the in-degree of each node, clipped to 1..width, as one-hot: (N, width) float32."""
   degree = np.bincount(graphs.receivers, minlength=int(graphs.n_node.sum()))
   return np.eye(width, dtype=np.float32)[np.clip(degree, 1, width) - 1]
 
 
 def structure_features(
   graphs: jraph.GraphsTuple, length: int = 16, max_degree: int = 16
-) -> np.ndarray:
-  """FedStar's node features s0 = [return probabilities ; one-hot degree].
+) -> Float[np.ndarray, "N width"]:
+  """Joins the node features of FedStar, s0 = [return probabilities ; one-hot degree].
 
   Args:
     graphs: unpadded numpy batch, both directions of every edge.

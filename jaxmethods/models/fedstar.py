@@ -1,4 +1,4 @@
-"""FedStar's two-branch backbone: a structure branch that clients share beside a private GIN.
+"""Two-branch backbone of FedStar: a structure branch that clients share beside a private GIN.
 
 Reference: Tan et al., "Federated Learning on Non-IID Graphs via Structural Knowledge Sharing",
 AAAI 2023; layer order as in the official code.
@@ -29,7 +29,7 @@ class StructureBranch(nn.Module):
 
   @nn.compact
   def __call__(self, batch: jraph.GraphsTuple) -> list[jax.Array]:
-    """The L + 1 states s_0, ..., s_L, each (N, H); reads `nodes["structure"]`."""
+    """Computes the L + 1 states s_0, ..., s_L, each (N, H), from `nodes["structure"]`."""
     structure = batch.nodes["structure"]
     s = nn.Dense(self.hidden, name="embed", **torch_linear(structure.shape[-1]))(structure)
     states = [s]
@@ -50,7 +50,7 @@ class FedStarBackbone(GINBackbone):
 
   @nn.compact
   def __call__(self, batch: jraph.GraphsTuple, *, train: bool = False) -> jax.Array:
-    """Logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
+    """Computes logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
     states = StructureBranch(self.hidden, self.num_layers, name="structure")(batch)
     x = batch.nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)

@@ -33,7 +33,7 @@ class GINBackbone(nn.Module):
 
   @nn.compact
   def __call__(self, batch: jraph.GraphsTuple, *, train: bool = False) -> jax.Array:
-    """Logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
+    """Computes logits (G, num_classes) of a batch in the layout of `jaxmethods.graphs`."""
     x = batch.nodes["features"]
     h = nn.Dense(self.hidden, name="embed", **torch_linear(x.shape[-1]))(x)
     for layer in range(self.num_layers):
@@ -43,7 +43,7 @@ class GINBackbone(nn.Module):
     return self._classified(h, batch, train)
 
   def _classified(self, h: jax.Array, batch: jraph.GraphsTuple, train: bool) -> jax.Array:
-    """(N, H) -> (G, num_classes)."""
+    """Sums nodes and classifies: (N, H) -> (G, num_classes)."""
     nodes = batch.nodes
     h = pool(h, nodes["graph"], batch.n_node.shape[0], nodes["mask"])
     h = nn.relu(nn.Dense(self.hidden, name="readout", **torch_linear(self.hidden))(h))

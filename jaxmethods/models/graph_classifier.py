@@ -26,7 +26,7 @@ class GraphEncoder(nn.Module):
   """Everything below the classifier.
 
   Reads batches in the layout of `jaxmethods.graphs`, with optional edge weights in `edges["weight"]`,
-  sparse or dense (see `graphs.layers`). Parameters `conv_0`, `norm_0`, ..., and `projection`.
+  sparse or dense (see `models.graph_layers`). Parameters `conv_0`, `norm_0`, ..., and `projection`.
 
   Attributes:
     kind: of the convolutions.

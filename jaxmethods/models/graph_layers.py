@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental import sparse
 
 from jaxmethods.models.init import torch_linear
+from jaxmethods.stats import shapes
 
 # --- segment reductions -------------------------------------------------------------------------
 
@@ -26,7 +27,7 @@ from jaxmethods.models.init import torch_linear
 def segment_sum(
   data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
 ) -> Array:
-  """Sum of the rows of each segment; rows whose segment is out of range are left out.
+  """Sums the rows of each segment; rows whose segment is out of range are left out.
 
   Args:
     data: (R, ...).
@@ -36,14 +37,18 @@ def segment_sum(
 
   Returns:
     (S, ...), 0 for an empty segment.
+
+  Raises:
+    ValueError: for other shapes.
   """
+  _check_rows(data, segments)
   return jax.ops.segment_sum(data, segments, num_segments, indices_are_sorted=is_sorted)
 
 
 def segment_mean(
   data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
 ) -> Array:
-  """Mean of the rows of each segment, 0 for an empty one; shapes as `segment_sum`."""
+  """Averages the rows of each segment, 0 for an empty one; shapes as `segment_sum`."""
   total = segment_sum(data, segments, num_segments, is_sorted=is_sorted)
   ones = jnp.ones(segments.shape, data.dtype)
   count = segment_sum(ones, segments, num_segments, is_sorted=is_sorted)
@@ -53,18 +58,24 @@ def segment_mean(
 def segment_max(
   data: Array, segments: Array, num_segments: int, *, is_sorted: bool = True
 ) -> Array:
-  """Largest row of each segment, entry by entry, 0 for an empty one; shapes as `segment_sum`."""
+  """Takes the largest entries of each segment, 0 for an empty one; shapes as `segment_sum`."""
+  _check_rows(data, segments)
   largest = jax.ops.segment_max(data, segments, num_segments, indices_are_sorted=is_sorted)
   return jnp.where(largest == -jnp.inf, 0, largest)
 
 
+def _check_rows(data: Array, segments: Array) -> None:
+  """Checks that there is one segment for each row."""
+  shapes.check(segments=(segments, str(data.shape[0]) if data.ndim else "R"))
+
+
 def _rows(x: Array, index: Array) -> Array:
-  """Rows of `x`; no bounds check, the batch builder has made it once."""
+  """Takes rows of `x`; no bounds check, the batch builder has made it once."""
   return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
 def _per_graph(x: Array, adjacency: Array) -> Array:
-  """(N, ...) -> (G, n, ...) for a dense adjacency (G, n, n)."""
+  """Splits (N, ...) into (G, n, ...) for a dense adjacency (G, n, n)."""
   return x.reshape(*adjacency.shape[:2], *x.shape[1:])
 
 
@@ -102,7 +113,11 @@ def neighbour_sum(
 
   Returns:
     (N, F).
+
+  Raises:
+    ValueError: for other shapes.
   """
+  _check_edges(x, senders, receivers, edge_weights, edge_mask)
   if senders is None or receivers is None:
     assert edge_weights is not None
     return jnp.einsum("gjk,gjf->gkf", edge_weights, _per_graph(x, edge_weights)).reshape(x.shape)
@@ -117,6 +132,27 @@ def neighbour_sum(
   if edge_weights is not None:
     messages = messages * edge_weights[:, None]
   return segment_sum(messages, _drop(receivers, edge_mask, num_nodes), num_nodes)
+
+
+def _check_edges(
+  x: Array,
+  senders: Array | None,
+  receivers: Array | None,
+  edge_weights: Array | None,
+  edge_mask: Array | None,
+) -> None:
+  """Checks node rows and edges, sparse or dense."""
+  if senders is None or receivers is None:
+    shapes.check(x=(x, "N F"))
+    if edge_weights is None:
+      raise ValueError("edge_weights: expected shape (G, n, n) for dense graphs, got None")
+    shapes.check(edge_weights=(edge_weights, "G n n"))
+    return
+  given = {"edge_weights": edge_weights, "edge_mask": edge_mask}
+  shapes.check(
+    x=(x, "N F"), senders=(senders, "E"), receivers=(receivers, "E"),
+    **{name: (array, "E") for name, array in given.items() if array is not None},
+  )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -159,7 +195,7 @@ _csr_sum.defvjp(_csr_sum_forward, _csr_sum_backward)
 def softmax_terms(
   logits: Array, receivers: Array, num_nodes: int, edge_mask: Array | None = None
 ) -> tuple[Array, Array]:
-  """Numerators and denominators of the softmax over the edges into each node.
+  """Computes numerators and denominators of the softmax over the edges into each node.
 
   A layer that sums messages with softmax weights divides once per node, after the sum:
   `segment_sum(messages * numerators) / denominators`.
@@ -172,7 +208,11 @@ def softmax_terms(
 
   Returns:
     Numerators (E, ...), 0 on masked edges, and denominators (N, ...), 1 for a node without edges.
+
+  Raises:
+    ValueError: for other shapes.
   """
+  _check_rows(logits, receivers)
   receivers = _drop(receivers, edge_mask, num_nodes)
   # The maximum is finite (0 without edges) and masked edges are set to -inf BEFORE exp: anything
   # later gives NaN gradients that a `where` on the result does not remove.
@@ -188,7 +228,7 @@ def softmax_terms(
 def edge_softmax(
   logits: Array, receivers: Array, num_nodes: int, edge_mask: Array | None = None
 ) -> Array:
-  """Softmax over the edges into each node, channel by channel; arguments as `softmax_terms`.
+  """Computes the softmax over the edges into each node by channel; arguments as `softmax_terms`.
 
   Returns:
     (E, ...), 0 on masked edges; adds up to 1 over the edges into a node.
@@ -206,7 +246,7 @@ def pool(
   *,
   is_sorted: bool = False,
 ) -> Array:
-  """One row per graph from its node rows.
+  """Reduces the node rows of each graph to one.
 
   Args:
     nodes: (N, F).
@@ -220,8 +260,11 @@ def pool(
     (G, F).
 
   Raises:
-    ValueError: for another `how`.
+    ValueError: for another `how` or other shapes.
   """
+  shapes.check(nodes=(nodes, "N F"), graph=(graph, "N"))
+  if mask is not None:
+    shapes.check(graph=(graph, "N"), mask=(mask, "N"))
   reductions = {"sum": segment_sum, "mean": segment_mean, "max": segment_max}
   if how not in reductions:
     raise ValueError(f"pooling must be one of {', '.join(reductions)}, got {how!r}")
@@ -232,7 +275,7 @@ def pool(
 
 
 def masked_moments(x: Array, mask: Array | None = None) -> tuple[Array, Array, Array]:
-  """Mean and biased variance of the real rows, differentiable.
+  """Computes mean and biased variance of the real rows, differentiable.
 
   Args:
     x: (N, F).
@@ -240,7 +283,13 @@ def masked_moments(x: Array, mask: Array | None = None) -> tuple[Array, Array, A
 
   Returns:
     Mean (F,), variance (F,) and the number of real rows () in the dtype of `x`.
+
+  Raises:
+    ValueError: for other shapes.
   """
+  shapes.check(x=(x, "N F"))
+  if mask is not None:
+    shapes.check(x=(x, "N F"), mask=(mask, "N"))
   real = jnp.ones((x.shape[0], 1), bool) if mask is None else mask[:, None]
   count = real.sum(dtype=x.dtype)
   n = jnp.maximum(count, 1)
@@ -370,7 +419,7 @@ class GIN(nn.Module):
     *,
     train: bool = False,
   ) -> Array:
-    """(N, F) -> (N, features); edges as in `neighbour_sum`, `node_mask` for the normalisation."""
+    """Maps (N, F) to (N, features); edges as in `neighbour_sum`, `node_mask` of the normalisation."""
     edges = senders, receivers, edge_weights, edge_mask
     around = neighbour_sum(x, *edges, symmetric=self.symmetric)
     h = (1.0 + self.epsilon) * x + around
@@ -402,7 +451,7 @@ class GCN(nn.Module):
     edge_weights: Array | None = None,
     edge_mask: Array | None = None,
   ) -> Array:
-    """(N, F) -> (N, features); edges as in `neighbour_sum`."""
+    """Maps (N, F) to (N, features); edges as in `neighbour_sum`."""
     kernel = self.param("kernel", nn.initializers.glorot_uniform(), (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     ones = jnp.ones((x.shape[0], 1), x.dtype)
@@ -446,7 +495,8 @@ class GAT(nn.Module):
     edge_weights: Array | None = None,
     edge_mask: Array | None = None,
   ) -> Array:
-    """(N, F) -> (N, heads * features); edges as in `neighbour_sum`."""
+    """Maps (N, F) to (N, heads * features); edges as in `neighbour_sum`."""
+    _check_edges(x, senders, receivers, edge_weights, edge_mask)
     num_nodes, shape = x.shape[0], (self.heads, self.features)
     glorot = nn.initializers.glorot_uniform()
     kernel = self.param("kernel", glorot, (x.shape[-1], self.heads * self.features))
@@ -483,7 +533,7 @@ class GAT(nn.Module):
     return (y / total[:, :, None]).reshape(num_nodes, -1) + bias
 
   def _dense_attention(self, from_source: Array, to_target: Array, adjacency: Array) -> Array:
-    """Softmax over the sources j of each target k: (N, heads) twice -> (G, n, n, heads)."""
+    """Computes the softmax over the sources j of each target k: (N, heads) -> (G, n, n, heads)."""
     source, target = _per_graph(from_source, adjacency), _per_graph(to_target, adjacency)
     logits = nn.leaky_relu(source[:, :, None] + target[:, None], self.negative_slope)
     weights = (adjacency + jnp.eye(adjacency.shape[-1], dtype=adjacency.dtype))[..., None]

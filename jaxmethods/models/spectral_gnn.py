@@ -10,17 +10,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jraph
 from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
 from jaxmethods.graphs.packing import SpectralBatch
 from jaxmethods.models.graph_layers import MaskedBatchNorm, segment_sum
 from jaxmethods.models.init import torch_linear
+from jaxmethods.stats import shapes
 from jaxmethods.stats.activations import gelu
 from jaxmethods.stats.dropout import dropout
 
 
 def linear(width: int, name: str, x: jax.Array) -> jax.Array:
-  """A `Dense` submodule of the calling module with PyTorch's initialisation, applied to `x`."""
+  """Applies a `Dense` submodule of the calling module, initialised as PyTorch does."""
   return nn.Dense(width, name=name, **torch_linear(x.shape[-1]))(x)
 
 
@@ -36,26 +39,32 @@ class Dropout(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def row_attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  graph: jax.Array,
+  query: Float[Array, "R M L d"],
+  key: Float[Array, "R M L d"],
+  value: Float[Array, "R M L d"],
+  graph: Int[Array, "R L"],
   seed: jax.Array | None,
   rate: float,
-) -> jax.Array:
-  """Attention within the graphs of packed rows, with dropout on its weights.
+) -> Float[Array, "R M L d"]:
+  """Attends within the graphs of packed rows, with dropout on the weights.
 
   Args:
     query: (R, M, L, d), already scaled.
     key: (R, M, L, d).
     value: (R, M, L, d).
-    graph: (R, L), the graph of each slot; a slot attends to the slots of its own graph.
+    graph: (R, L) int, graph of each slot; a slot attends to the slots of its own graph.
     seed: key of the dropout mask, None for none.
     rate: of the dropout.
 
   Returns:
     (R, M, L, d).
+
+  Raises:
+    ValueError: for other shapes.
   """
+  shapes.check(
+    query=(query, "R M L d"), key=(key, "R M L d"), value=(value, "R M L d"), graph=(graph, "R L")
+  )
   return _row_attention(query, key, value, graph, seed, rate)[0]
 
 
@@ -138,8 +147,10 @@ class FilterEncoder(nn.Module):
     return x
 
 
-def _weighted_neighbours(message: jax.Array, filters: jax.Array, graphs) -> jax.Array:
-  """Sum over the neighbours j of message_j * filter_ji: (N, H), (E, H) -> (N, H)."""
+def _weighted_neighbours(
+  message: Float[Array, "N H"], filters: Float[Array, "E H"], graphs: jraph.GraphsTuple
+) -> Float[Array, "N H"]:
+  """Sums message_j * filter_ji over the neighbours j."""
   return segment_sum(message[graphs.senders] * filters, graphs.receivers, message.shape[0])
 
 
@@ -199,7 +210,7 @@ class SpectralGNN(nn.Module):
     rows = tuple((p.shape[0], p.shape[2]) for p in batch.products)
 
     h = nn.relu(linear(self.hidden, "node_encoder", nodes["features"]))
-    z = linear(self.hidden, "eigenvalue_encoder", batch.encoding)
+    z = linear(self.hidden, "eigenvalue_encoder", jnp.asarray(batch.encoding))
     z = EigenvalueBlock(self.heads, self.dropout, name="transformer")(
       z, nodes["graph"], rows, train
     )
@@ -211,7 +222,7 @@ class SpectralGNN(nn.Module):
       filters.append(jnp.einsum("rul,rlm->rum", products, here).reshape(-1, self.heads))
       start += count * length
     f = FilterEncoder(self.hidden, name="filter_encoder")(
-      jnp.concatenate(filters)[batch.product_of], batch.edge_mask, train
+      jnp.concatenate(filters)[batch.product_of], jnp.asarray(batch.edge_mask), train
     )
     f = Dropout(self.dropout)(f[batch.twin], train)
 

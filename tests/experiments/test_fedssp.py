@@ -6,30 +6,32 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from jaxmethods.data import sources, splits
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.fedssp import build as federated_graphs
-from jaxmethods.experiments.fedssp import clients as graph_clients
-from jaxmethods.experiments.fedssp import config as fedssp
+from jaxmethods.experiments.fedssp import clients as client_data
+from jaxmethods.experiments.fedssp.algorithms import VARIANTS
+from jaxmethods.experiments.fedssp.build import build
+from jaxmethods.experiments.fedssp.config import OURS, Config, rows
 from jaxmethods.runtime import loop
 from tests import tiny_graphs
 from tests.graphs.random_graphs import from_adjacencies
 
 pytestmark = pytest.mark.usefixtures("tiny_graphs_here")
 
-CONFIG = fedssp.Config(
+CONFIG = Config(
   data=tiny_graphs.DATA, hidden=8, heads=2, layers=1, batch_size=8, steps=2, average_last=1
 )
 ONE_SET = dataclasses.replace(CONFIG, data="tu:RINGS")
-ROWS = fedssp.rows(CONFIG)
+ROWS = rows(CONFIG)
 
 
 def run(config, rounds=None):
   """(experiment, final state, metrics of every round)."""
-  experiment = federated_graphs.build(config)
+  experiment = build(config)
   state = experiment.init(jax.random.key(config.seed))
   step, _ = loop.compile_experiment(experiment, state, None)
   history = []
@@ -50,15 +52,29 @@ def test_rows_are_the_method_its_ablations_and_its_rivals():
   protocol = ("data", "steps", "batch_size", "split_seed", "clients_per_domain", "average_last")
   for name, row in ROWS.items():
     assert row.algorithm == name.removesuffix("_spectral")
-    assert (row.backbone == "spectral") == (
-      name.endswith("_spectral") or name in federated_graphs.FEDSSP
-    )
+    assert (row.backbone == "spectral") == (name.endswith("_spectral") or name in OURS)
     assert all(getattr(row, key) == getattr(CONFIG, key) for key in protocol)
+
+
+def test_ablations_have_settings():
+  assert set(VARIANTS) == set(OURS)
+
+
+@pytest.mark.parametrize("algorithm", {row.algorithm for row in ROWS.values()} - {"fedstar"})
+def test_an_algorithm_alone_runs_on_the_spectral_network(algorithm):
+  assert dataclasses.replace(CONFIG, algorithm=algorithm).network == "spectral"
+
+
+def test_fedstar_alone_picks_its_network():
+  config = dataclasses.replace(CONFIG, algorithm="fedstar")
+  assert config.network == "fedstar"
+  experiment, _, history = run(config, rounds=1)
+  assert np.isfinite(history[0]["loss"]) and experiment.about
 
 
 def test_rows_for_any_width():
   """The rivals' own width need not fit the heads that only FedSSP's network has."""
-  assert len(fedssp.rows(dataclasses.replace(CONFIG, hidden=12, heads=3))) == len(ROWS)
+  assert len(rows(dataclasses.replace(CONFIG, hidden=12, heads=3))) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -76,6 +92,33 @@ def test_every_row_trains(name):
   assert all(0 <= value <= 1 for value in evaluated.values())
   mean = (evaluated["test_accuracy/RINGS"] + evaluated["test_accuracy/TREES"]) / 2
   np.testing.assert_allclose(evaluated["test_accuracy"], mean, rtol=1e-6)
+  figures = experiment.figures(state)
+  spectral = ROWS[name].network == "spectral"
+  assert set(figures) == ({"accuracy", "spectra"} if spectral else {"accuracy"})
+  drawn = [text.get_text() for text in figures["accuracy"].axes[0].get_yticklabels()]
+  assert drawn == ["RINGS", "TREES"]
+  if spectral:
+    panels = [axes for axes in figures["spectra"].axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["RINGS", "TREES"]
+    for axes in panels:
+      points = [line.get_ydata() for line in axes.get_lines() if len(line.get_ydata())]
+      assert len(points) == CONFIG.heads and np.isfinite(points).all()
+  for figure in figures.values():
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ["fedssp", "gcfl", "fedstar"])
+def test_state_shapes_need_no_computation(name, monkeypatch):
+  """One group of two widths, so that an input layer is padded, and one of three classes."""
+  sets = [*sources.load_graphs(tiny_graphs.DATA), rings(20, features=lambda k: np.ones((5, 4)))]
+  monkeypatch.setattr(sources, "load_graphs", lambda name: sets)
+  experiment = build(dataclasses.replace(ROWS[name], padding_slack=9.0))
+  shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+  drawn = experiment.init(jax.random.key(0))
+  assert len(shapes.clients) == 2
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, drawn)
+  # And traced it draws the same numbers.
+  chex.assert_trees_all_equal(jax.jit(experiment.init)(jax.random.key(0)), drawn)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -83,10 +126,11 @@ def test_every_row_trains(name):
 
 def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
   config = dataclasses.replace(ONE_SET, steps=4, checkpoint_every=2)
-  experiment = federated_graphs.build(config)
+  experiment = build(config)
   counted = experiment._replace(
-    step=chex.assert_max_traces(experiment.step, n=1),
-    evaluate=chex.assert_max_traces(experiment.evaluate, n=1),
+    # Lambdas: chex counts plain functions only.
+    step=chex.assert_max_traces(lambda *args: experiment.step(*args), n=1),
+    evaluate=chex.assert_max_traces(lambda *args: experiment.evaluate(*args), n=1),
   )
   workdir = tmp_path / "run"
   loop.train(counted, config, workdir, create_workdir=workdir.mkdir, title="test")
@@ -106,7 +150,7 @@ def test_one_trace_per_run_and_the_recorded_metrics(tmp_path):
 @pytest.mark.parametrize("participation", [1, 0.5])
 def test_programs_of_data_sets_and_one_program_agree(participation):
   config = dataclasses.replace(CONFIG, participation=participation)
-  experiment = federated_graphs.build(config)
+  experiment = build(config)
   one, batch = experiment.init(jax.random.key(0)), next(experiment.batches(0))
   several, (step, evaluate) = one, experiment.programs
   whole_step, whole_evaluate = jax.jit(experiment.step), jax.jit(loop.ordered(experiment).evaluate)
@@ -125,7 +169,7 @@ def test_programs_of_data_sets_and_one_program_agree(participation):
   expected, found = whole_evaluate(one, experiment.test), evaluate(several, experiment.test)
   assert list(found) == list(expected) and next(iter(found)) == "test_accuracy"
   chex.assert_trees_all_close(found, expected)
-  assert federated_graphs.build(ONE_SET).programs is None
+  assert build(ONE_SET).programs is None
 
 
 @pytest.mark.parametrize("row", ["fedssp", "gcfl"])
@@ -138,7 +182,7 @@ def test_sets_in_one_shape_train_as_in_their_own(row, monkeypatch):
   mesh = jax.make_mesh((1,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
   found = []
   for slack, where in ((0.0, None), (9.0, mesh if row == "gcfl" else None)):
-    experiment = federated_graphs.build(dataclasses.replace(config, padding_slack=slack), where)
+    experiment = build(dataclasses.replace(config, padding_slack=slack), where)
     state = experiment.init(jax.random.key(0))
     step, evaluate = loop.compile_experiment(experiment, state, where)
     history = []
@@ -152,7 +196,7 @@ def test_sets_in_one_shape_train_as_in_their_own(row, monkeypatch):
 
 def test_it_learns():
   """Ten kinds of digits shared out between two clients: chance, and the largest class, are 0.1."""
-  config = fedssp.Config(
+  config = Config(
     data="embedded:digit-graphs", clients_per_domain=2, hidden=16, heads=2, layers=1,
     batch_size=32, steps=20, average_last=1, learning_rate=5e-3,
   )  # fmt: skip
@@ -170,7 +214,7 @@ def test_preference_in_evaluation_is_an_option():
   answers = {}
   for use in (True, False):
     config = dataclasses.replace(ONE_SET, eval_preference=use)
-    experiment = federated_graphs.build(config)
+    experiment = build(config)
     start = experiment.init(jax.random.key(0))
     (client,) = start.clients
     evaluate = jax.jit(experiment.evaluate)
@@ -187,7 +231,7 @@ def test_preference_in_evaluation_is_an_option():
 
 def test_participation():
   config = dataclasses.replace(ONE_SET, clients_per_domain=4, participation=0.5)
-  experiment = federated_graphs.build(config)
+  experiment = build(config)
   state = experiment.init(jax.random.key(0))
   step, batch = jax.jit(experiment.step), next(experiment.batches(0))
   h, m = config.hidden, config.heads
@@ -207,8 +251,10 @@ def test_participation():
 
 
 def make_clients(data, config):
-  share = graph_clients.share_out(data, config)
-  return graph_clients.pack_clients([share], (0,), config, lambda batch: batch)
+  share = client_data.share_out(
+    data, count=config.clients_per_domain, batch_size=config.batch_size, seed=config.split_seed
+  )
+  return client_data.pack_clients([share], (0,), lambda batch: batch, hidden=config.hidden)
 
 
 def graph_ids(batches):
@@ -261,7 +307,7 @@ def test_graphs_without_edges_are_left_out_and_counted(monkeypatch):
   used = np.concatenate(graph_ids(clients.train) + graph_ids(clients.held_out))
   assert sorted(used) == sorted(set(range(20)) - lonely)
   monkeypatch.setattr(sources, "load_graphs", lambda name: [rings(without_edges=lonely)])
-  assert federated_graphs.build(CONFIG).about.endswith("; 3 graphs without edges left out")
+  assert build(CONFIG).about.endswith("; 3 graphs without edges left out")
 
 
 @pytest.mark.parametrize(
@@ -295,9 +341,14 @@ def test_clients_that_cannot_be_trained_are_named(data, options, message):
     ("clients_per_domain", {"clients_per_domain": 0}),
     ("local_epochs", {"local_epochs": 0}),
     ("backbone", {"backbone": "gin"}),
-    ("backbone", {"algorithm": "fedstar"}),
+    ("backbone", {"algorithm": "fedstar", "backbone": "spectral"}),
     ("backbone", {"algorithm": "fedavg", "backbone": "fedstar"}),
     ("steps", {"steps": 0}),
+    ("learning_rate", {"learning_rate": 0.0}),
+    ("weight_decay", {"weight_decay": -1.0}),
+    ("tau", {"tau": float("nan")}),
+    ("mu", {"mu": 1.5}),
+    ("padding_slack", {"padding_slack": float("inf")}),
   ],
 )
 def test_impossible_values_name_their_key(key, options):

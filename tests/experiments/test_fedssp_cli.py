@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmethods.experiments.fedssp import build as federated_graphs
-from jaxmethods.experiments.fedssp import config as fedssp
+from jaxmethods.experiments.fedssp.build import build
+from jaxmethods.experiments.fedssp.config import Config
 from tests import tiny_graphs
 from tests.runs import (
   assert_close,
@@ -114,6 +114,18 @@ def test_labels_need_not_be_consecutive(cli, tmp_path):
   assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("algorithm", ["gcfl", "fedstar"])
+def test_a_rival_by_its_name_alone(cli, tmp_path, tiny_graphs_environment, algorithm):
+  result = cli(
+    *TRAIN, "--steps", 1, "--algorithm", algorithm, "--workdir", "w", **tiny_graphs_environment
+  )
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "w/accuracy.png").exists()
+  assert (tmp_path / "w/spectra.png").exists() == (algorithm != "fedstar")
+  result = cli("eval.run", "--method", "fedssp", "--workdir", "w", **tiny_graphs_environment)
+  assert result.returncode == 0, result.stderr
+
+
 # --- kill and resume ------------------------------------------------------------------------------
 
 
@@ -135,7 +147,7 @@ def test_sigkill_at_any_moment_changes_nothing(
   assert "continuing from step" in result.stdout, killed_at
 
   assert [line["step"] for line in metrics(tmp_path / "w")] == list(range(1, steps + 1)), killed_at
-  experiment = federated_graphs.build(fedssp.Config(data="tu:RINGS", **SMALL))
+  experiment = build(Config(data="tu:RINGS", **SMALL))
   assert_same_run(experiment, tmp_path / "w", tmp_path / "undisturbed")
   assert last_state(experiment, tmp_path / "w")[0] == steps
 

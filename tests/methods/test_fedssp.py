@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from jaxmethods import trees
-from jaxmethods.experiments.fedssp import build as federated_graphs
+from jaxmethods.experiments.fedssp import algorithms
+from jaxmethods.experiments.fedssp.build import backbone_of, build, setup_of
 from jaxmethods.experiments.fedssp.config import Config
 from jaxmethods.federated import engine
 from jaxmethods.methods import fedssp as method
@@ -77,6 +78,39 @@ def test_gradient_of_the_alignment():
   assert not for_consensus.any()
   assert pull(representations, mean) == 0
   assert not jax.grad(pull)(representations, mean).any()
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: method.scaled_mean(jnp.ones((6, 4)), jnp.ones(5, bool), MU),
+      r"^mask: expected shape \(G=6,\), got \(5,\)$",
+    ),
+    (
+      lambda: method.scaled_mean(jnp.ones(4), jnp.ones(4, bool), MU),
+      r"^representations: expected shape \(G, H\), got \(4,\)$",
+    ),
+    (
+      lambda: method.alignment(jnp.ones(4), jnp.ones((4, 1))),
+      r"^consensus: expected shape \(H=4,\), got \(4, 1\)$",
+    ),
+    (
+      lambda: method.PREFERENCE_SGD(jnp.ones(4), jnp.ones(3), jnp.ones(4)),
+      r"^gradient: expected shape \(H=4,\), got \(3,\)$",
+    ),
+    (
+      lambda: toy().server(
+        method.Server({}, jnp.ones(WIDTH), jnp.int32(0)), method.Upload({}, jnp.ones(WIDTH)),
+        jnp.ones(2),
+      ),
+      r"^mean: expected shape \(clients=2, H\), got \(4,\)$",
+    ),
+  ],
+)  # fmt: skip
+def test_wrong_shapes_are_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
 
 
 # --- one client, against the specification step by step -------------------------------------------
@@ -304,10 +338,9 @@ class Federation:
     options = {"data": tiny_graphs.DATA, "clients_per_domain": 2, "batch_size": 8, **options}
     config = Config(hidden=HIDDEN, heads=HEADS, layers=1, **options)
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(federated_graphs, "make_optimizer", lambda config: optax.sgd(0.02))
-      self.experiment = federated_graphs.build(config)
-      backbone = federated_graphs.make_backbone(config)
-      self.algorithm = federated_graphs.make_algorithm(config, backbone, 4).algorithm
+      patch.setattr(algorithms, "make_optimizer", lambda *settings: optax.sgd(0.02))
+      self.experiment = build(config)
+      self.algorithm = setup_of(config, backbone_of(config), 4).algorithm
     self.start = self.experiment.init(jax.random.key(0))
     batch = next(self.experiment.batches(0))
     self.groups = batch.train

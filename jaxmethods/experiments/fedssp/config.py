@@ -1,5 +1,7 @@
 """FedSSP and its rivals on federated graph classification.
 
+  python -m train.run --method fedssp [--algorithm gcfl] [--config configs/fedssp_paper.yaml]
+
 One client holds one data set, or a part of one (`clients_per_domain`). Protocol of the published
 code: stratified 80/10/10 split, batches formed once and reused in the same order, every client in
 every round, test accuracy averaged over clients without weights, no selection on validation data.
@@ -11,6 +13,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from jaxmethods.runtime.checks import at_least, positive, require, within
 from jaxmethods.runtime.experiment import RunConfig
 
 Algorithm = Literal[
@@ -25,6 +28,8 @@ Algorithm = Literal[
   "fedstar",
   "local",
 ]
+Network = Literal["spectral", "gin", "fedstar"]
+OURS = ("fedssp", "gsks", "pgpa", "share_extractor")  # FedSSP and its ablations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class Config(RunConfig):
   participation: float = 1.0  # share of the clients drawn for each round
 
   algorithm: Algorithm = "fedssp"
-  backbone: Literal["spectral", "gin", "fedstar"] = "spectral"
+  # auto: the two-branch network for fedstar, FedSSP's for every other algorithm.
+  backbone: Literal["auto", "spectral", "gin", "fedstar"] = "auto"
   hidden: int = 128
   heads: int = 4
   layers: int = 3
@@ -70,55 +76,61 @@ class Config(RunConfig):
   gcfl_first_rounds: int = 20
 
   client_map: Literal["auto", "vmap", "scan"] = "auto"
-  # How much more work than in shapes of their own data sets may be in shapes that they share: what
-  # has one shape is compiled once. 0 for the fastest round.
+  # Data sets share a shape, which is compiled once, while their padding adds at most this share of
+  # the work. 0: the fastest round.
   padding_slack: float = 0.08
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in ("clients_per_domain", "batch_size", "local_epochs", "heads", "layers"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    multiple = math.lcm(2, self.heads) if self.backbone == "spectral" else 2
-    if self.hidden < 2 or self.hidden % multiple:
-      raise ValueError(
-        f"hidden: must be a multiple of {multiple} (even, and divisible by heads), got {self.hidden}"
-      )
-    if not 0 < self.participation <= 1:
-      raise ValueError(f"participation: must be in (0, 1], got {self.participation}")
-    if not 0 <= self.padding_slack < math.inf:
-      raise ValueError(f"padding_slack: must be at least 0, got {self.padding_slack}")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
-    if (
-      self.algorithm in ("fedssp", "gsks", "pgpa", "share_extractor")
-      and self.backbone != "spectral"
-    ):
-      raise ValueError(f"backbone: {self.algorithm} needs 'spectral', got {self.backbone!r}")
-    if (self.algorithm == "fedstar") != (self.backbone == "fedstar"):
-      raise ValueError("backbone: 'fedstar' goes with algorithm 'fedstar' and with no other")
+    at_least(self, 1, "clients_per_domain", "batch_size", "local_epochs", "heads", "layers")
+    at_least(self, 0, "split_seed", "weight_decay", "tau", "preference_lr", "proximal")
+    at_least(self, 0, "gcfl_mean_bound", "gcfl_max_bound", "gcfl_first_rounds", "padding_slack")
+    positive(self, "learning_rate")
+    within(self, "[0, 1]", "mu")
+    within(self, "(0, 1]", "participation")
+    within(self, "[0, 1)", "dropout")
+    multiple = math.lcm(2, self.heads) if self.network == "spectral" else 2
+    require(
+      self.hidden >= 2 and self.hidden % multiple == 0,
+      "hidden",
+      f"must be a multiple of {multiple} (even, and divisible by heads), got {self.hidden}",
+    )
+    require(
+      self.network == "spectral" or self.algorithm not in OURS,
+      "backbone",
+      f"{self.algorithm} needs 'spectral', got {self.backbone!r}",
+    )
+    require(
+      (self.algorithm == "fedstar") == (self.network == "fedstar"),
+      "backbone",
+      "'fedstar' goes with algorithm 'fedstar' and with no other",
+    )
+
+  @property
+  def network(self) -> Network:
+    """Returns the backbone, chosen by the algorithm where none is given."""
+    if self.backbone != "auto":
+      return self.backbone
+    return "fedstar" if self.algorithm == "fedstar" else "spectral"
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """FedSSP, its ablations and its rivals, each with the backbone of its own publication.
+  """Returns FedSSP, its ablations and its rivals, each with the backbone of its own publication.
 
-  `NAME_spectral` are the rivals on FedSSP's network: what is left is the method alone.
+  `NAME_spectral` are the rivals on FedSSP's network: only the method differs.
   """
 
   def row(algorithm: Any, **changes: Any) -> Config:
     return dataclasses.replace(config, algorithm=algorithm, **changes)
 
-  spectral = {
-    name: row(name, backbone="spectral") for name in ("fedssp", "gsks", "pgpa", "share_extractor")
-  }
   gin: dict[str, Any] = {
     "backbone": "gin", "hidden": 64, "dropout": 0.5,
     "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 5e-4,
   }  # fmt: skip
-  rivals = {name: row(name, **gin) for name in ("fedavg", "fedprox", "fedper", "gcfl", "local")}
-  fedstar = row("fedstar", **{**gin, "backbone": "fedstar"})
-  same_network = {
-    f"{name}_spectral": row(name, backbone="spectral")
-    for name in ("fedavg", "fedprox", "gcfl", "local")
+  spectral = ("fedavg", "fedprox", "gcfl", "local")
+  return {
+    **{name: row(name, backbone="spectral") for name in OURS},
+    **{name: row(name, **gin) for name in ("fedavg", "fedprox", "fedper", "gcfl", "local")},
+    "fedstar": row("fedstar", **{**gin, "backbone": "fedstar"}),
+    **{f"{name}_spectral": row(name, backbone="spectral") for name in spectral},
   }
-  return spectral | rivals | {"fedstar": fedstar} | same_network

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxmethods.runtime.pictures import COLOURS
+from jaxmethods.runtime.pictures import COLOURS, bars, open_frame
 
 
 class Spectrum(NamedTuple):
-  """Eigenvalues of one domain's held-out graphs and what the decoder makes of them.
+  """Eigenvalues of one domain's held-out graphs, before and after the decoder.
 
   Attributes:
     eigenvalues: (n,) of the Laplacian.
@@ -24,34 +25,33 @@ class Spectrum(NamedTuple):
   decoded: np.ndarray
 
 
-def accuracy_bars(accuracy: Mapping[str, float], majority: Sequence[float]) -> Figure:
-  """Test accuracy of every client, with the share of its most frequent class as a mark."""
-  names = list(accuracy)
-  values = np.array([accuracy[name] for name in names])
-  figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(names)), layout="constrained")
-  rows = np.arange(len(names))
-  axes.barh(rows, values, height=0.62, color=COLOURS[0], label="test accuracy")
-  axes.scatter(
-    majority, rows, marker="|", s=220, linewidths=2.5, color=COLOURS[1], label="most frequent class",
-    zorder=3,
-  )  # fmt: skip
-  for row, (value, mark) in enumerate(zip(values, majority, strict=True)):
-    axes.text(max(value, mark) + 0.015, row, f"{value:.2f}", va="center", fontsize=9)
-  axes.set_yticks(rows, names)
-  axes.invert_yaxis()
-  axes.set_xlim(0, 1.08)
-  axes.set_xlabel(f"test accuracy (mean over clients {values.mean():.3f})")
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + 0.32 * len(names))), ncols=2,
-              frameon=False, fontsize=9)  # fmt: skip
-  return figure
+def draw(
+  accuracy: Mapping[str, float], majority: Sequence[float], spectra: Mapping[str, Spectrum]
+) -> dict[str, Figure]:
+  """Draws all pictures of a run.
+
+  Args:
+    accuracy: test accuracy of every client.
+    majority: share of the most frequent class, in the order of the clients.
+    spectra: of one client per domain; empty for a network without a decoder.
+  """
+  figures = {
+    "accuracy": bars(
+      {"test accuracy": accuracy},
+      f"test accuracy (mean over clients {np.mean(list(accuracy.values())):.3f})",
+      marks={"most frequent class": majority},
+    )
+  }
+  if spectra:
+    figures["spectra"] = learned_spectra(spectra)
+  return figures
 
 
 def learned_spectra(spectra: Mapping[str, Spectrum]) -> Figure:
-  """Each head's new eigenvalue against the graph's own, one panel per domain.
+  """Draws each head's new eigenvalue against the graph's own, one panel per domain.
 
-  The filters are learned on the spectrum alone, so the same encoder serves every domain; what differs
-  is the local transformer and decoder.
+  The filters are learned on the spectrum alone, so the same encoder serves every domain; the local
+  transformer and decoder make the difference.
   """
   columns = min(4, len(spectra))
   rows = -(-len(spectra) // columns)
@@ -59,15 +59,7 @@ def learned_spectra(spectra: Mapping[str, Spectrum]) -> Figure:
     rows, columns, figsize=(2.9 * columns, 2.6 * rows + 0.3), squeeze=False, layout="constrained"
   )
   for panel, (name, spectrum) in zip(axes.flat, spectra.items(), strict=False):
-    for head, decoded in enumerate(spectrum.decoded.T):
-      panel.plot(
-        spectrum.eigenvalues, decoded, ".", ms=2, alpha=0.35, color=COLOURS[head % len(COLOURS)],
-        rasterized=True,
-      )  # fmt: skip
-      panel.plot([], [], "o", ms=5, color=COLOURS[head % len(COLOURS)], label=f"head {head + 1}")
-    panel.set_title(name, fontsize=10)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.25)
+    _heads(panel, name, spectrum)
   for panel in axes.flat[len(spectra) :]:
     panel.set_axis_off()
   figure.supxlabel("eigenvalue of the graph Laplacian", fontsize=10)
@@ -77,3 +69,16 @@ def learned_spectra(spectra: Mapping[str, Spectrum]) -> Figure:
     handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9
   )
   return figure
+
+
+def _heads(panel: Axes, name: str, spectrum: Spectrum) -> None:
+  """Draws one domain, a colour for each head."""
+  for head, decoded in enumerate(spectrum.decoded.T):
+    colour = COLOURS[head % len(COLOURS)]
+    panel.plot(
+      spectrum.eigenvalues, decoded, ".", ms=2, alpha=0.35, color=colour, rasterized=True
+    )  # fmt: skip
+    panel.plot([], [], "o", ms=5, color=colour, label=f"head {head + 1}")
+  panel.set_title(name, fontsize=10)
+  open_frame(panel)
+  panel.grid(alpha=0.25)
