@@ -30,11 +30,11 @@ class Painter:
   """The small text-conditional denoiser that paints synthetic images (ours), trained once."""
 
   width: int = 64
-  layers: int = 3
+  layers: int = 2
   heads: int = 4
   patch: int = 4
   pairs: int = 12_000  # rendered; pretraining's, and other ones beyond their number
-  steps: int = 1200
+  steps: int = 900
   batch_size: int = 48
   learning_rate: float = 2e-3
   unconditional: float = 0.1  # share of captions that are hidden in training
@@ -92,7 +92,7 @@ class Config(RunConfig):
   teacher: Literal["previous", "pretrained", "merge"] = "previous"
   teacher_share: float = 0.5  # of the pretrained weights, for `merge`
   synthetic: str = "painter"  # or folder:PATH of images and image_text.csv
-  synthetic_images: int = 200  # N, a task; published: 1000
+  synthetic_images: int = 128  # N, a task; published: 1000
   synthetic_batch: int = 32  # published: 64
   synthetic_last: Literal["keep", "drop"] = "keep"  # the ragged last batch of a pass
   synthetic_seed: int = 0

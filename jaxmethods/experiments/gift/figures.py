@@ -39,7 +39,7 @@ def course(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     axes.plot(j, matrix[j, j], "o", color=line.get_color())
   axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
   axes.set(ylabel="accuracy (%)", xlabel="task learnt last", ylim=(0, 102))
-  axes.legend(frameon=False, fontsize=8, loc="outside right upper")
+  figure.legend(frameon=False, fontsize=8, loc="outside right upper")
   open_frame(axes)
   return figure
 
@@ -76,7 +76,7 @@ def comparison(rows: list[Values]) -> dict[str, Figure]:
   axes.invert_yaxis()
   axes.set_xlabel("%")
   axes.grid(axis="x", alpha=0.3)
-  axes.legend(frameon=False, loc="outside upper center", ncols=3)
+  figure.legend(frameon=False, loc="outside upper center", ncols=3)
   open_frame(axes)
   return {"three_numbers": figure}
 

@@ -92,8 +92,8 @@ def load(config: Config) -> Material:
   Raises:
     InputError: data or models that are missing, or that cannot be used.
   """
-  stage = encoder.load(config.model, config.clip)
   tasks = ordered(load_tasks(config.tasks, config.size), config)
+  stage = encoder.load(config.model, config.clip)
   split = config.incremental == "class"
   stages = pieces_of(tasks[0], config.pieces) if split else tasks
   for task in stages:
