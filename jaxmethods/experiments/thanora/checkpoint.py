@@ -130,14 +130,6 @@ def build(config: Config, mesh: Mesh | None = None, material: Material | None = 
   before = checkpoint_tuning.pretrained_scores(model, params, tests, chunk)
   kept = Kept(tuner, model, names, tuple(config.checkpoint.upstream), chunk)
   draw = functools.partial(figures, names, config.start == "preview")
-  files = config.test | config.checkpoint.upstream
-  trained = ", ".join(
-    f"{name}: {described(config.train[name], material.train[name])}" for name in names
-  )
-  tested = ", ".join(
-    f"{name}: {described(files[name], questions, config.checkpoint.test_questions)}"
-    for name, questions in material.tests.items()
-  )
   return Experiment(
     init=lambda key: tuners.init_state(tuner, optimiser, key, params, plan),
     batches=functools.partial(_batches, order),
@@ -146,7 +138,21 @@ def build(config: Config, mesh: Mesh | None = None, material: Material | None = 
     test={"tests": tests, "before": before},
     figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
-    about=f"{config.checkpoint.model}; data of yours; {config.sampler} mixture of {trained}; tested on {tested}",
+    about=_about(config, material),
+  )
+
+
+def _about(config: Config, material: Material) -> str:
+  """The first line of the report."""
+  files = config.test | config.checkpoint.upstream
+  trained = [f"{name}: {described(config.train[name], q)}" for name, q in material.train.items()]
+  tested = [
+    f"{name}: {described(files[name], q, config.checkpoint.test_questions)}"
+    for name, q in material.tests.items()
+  ]
+  return (
+    f"{config.checkpoint.model}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
+    f"tested on {', '.join(tested)}"
   )
 
 
