@@ -7,6 +7,7 @@
 | `embedded:mnist5k`, `embedded:digits`, `embedded:font-digits` | images |
 | `embedded:digit-domains` | three sets of digits as domains |
 | `tu:NAME`, `tu:SM`, `tu:BIO-SM`, `tu:MUTAG,BZR` | TUDataset graphs, one record per set |
+| `tu:PATH` | your own graphs in that format: a folder or zip with NAME_A.txt, ... |
 | `tfds:tu/NAME` | the same graphs through TensorFlow Datasets' storage |
 | `tfds:NAME`, `tfds:NAME:SPLIT` | images of TensorFlow Datasets |
 | `folder:PATH` | images as class/file or domain/class/file |

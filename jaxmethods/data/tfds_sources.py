@@ -60,8 +60,7 @@ class Tu(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: object) -> dict[str, PyTree]:
-    raw, _ = tu.read(self.builder_config.name)
-    return {"full": self._generate_examples(raw)}
+    return {"full": self._generate_examples(tu.read(self.builder_config.name).raw)}
 
   def _generate_examples(self, raw: RawGraphs) -> Iterator[tuple[int, dict[str, PyTree]]]:
     first_node = np.cumsum(raw.n_node, dtype=np.int32) - raw.n_node

@@ -2,7 +2,8 @@
 
 The collection: Morris et al., "TUDataset: A collection of benchmark datasets for learning with graphs",
 arXiv 2007.08663. Below the data folder a set NAME may lie, unpacked or gzipped, in `tudataset/NAME/`,
-`NAME/` (or `raw/` in these), as the official `NAME.zip` there, or as `tudataset_extra/NAME.npz`.
+`NAME/` (or `raw/` in these), as the official `NAME.zip` there, or as `tudataset_extra/NAME.npz`. Sets of
+one's own lie there too, or anywhere: `tu:PATH` of a folder or zip with `NAME_A.txt` and its like.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxmethods.data import embedded, files
-from jaxmethods.data.records import GraphData, Source
+from jaxmethods.data.records import GraphData, Source, own_source
 from jaxmethods.data.tu_format import (
   PARTS,
   Features,
@@ -50,6 +52,8 @@ _OTHER_NAMES = """
 """
 NAMES = (*(name for group in GROUPS.values() for name in group), *_OTHER_NAMES.split())
 
+_MARK = "_graph_indicator"  # every set has one file of this kind
+
 # `TextFiles.sha256` of the published files, for those we have seen.
 PUBLISHED_SHA256 = {
   "AIDS": "2c2374f136a983f95668560d3acb0991bfd67025b61190a29bfdb6d2a3b224bb",
@@ -72,8 +76,22 @@ PUBLISHED_SHA256 = {
 }
 
 
+class Found(NamedTuple):
+  """A set as it was found.
+
+  Attributes:
+    raw: checked graphs, before features are chosen.
+    origin: for reports.
+    own: whether it is not the published set, or not known to be.
+  """
+
+  raw: RawGraphs
+  origin: str
+  own: bool
+
+
 def expand(selection: str) -> tuple[str, ...]:
-  """Set names of a selection: "MUTAG", "SM", "BIO-SM", or a comma list of these.
+  """Set names of a selection: "MUTAG", "SM", "BIO-SM", a path, or a comma list of these.
 
   Raises:
     InputError: for a name that is neither in the collection, nor a group, nor in the data folder,
@@ -86,13 +104,17 @@ def expand(selection: str) -> tuple[str, ...]:
     if all(group in GROUPS for group in groups):
       # One order whatever the spelling, so that client k is the same set in SM-BIO and BIO-SM.
       names += [name for group in GROUPS if group in groups for name in GROUPS[group]]
-    elif item in NAMES or (re.fullmatch(r"\w[\w.-]*", item) and _is_local(item)):
+    elif _is_path(item) or item in NAMES or (re.fullmatch(r"\w[\w.-]*", item) and _is_local(item)):
       names.append(item)
     else:
       near = {name.lower(): name for name in (*GROUPS, *NAMES)}
       close = difflib.get_close_matches(item.lower(), near, n=1)
       hint = f"did you mean {near[close[0]]!r}?" if close else f"groups: {', '.join(GROUPS)}"
-      raise InputError(f"tu:{selection}: no set named {item!r} ({hint})")
+      folder = files.data_dir() / "tudataset" / item
+      raise InputError(
+        f"tu:{selection}: no set named {item!r} ({hint}); your own go to {folder}, or are named by "
+        "tu:PATH"
+      )
   if len(set(names)) < len(names):
     raise InputError(f"tu:{selection}: names a set twice")
   return tuple(names)
@@ -112,27 +134,54 @@ def load(name: str, features: Features = "auto", max_degree: int | None = None) 
   Raises:
     InputError: if the set is missing and cannot be fetched, or its files are damaged.
   """
-  raw, origin = read(name)
-  return to_graph_data(raw, source(name, origin), features, max_degree)
+  raw, origin, own = read(name)
+  return to_graph_data(raw, source(name, origin, own=own), features, max_degree)
 
 
-def source(name: str, origin: str, prefix: str = "tu:") -> Source:
-  """Provenance of a set of the collection."""
+def source(name: str, origin: str, prefix: str = "tu:", own: bool = False) -> Source:
+  """Provenance of a set of the collection, or of the user's."""
+  if own:
+    return own_source(prefix + name, origin)
   return Source(prefix + name, origin, LICENCE, CITATION, real=True)
 
 
-def read(name: str) -> tuple[RawGraphs, str]:
-  """The checked graphs of a set, before features are chosen, and their origin."""
-  text = _find_local(name)
+def read(name: str) -> Found:
+  """Reads a set by its name or path, from the data folder, a wheel, or the collection's site."""
+  if _is_path(name):
+    return _read_path(files.local_path(name))
+  text, fetched = _find_local(name), False
   if text is None:
     compact = _compact_path(name)
     if compact.exists():
-      return parse_compact(compact), f"{compact} (compact copy)"
-    text = _find_in_wheel(name) or _fetch(name)
-  origin = text.origin
-  if name in PUBLISHED_SHA256 and text.sha256() != PUBLISHED_SHA256[name]:
+      return Found(parse_compact(compact), f"{compact} (compact copy)", name not in NAMES)
+    text, fetched = _find_in_wheel(name) or _fetch(name), True
+  origin, published = text.origin, PUBLISHED_SHA256.get(name)
+  own = not fetched and text.sha256() != published
+  if own and published:
     origin += " (differs from the published files)"  # allowed, but the report shall say so
-  return parse(name, text), origin
+  return Found(parse(name, text), origin, own)
+
+
+def _is_path(item: str) -> bool:
+  return ("/" in item or item.startswith(("~", "."))) and files.local_path(item).exists()
+
+
+def _read_path(path: Path) -> Found:
+  """A set of the user, named by its folder or zip; its files tell its name."""
+  try:
+    if path.is_dir():
+      members = [file.name for file in path.iterdir()]
+    else:
+      with zipfile.ZipFile(path) as archive:
+        members = [Path(member).name for member in archive.namelist()]
+  except (OSError, zipfile.BadZipFile) as error:
+    raise InputError(f"tu:{path}: is no folder and no zip of TU text files ({error})") from None
+  names = {m.partition(_MARK)[0] for m in members if _MARK in m}
+  if len(names) != 1:
+    raise InputError(f"tu:{path}: expected one file NAME{_MARK}.txt, found {len(names)}")
+  (name,) = names
+  text = _read_folder(name, path) if path.is_dir() else _read_zip(name, path)
+  return Found(parse(name, text), text.origin, own=text.sha256() != PUBLISHED_SHA256.get(name))
 
 
 def _is_local(name: str) -> bool:

@@ -12,6 +12,7 @@ and `NAME_node_attributes`. What we make of them:
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import zipfile
@@ -291,17 +292,38 @@ def _table(
   file: str, text: bytes, dtype: type, columns: int | None = None, rows: int | None = None
 ) -> np.ndarray:
   """Comma separated numbers, (rows, columns)."""
+  text = _plain(text)
   if not text.strip():
     raise InputError(f"{file}: empty")
-  try:
-    table: np.ndarray = np.loadtxt(io.BytesIO(text), dtype, delimiter=",", ndmin=2, comments=None)
-  except ValueError as error:
-    raise InputError(f"{file}: {_bad_row(text, dtype)}") from error
+  table = _numbers(text, dtype)
+  if table is None:
+    raise InputError(f"{file}: {_bad_row(text, dtype)}")
   if columns is not None and table.shape[1] != columns:
     raise InputError(f"{file}: row 1: {table.shape[1]} values, expected {columns}")
   if rows is not None and len(table) != rows:
     raise InputError(f"{file}: {len(table)} rows, expected {rows}, one per node")
   return table
+
+
+def _plain(text: bytes) -> bytes:
+  """The text with line feeds alone at the ends of its lines, and without a byte order mark."""
+  return text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _numbers(text: bytes, dtype: type) -> np.ndarray | None:
+  """A table of numbers, None if it is none; whole ones may be written 1.0 or 1e3."""
+  load = lambda kind: np.loadtxt(io.BytesIO(text), kind, delimiter=",", ndmin=2, comments=None)
+  try:
+    return load(dtype)
+  except ValueError:
+    if dtype is not np.int64:
+      return None
+  try:
+    table = load(np.float64)
+  except ValueError:
+    return None
+  whole = (table == np.rint(table)) & (np.abs(table) <= 2**53)
+  return table.astype(np.int64) if whole.all() else None
 
 
 def _bad_row(text: bytes, dtype: type) -> str:
@@ -315,7 +337,10 @@ def _bad_row(text: bytes, dtype: type) -> str:
       return f"row {row}: {len(values)} values, expected {width}"
     for value in values:
       try:
-        dtype(value)
+        number = float(value)
+        bad = dtype is np.int64 and not (number.is_integer() and abs(number) <= 2**53)
       except (ValueError, OverflowError):
+        bad = True
+      if bad:
         return f"row {row}: {value.decode(errors='replace').strip()[:40]!r} is not {kind}"
   return "not a table of numbers"

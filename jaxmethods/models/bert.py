@@ -81,6 +81,7 @@ class Bert(nn.Module):
     ids: jax.Array,
     mask: jax.Array | None = None,
     types: jax.Array | None = None,
+    words: jax.Array | None = None,
     **hooks: Any,
   ) -> Encoded:
     """Encodes texts.
@@ -89,6 +90,7 @@ class Bert(nn.Module):
       ids: token ids (B, T).
       mask: (B, T), nonzero at real tokens; None: all are.
       types: token types (B, T); None: all 0.
+      words: word embeddings (B, T, D) in place of those of `ids`: prompts may stand for words.
       **hooks: keywords of `Encoder.__call__`.
 
     Returns:
@@ -101,7 +103,8 @@ class Bert(nn.Module):
     embed = lambda size, name: nn.Embed(
       size, width, dtype=dtype, embedding_init=nn.initializers.normal(0.02), name=name
     )
-    x = embed(config.vocabulary, "word")(ids)
+    known = embed(config.vocabulary, "word")(ids)
+    x = known if words is None else words.astype(known.dtype)
     x = x + embed(config.types, "type")(jnp.zeros_like(ids) if types is None else types)
     x = x + embed(config.context, "position")(jnp.arange(length))
     x = layer_norm(config.encoder, "norm")(x)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmethods.data import files, tu
+from jaxmethods.data.records import describe
 from jaxmethods.data.sources import load_graphs
 from jaxmethods.errors import InputError
 
@@ -360,3 +361,46 @@ def test_published_digests_name_known_sets():
   assert set(tu.PUBLISHED_SHA256) <= set(tu.NAMES)
   assert len(set(tu.NAMES)) == len(tu.NAMES)
   assert files.data_dir().is_absolute()
+
+
+def test_other_spellings_of_the_same_numbers(write_tiny):
+  folder = write_tiny()
+  (expected,) = load_graphs("tu:TINY", features="both")
+  for end in ("\r\n", "\r"):
+    for part, text in TINY.items():
+      file = folder / f"TINY_{part}.txt"
+      file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+    (data,) = load_graphs("tu:TINY", features="both")
+    np.testing.assert_array_equal(data.graphs.nodes, expected.graphs.nodes)
+    np.testing.assert_array_equal(data.graphs.senders, expected.graphs.senders)
+    np.testing.assert_array_equal(data.labels, expected.labels)
+    assert data.source.digest == expected.source.digest
+  write_tiny(graph_labels="1.0\n-1.0\n", node_labels="5.\n3.0\n3e0\n8\n3\n5\n3\n")
+  (data,) = load_graphs("tu:TINY", features="both")
+  np.testing.assert_array_equal(data.graphs.nodes, expected.graphs.nodes)
+  np.testing.assert_array_equal(data.labels, expected.labels)
+  for label in ("1.5", "nan", "inf", "1e30", "one"):
+    write_tiny(graph_labels=f"1\n{label}\n")
+    with pytest.raises(InputError, match=f"row 2: '{label}' is not a whole number"):
+      load_graphs("tu:TINY")
+
+
+def test_sets_of_ones_own(write_tiny, tmp_path):
+  folder = write_tiny()
+  (data,) = load_graphs("tu:TINY")
+  assert data.source.own and not data.source.citation
+  (by_path,) = load_graphs(f"tu:{folder}")
+  assert by_path.source.own and by_path.source.digest == data.source.digest
+  with zipfile.ZipFile(tmp_path / "any.zip", "w") as archive:
+    for file in folder.iterdir():
+      archive.write(file, f"inside/{file.name}")
+  (packed,) = load_graphs(f"tu:{tmp_path / 'any.zip'}")
+  assert packed.source.digest == data.source.digest
+  assert "data of yours" in describe([data]) and "TUDataset" not in describe([data])
+  for path, message in ((tmp_path, "found 0"), (folder / "TINY_A.txt", "is no folder and no zip")):
+    with pytest.raises(InputError, match=message):
+      load_graphs(f"tu:{path}")
+  with pytest.raises(
+    InputError, match=r"your own go to .*tudataset/NOSUCH, or are named by tu:PATH"
+  ):
+    load_graphs("tu:NOSUCH")

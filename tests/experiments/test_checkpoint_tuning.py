@@ -126,7 +126,7 @@ def test_bad_input(folder, tmp_path):
   ):
     with pytest.raises(InputError, match=message):
       checkpoint.load(changed)
-  with pytest.raises(InputError, match="cannot be read as an image"):
+  with pytest.raises(InputError, match="not a readable image"):
     question_files.open_square(tmp_path / "broken.png", (0, 0, 0))
   with pytest.raises(InputError, match="prefix works on the small model only"):
     suite.build(config(folder, row="prefix"))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmethods import folders
-from jaxmethods.data.question_files import Question, check_disjoint, read_questions
+from jaxmethods.data.question_files import Question, check_disjoint, described, read_questions
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import rows
 from jaxmethods.experiments.thanora.config import Config
@@ -130,7 +130,6 @@ def build(config: Config, mesh: Mesh | None = None, material: Material | None = 
   before = checkpoint_tuning.pretrained_scores(model, params, tests, chunk)
   kept = Kept(tuner, model, names, tuple(config.checkpoint.upstream), chunk)
   draw = functools.partial(figures, names, config.start == "preview")
-  shares = ", ".join(f"{name} {n}" for name, n in zip(names, counts, strict=True))
   return Experiment(
     init=lambda key: tuners.init_state(tuner, optimiser, key, params, plan),
     batches=functools.partial(_batches, order),
@@ -139,7 +138,21 @@ def build(config: Config, mesh: Mesh | None = None, material: Material | None = 
     test={"tests": tests, "before": before},
     figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
-    about=f"{config.checkpoint.model}; {config.sampler} mixture of {shares} training questions",
+    about=_about(config, material),
+  )
+
+
+def _about(config: Config, material: Material) -> str:
+  """The first line of the report."""
+  files = config.test | config.checkpoint.upstream
+  trained = [f"{name}: {described(config.train[name], q)}" for name, q in material.train.items()]
+  tested = [
+    f"{name}: {described(files[name], q, config.checkpoint.test_questions)}"
+    for name, q in material.tests.items()
+  ]
+  return (
+    f"{config.checkpoint.model}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
+    f"tested on {', '.join(tested)}"
   )
 
 

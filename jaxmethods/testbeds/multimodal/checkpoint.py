@@ -16,7 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmethods import folders
-from jaxmethods.data.question_files import Question, check_disjoint, open_square, read_questions
+from jaxmethods.data.question_files import (
+  Question,
+  check_disjoint,
+  described,
+  open_square,
+  read_questions,
+)
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import Output
@@ -97,9 +103,12 @@ def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
   for name, questions in tests.items():
     check_disjoint(train, questions, name)
   model, params, batch = open_model(checkpoint, mesh)
-  tested = ", ".join(f"{len(q)} of {name}" for name, q in tests.items())
-  trained = f"{len(train)} training questions from {checkpoint.train}"
-  about = f"{checkpoint.model}; {trained}; tested on {tested}"
+  tested = ", ".join(
+    f"{name}: {described(files[name], questions, checkpoint.test_questions)}"
+    for name, questions in tests.items()
+  )
+  trained = described(checkpoint.train, train)
+  about = f"{checkpoint.model}; data of yours; trained on {trained}; tested on {tested}"
   return Material(model, params, train, tests, batch, about)
 
 

@@ -62,7 +62,7 @@ def load(name: str, settings: SmallClip) -> Stage:
       "small CLIP", f"pretrained by us on {settings.pairs} rendered pairs", "ours", "none", False
     )
     return Stage(model, params, tokens, pretraining.scaled, source)
-  loaded = vision_sources.load_model(name)
+  loaded = vision_sources.load_model(name, scan_layers=True)
   if not isinstance(loaded.model, CLIP):
     raise InputError(f"{name}: is no CLIP")
   config = loaded.model.config

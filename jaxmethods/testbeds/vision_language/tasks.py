@@ -23,11 +23,14 @@ import numpy as np
 from PIL import Image
 
 from jaxmethods.data import embedded, scenes
+from jaxmethods.data.array_cache import cached, described
 from jaxmethods.data.files import data_dir
 from jaxmethods.data.records import Source
 from jaxmethods.data.splits import stratified_split
 from jaxmethods.errors import InputError, nearest
 from jaxmethods.testbeds.vision_language.settings import EMBEDDED_TASKS, FOLDER_TASKS, TaskSize
+
+_FORMAT = b"rendered tasks 1"  # changes when the renderer or a task changes
 
 
 class Task(NamedTuple):
@@ -158,7 +161,9 @@ def _rendered(name: str, look: _Rendered, size: TaskSize) -> Task:
   # The name is part of the seed: tasks of one size share no picture.
   digest = hashlib.sha256(name.encode()).digest()
   random = np.random.default_rng([size.seed, int.from_bytes(digest[:4], "little")])
-  x, y = _render_task(look, size.train + size.test, random)
+  compute = lambda: dict(zip("xy", _render_task(look, size.train + size.test, random), strict=True))
+  about = [_FORMAT, described(size, "size"), name.encode(), repr(look).encode()]
+  x, y = (cached("rendered_tasks", about, compute)[part] for part in "xy")
   source = Source(f"rendered:{name}", "rendered by us", "Apache-2.0 (ours)", "none", real=False)
   train, test = (x[: size.train], y[: size.train]), (x[size.train :], y[size.train :])
   return Task(name, look.classes, look.templates, train, test, source)
