@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -25,7 +25,7 @@ from jaxmethods.models.hugging_face import (
 from jaxmethods.models.transformer import Encoded, Encoder, EncoderConfig, layer_norm, normalise
 from jaxmethods.models.vit import ViT, ViTConfig
 from jaxmethods.models.weights import Rule
-from jaxmethods.trees import Json
+from jaxmethods.trees import Json, PyTree
 
 # In the config of every conversion made before the true id was written there.
 _LEGACY_EOS = 2
@@ -49,7 +49,7 @@ class TextConfig:
   eos: int
 
   @classmethod
-  def from_hugging_face(cls, config: Json, **encoder: Any) -> TextConfig:
+  def from_hugging_face(cls, config: Json, **encoder: PyTree) -> TextConfig:
     """Reads the config of CLIP's text tower."""
     family(config, "clip_text_model")
     return cls(
@@ -69,7 +69,7 @@ class CLIPConfig:
   projection: int
 
   @classmethod
-  def from_hugging_face(cls, config: Json, **encoder: Any) -> CLIPConfig:
+  def from_hugging_face(cls, config: Json, **encoder: PyTree) -> CLIPConfig:
     """Reads the config of a CLIPModel; `encoder`: how to compute, as in `EncoderConfig`.
 
     Raises:
@@ -88,7 +88,7 @@ class CLIPConfig:
     tensors: Mapping[str, np.ndarray],
     *,
     heads: tuple[int, int] | None = None,
-    **encoder: Any,
+    **encoder: PyTree,
   ) -> CLIPConfig:
     """Reads the shapes of a checkpoint in the layout of the first release, which has no config.
 
@@ -164,11 +164,11 @@ class TextTower(nn.Module):
     self.encoder = Encoder(config.encoder)
     self.norm = layer_norm(config.encoder)
 
-  def __call__(self, ids: jax.Array, **hooks: Any) -> Encoded:
+  def __call__(self, ids: jax.Array, **hooks: PyTree) -> Encoded:
     """Maps token ids (B, T) to normalised hidden states (B, T, D)."""
     return self.encode(self.token(ids), **hooks)
 
-  def encode(self, embedded: jax.Array, **hooks: Any) -> Encoded:
+  def encode(self, embedded: jax.Array, **hooks: PyTree) -> Encoded:
     """The same from token embeddings (B, T, D), in which prompts may stand for words."""
     length = embedded.shape[1]
     if length > self.config.context:
@@ -222,7 +222,7 @@ class CLIP(nn.Module):
     """The image tower's tokens (B, 1 + N, D) before the first block."""
     return self.vision.embed(pixels)
 
-  def encode_image(self, tokens: jax.Array, **hooks: Any) -> Encoded:
+  def encode_image(self, tokens: jax.Array, **hooks: PyTree) -> Encoded:
     """The image tower's blocks; keywords of `Encoder.__call__`."""
     return self.vision.encode(tokens, **hooks)
 
@@ -234,7 +234,7 @@ class CLIP(nn.Module):
     """Token embeddings (N, T, D), without positions."""
     return self.text.token(ids)
 
-  def encode_text(self, embedded: jax.Array, **hooks: Any) -> Encoded:
+  def encode_text(self, embedded: jax.Array, **hooks: PyTree) -> Encoded:
     """The text tower from token embeddings (N, T, D); keywords of `Encoder.__call__`."""
     return self.text.encode(embedded, **hooks)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from jaxmethods.models.graph_layers import GAT, GCN, GIN, MaskedBatchNorm, masked_moments, pool
 from jaxmethods.models.init import torch_linear
+from jaxmethods.trees import Params, PyTree, Tree
 
 Kind = Literal["gcn", "gin"]
 
@@ -90,18 +91,18 @@ def init_head(key: jax.Array, width: int, num_classes: int) -> Head:
 class Classifier(NamedTuple):
   """A trained network: weights of a `GraphEncoder`, its running statistics, its classifier."""
 
-  params: Any
-  batch_stats: Any
+  params: Params
+  batch_stats: Params
   head: Head
 
   @property
-  def variables(self) -> dict[str, Any]:
+  def variables(self) -> Tree:
     """What `GraphEncoder.apply` takes."""
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def batch_norm_gap(
-  encoder: GraphEncoder, variables: Mapping[str, Any], batch: jraph.GraphsTuple
+  encoder: GraphEncoder, variables: Params, batch: jraph.GraphsTuple
 ) -> tuple[jax.Array, jax.Array]:
   """Representations in evaluation mode, and how far the batch is from what each batch norm has seen.
 
@@ -121,14 +122,14 @@ def batch_norm_gap(
   def watch(call, args, kwargs, context):
     if isinstance(context.module, MaskedBatchNorm) and context.method_name == "__call__":
       mean, variance, _ = masked_moments(args[0], batch.nodes["mask"])
-      seen: Any = {
+      seen: PyTree = {
         name: context.module.get_variable("batch_stats", name) for name in ("mean", "var")
       }
       gaps.append(_norm(seen["var"] - variance) + _norm(seen["mean"] - mean))
     return call(*args, **kwargs)
 
   with nn.intercept_methods(watch):
-    pooled: Any = encoder.apply(variables, batch)
+    pooled: PyTree = encoder.apply(variables, batch)
   return pooled, sum(gaps[1:], gaps[0])
 
 
@@ -166,8 +167,8 @@ def from_published(weights: Mapping[str, np.ndarray]) -> tuple[GraphEncoder, Cla
   Raises:
     ValueError: for a name that is not part of such a network, or without classifier.
   """
-  params: dict[str, Any] = {}
-  stats: dict[str, Any] = {}
+  params: Tree = {}
+  stats: Tree = {}
   for name, value in weights.items():
     module, _, leaf = name.rpartition(".")
     if leaf in ("eps", "num_batches_tracked"):  # eps is fixed at 0 in the published network

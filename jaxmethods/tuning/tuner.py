@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from jaxmethods.adapters import adapter as adapters
 from jaxmethods.adapters.adapter import Adapter, Params, Tree
 from jaxmethods.adapters.targets import ATTENTION, BLOCK, matching
 from jaxmethods.adapters.training import token_cross_entropy
-from jaxmethods.trees import flatten, unflatten
+from jaxmethods.trees import PyTree, flatten, unflatten
 
 Batch = Mapping[str, jax.Array]
 
@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
 class Run(Protocol):
   """The tuned model: called like `model.apply` without its variables."""
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+  def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
 
 
 # (the tuned model, batch, key of dropout or None) -> (sum over what counts, how much counts).
@@ -98,8 +98,8 @@ class Tuner(NamedTuple):
   """
 
   init: Callable[[jax.Array, Params, Batch], TunerState]
-  apply: Callable[..., Any]
-  finalize: Callable[[Tree, Tree, Tree], dict[str, Any]] | None
+  apply: Callable[..., PyTree]
+  finalize: Callable[[Tree, Tree, Tree], Tree] | None
   rates: Callable[[Tree], Tree]
   penalty: Callable[[Tree, Tree, Tree], jax.Array] = no_penalty
   pre_step: Callable[..., tuple[Tree, Tree]] = nothing_before
@@ -119,7 +119,7 @@ class TuningState(NamedTuple):
   step: jax.Array
   key: jax.Array
   tuner: TunerState
-  opt_state: Any
+  opt_state: PyTree
 
 
 Update = Callable[[TuningState, Batch], tuple[TuningState, dict[str, jax.Array]]]
@@ -257,8 +257,8 @@ def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Arra
 def selected(
   targets: str,
   *,
-  finalize: Callable[[Tree, Tree, Tree], dict[str, Any]] | None = None,
-  **hooks: Any,
+  finalize: Callable[[Tree, Tree, Tree], Tree] | None = None,
+  **hooks: PyTree,
 ) -> Tuner:
   """Trains those of the model's own parameters in whose path `targets` is found.
 
@@ -325,7 +325,7 @@ def split_params(params: Params, targets: str) -> tuple[Tree, Tree]:
   return trees.split(params, lambda path: path in found)
 
 
-def together(trainable: Tree, frozen: Tree, extra: Tree) -> dict[str, Any]:
+def together(trainable: Tree, frozen: Tree, extra: Tree) -> Tree:
   """Joins the trained and the frozen parameters of a model."""
   del extra
   return trees.merge(trainable, frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -29,10 +30,7 @@ def network_of(net: Classifier) -> Network:
   """The network as a function; parameters are {"net": ...}, perhaps with a "projector" beside it."""
 
   def apply(params, model_state, x, train):
-    def both(net, x):
-      h = net.features(x, train=train)
-      return h, net.logits(h)
-
+    both = functools.partial(_features_and_logits, train=train)
     variables = {"params": params["net"], "batch_stats": model_state}
     if not train:
       return *net.apply(variables, x, method=both), model_state
@@ -40,6 +38,11 @@ def network_of(net: Classifier) -> Network:
     return h, logits, moved["batch_stats"]
 
   return apply
+
+
+def _features_and_logits(net: Classifier, x: Array, train: bool) -> tuple[Array, Array]:
+  h = net.features(x, train=train)
+  return h, net.logits(h)
 
 
 def variable_shapes(net: Classifier, side: int, projector: int) -> tuple[Params, Params]:

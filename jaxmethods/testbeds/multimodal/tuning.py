@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ from jaxmethods.testbeds.multimodal.questions import (
   draw,
 )
 from jaxmethods.testbeds.multimodal.settings import BudgetConfig, TuningConfig
-from jaxmethods.trees import Params, PyTree, flatten, unflatten
+from jaxmethods.trees import Params, PyTree, Tree, flatten, unflatten
 from jaxmethods.tuning import metrics
 from jaxmethods.tuning.tuner import (
   Run,
@@ -142,7 +142,7 @@ def _step(
   return update(state, batch_of(data, key, state.step, size))
 
 
-def _evaluate(scores: Scores, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _evaluate(scores: Scores, state: TuningState, test: Params) -> dict[str, jax.Array]:
   """Measures the columns of the survey, the trained share and whether the update merges."""
   tuner = scores.tuner
   run = tuned(tuner, scores.model, state)
@@ -153,7 +153,7 @@ def _evaluate(scores: Scores, state: TuningState, test: Mapping[str, Any]) -> di
 
 
 def _figures(
-  evaluate: Callable[[TuningState, Any], dict[str, jax.Array]], test: Any, state: TuningState
+  evaluate: Callable[[TuningState, PyTree], dict[str, jax.Array]], test: PyTree, state: TuningState
 ) -> dict[str, Figure]:
   """Draws the accuracy before and after tuning."""
   after = compiler.jit(evaluate)(state, test)
@@ -214,7 +214,7 @@ def tuned(tuner: Tuner, model: nn.Module, state: TuningState) -> Run:
   return lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
 
 
-def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
+def test_of(benchmark: Benchmark, config: TuningConfig) -> Tree:
   """Collects test questions, "source" and "target", and the scores of the pretrained model, "before"."""
   target = benchmark.targets[config.target]
   splits = {
@@ -227,7 +227,7 @@ def test_of(benchmark: Benchmark, config: TuningConfig) -> dict[str, Any]:
 
 def pretrained_scores(
   benchmark: Benchmark, splits: Mapping[str, Split], families: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
+) -> Tree:
   """Measures {split: {family: accuracy}} of the pretrained model, by the cache."""
 
   def scores() -> dict[str, np.ndarray]:
@@ -248,9 +248,7 @@ def pretrained_scores(
   )
 
 
-def table(
-  run: Run, families: Sequence[str], target: str, test: Mapping[str, Any]
-) -> dict[str, jax.Array]:
+def table(run: Run, families: Sequence[str], target: str, test: Params) -> dict[str, jax.Array]:
   """Measures the columns of the survey, H first: the metric that a comparison ranks by.
 
   Args:
