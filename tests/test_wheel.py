@@ -19,7 +19,7 @@ BUILT_FROM = ("jaxmethods", "train", "eval", "configs", "pyproject.toml", "setup
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-  """A folder with what the wheel installs; the sources are copied, since a build leaves folders behind."""
+  """A folder with what the wheel installs; sources are copied, since a build leaves folders."""
   source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
   for name in BUILT_FROM:
     path = ROOT / name
