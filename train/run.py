@@ -24,9 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   run = session.start(given, workdir)
   if run.writer:
     print(run.experiment.about, flush=True)
+  if kept := session.finished(run):
+    step, page = kept
+    if run.writer:
+      print(f"{step} steps done before; see {page}")
+    return 0
   done = session.train(run)
-  if page := session.report(run, done):
-    print(f"{done.step} steps done; see {page}")
+  if shown := session.report(run, done):
+    workdir_lib.keep_finished(workdir, done.step)
+    print(f"{done.step} steps done; see {shown}")
   return 0
 
 

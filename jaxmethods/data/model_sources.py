@@ -19,7 +19,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from jaxmethods.data.records import Source
 from jaxmethods.data.weights_files import (
   Gguf,
   Safetensors,
+  check_config,
   open_gguf,
   read_json,
   save_checkpoint,
@@ -44,7 +45,9 @@ from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import BUFFERS, CausalLM, CausalLMConfig, table
 from jaxmethods.models.sharding import param_shardings, placement
 from jaxmethods.models.weights import Table, export_params, import_params, on_host
-from jaxmethods.trees import Params, Tree
+from jaxmethods.trees import Json, Params, Tree
+
+Parsed = TypeVar("Parsed")
 
 
 class Wheel(NamedTuple):
@@ -127,6 +130,12 @@ def open_model(name: str) -> ModelFiles:
   Raises:
     InputError: an unknown name, or missing or damaged files.
   """
+  files = _open(name)
+  check_config(files.config, f"{name}: config.json")
+  return files
+
+
+def _open(name: str) -> ModelFiles:
   kind, _, rest = name.partition(":")
   if kind == "hf" and rest:
     return _hugging_face(name, rest)
@@ -170,7 +179,7 @@ def load_causal_lm(
   """
   files = open_model(name)
   try:
-    config = CausalLMConfig.from_hugging_face(files.config)
+    config = parsed(CausalLMConfig.from_hugging_face, files.config)
     if scan_layers is None:
       scan_layers = jax.default_backend() != "cpu" or config.num_layers > _UNROLLED_LAYERS
     model = CausalLM(config, scan_layers=scan_layers, dtype=dtype, remat=remat)
@@ -179,6 +188,20 @@ def load_causal_lm(
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None
   return LoadedLM(model, params, files)
+
+
+def parsed(parse: Callable[..., Parsed], config: Json, **how: Any) -> Parsed:
+  """Reads a `config.json` into the settings of a family.
+
+  Raises:
+    ValueError: a key that is missing or has a value of another kind.
+  """
+  try:
+    return parse(config, **how)
+  except KeyError as error:
+    raise ValueError(f"config.json: has no {error.args[0]}") from None
+  except (TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+    raise ValueError(f"config.json: a value is of another kind than expected ({error})") from None
 
 
 def load_params(

@@ -128,6 +128,13 @@ def load_graphs(
 def _load_graph_set(name: str, features: Features, max_degree: int | None) -> GraphData:
   known = {config.name: config for config in Tu.BUILDER_CONFIGS}
   config = known.get(name) or tfds.core.BuilderConfig(name=name)
+  with _reading(f"tu/{name}"):
+    return _stored_graphs(name, config, features, max_degree)
+
+
+def _stored_graphs(
+  name: str, config: tfds.core.BuilderConfig, features: Features, max_degree: int | None
+) -> GraphData:
   builder = _builder(f"tu/{name}", functools.partial(Tu, config=config))
   if not builder.is_prepared():
     tu.read(name)  # a missing or damaged set stops here, before TFDS makes folders
@@ -172,6 +179,11 @@ def load_arrays(name: str) -> ArrayData:
       size.
   """
   name, _, split = name.partition(":")
+  with _reading(name):
+    return _stored_arrays(name, split)
+
+
+def _stored_arrays(name: str, split: str) -> ArrayData:
   builder = _builder(name, functools.partial(tfds.builder, name, try_gcs=False))
   images = [key for key, f in builder.info.features.items() if isinstance(f, tfds.features.Image)]
   labels = [
@@ -214,6 +226,22 @@ def load_arrays(name: str) -> ArrayData:
   )
   num_classes = int(builder.info.features[labels[0]].num_classes)
   return ArrayData(splits, num_classes, source_record)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+  """Turns whatever TFDS and its readers raise on damaged or missing files into one line."""
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    folder = _folder() / name.partition(":")[0].partition("/")[0]
+    raise InputError(
+      f"tfds:{name}: its files in {folder} are damaged or missing ({reason}): remove that folder, and "
+      "the set is prepared again"
+    ) from error
 
 
 def _builder(name: str, make: Callable[..., tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:

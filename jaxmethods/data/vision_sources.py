@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmethods.data.files import wheel_file
 from jaxmethods.data.legacy_pickle import read_tensors
-from jaxmethods.data.model_sources import ModelFiles, load_params, open_model
+from jaxmethods.data.model_sources import ModelFiles, load_params, open_model, parsed
 from jaxmethods.data.records import Source
 from jaxmethods.errors import InputError
 from jaxmethods.models import mllm
@@ -70,8 +71,9 @@ def load_model(
     if kind not in _FAMILIES:
       known = ", ".join(_FAMILIES)
       raise ValueError(f"model_type {kind!r} is no supported family ({known})")
-    config = complete(files.config)
-    model, table, inputs, ignored = _FAMILIES[kind](config, files.tensors or {}, how)
+    config = parsed(complete, files.config)
+    family = functools.partial(_FAMILIES[kind], tensors=files.tensors or {}, how=how)
+    model, table, inputs, ignored = parsed(family, config)
     params = load_params(files, model, inputs, table, ignored, mesh, key)
   except ValueError as error:
     raise InputError(f"{name}: {error}") from None

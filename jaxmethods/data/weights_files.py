@@ -67,7 +67,16 @@ class Safetensors(Mapping[str, np.ndarray]):
         raise InputError(f"{path / file_name}: has no tensor {name}, which {_INDEX} promises")
 
   def __getitem__(self, name: str) -> np.ndarray:
-    return self._handles[name].get_tensor(name)
+    try:
+      tensor: np.ndarray = self._handles[name].get_tensor(name)
+    except (SafetensorError, TypeError, ValueError) as error:  # such as 8-bit floats
+      raise InputError(f"{name}: cannot be read ({error})") from None
+    if tensor.dtype.kind in "iub":
+      raise InputError(
+        f"{name}: has type {tensor.dtype}: quantised weights mean nothing without their scales, which "
+        "are read from GGUF files only"
+      )
+    return tensor
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._handles)
@@ -96,6 +105,44 @@ def read_json(file: Path) -> dict[str, Any]:
   if not isinstance(contents, dict):
     raise InputError(f"{file}: must hold a JSON object")
   return contents
+
+
+_WHOLE = {
+  "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+  "image_size", "patch_size", "num_channels", "projection_dim", "max_position_embeddings",
+}  # fmt: skip
+_WHOLE_OR_NULL = {"num_key_value_heads", "head_dim", "sliding_window"}
+_NUMBERS = {"rms_norm_eps", "layer_norm_eps", "rope_theta"}
+_PARTS = {"text_config", "vision_config"}
+
+
+def check_config(config: Json, where: str) -> None:
+  """Raises for the contents of a `config.json` that no model can have.
+
+  Args:
+    config: contents.
+    where: file or name, for errors.
+
+  Raises:
+    InputError: a size that is no positive whole number, a rate that is no number, quantised weights.
+  """
+  for key, value in config.items():
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    whole = number and isinstance(value, int) and value > 0
+    if key in _WHOLE and not (whole or (key == "image_size" and isinstance(value, list))):
+      raise InputError(f"{where}: {key}: expected a positive whole number, got {value!r}")
+    if key in _WHOLE_OR_NULL and not (whole or value is None):
+      raise InputError(f"{where}: {key}: expected a positive whole number or null, got {value!r}")
+    if key in _NUMBERS and not number:
+      raise InputError(f"{where}: {key}: expected a number, got {value!r}")
+    if key == "model_type" and not isinstance(value, str):
+      raise InputError(f"{where}: {key}: expected a text, got {value!r}")
+    if key == "quantization_config" and value:
+      raise InputError(f"{where}: {key}: quantised weights are read from GGUF files only")
+    if key in _PARTS:
+      if not isinstance(value, dict):
+        raise InputError(f"{where}: {key}: expected an object, got {value!r}")
+      check_config(value, f"{where}: {key}")
 
 
 def save_checkpoint(

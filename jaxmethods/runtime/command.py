@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
@@ -17,14 +17,20 @@ from jaxmethods.runtime import failures
 if TYPE_CHECKING:
   from jaxmethods.runtime.experiment import Room, RunConfig
 
-# Beside the package in a clone; absent from a wheel, where the dataclass defaults are all there is.
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Inside the package in a wheel, beside it in a clone.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(
+  (f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir()),
+  _PACKAGE / "configs",
+)
 
 # Results go to standard output, and so does progress; an error is alone on standard error.
 
 
 class Registry(Protocol):
   """The methods, `jaxmethods.experiments`."""
+
+  METHODS: Mapping[str, object]
 
   def load(self, name: str) -> Room: ...
 
@@ -111,6 +117,7 @@ class Asked(NamedTuple):
   args: argparse.Namespace
   method: Room
   overrides: Sequence[tuple[str, str]]
+  default: Path | None  # the config file where --config names none
 
 
 class Given(NamedTuple):
@@ -146,13 +153,26 @@ def ask(
   if args.list:
     print(experiments.listing())
     return None
-  return Asked(args, experiments.load(args.method), overrides)
+  method, default = experiments.load(args.method), CONFIGS / f"{args.method}.yaml"
+  if not default.is_file():
+    if args.method in experiments.METHODS and not args.config:
+      raise InputError(f"{default}: is missing; install jaxmethods anew, or give --config FILE")
+    return Asked(args, method, overrides, None)
+  return Asked(args, method, overrides, default)
 
 
 def given(asked: Asked) -> Given:
   """Loads the config of `--config`, or the default of the method."""
-  file = config_file(asked.args)
+  file = shipped(asked.args.config) or asked.default
   return Given(asked.args, asked.method, load(asked, file, short=asked.args.short), file)
+
+
+def shipped(file: Path | None) -> Path | None:
+  """Returns `file`; where `configs/NAME.yaml` is not here, the one that is installed."""
+  if file and not file.exists() and file.parts[0] == "configs":
+    installed = CONFIGS.joinpath(*file.parts[1:])
+    return installed if installed.is_file() else file
+  return file
 
 
 def load(asked: Asked, file: Path | None, *, short: bool = False) -> RunConfig:
@@ -171,12 +191,6 @@ def printed(given: Given) -> bool:
   if given.args.print_config:
     print(config_lib.explained(given.config, method=given.args.method), end="")
   return given.args.print_config
-
-
-def config_file(args: argparse.Namespace) -> Path | None:
-  """Returns the YAML file that `--config` or `--method` means, if there is one."""
-  default = CONFIGS / f"{args.method}.yaml"
-  return args.config or (default if default.is_file() else None)
 
 
 def workdir(given: Given, kind: str = "") -> Path:

@@ -31,6 +31,7 @@ from jaxmethods.runtime.experiment import (
 )
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display, MetricLog, plain
+from jaxmethods.runtime.waiting import waiting
 from jaxmethods.runtime.workdir import CHECKPOINTS
 
 
@@ -74,13 +75,15 @@ def train(
   """
   writer = jax.process_index() == 0
   experiment = ordered(experiment)
-  state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
+  with waiting("making the first state", quiet=not writer):
+    state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
   step, evaluate = compile_experiment(experiment, state, mesh, donate=not debug)
   if writer:
     create_workdir()
 
   with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
-    start, state = checkpoints.restore(state) or (0, state)
+    with waiting("restoring the checkpoint", quiet=not writer):
+      start, state = checkpoints.restore(state) or (0, state)
     if start and writer:
       print(f"continuing from step {start} in {workdir}", flush=True)
     with (
@@ -91,7 +94,10 @@ def train(
       tools = Tools(checkpoints, signals, log, display)
       state, evaluated = _steps(experiment, config, (step, evaluate), tools, start, state, debug)
   # {}: the run was complete already.
-  return state, evaluated or plain(jax.device_get(evaluate(state, experiment.test)))
+  if not evaluated:
+    with waiting("evaluating", quiet=not writer):
+      evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+  return state, evaluated
 
 
 def _steps(
@@ -109,13 +115,14 @@ def _steps(
   pending: dict[int, Metrics] = {}  # step -> metrics still on the device
   clock = time.perf_counter()
   for k in range(start + 1, last + 1):
-    with _nan_named(k, debug):
+    with _nan_named(k, debug), _first_of(k == start + 1, "compiling the step", tools):
       state, pending[k] = step(state, next(batches))
     logged = k % config.log_every == 0 or k == last
     if logged:
       metrics = _fetch_checked(pending)
       if _evaluation_due(k, config, last):
-        evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
+        with waiting("evaluating", quiet=not tools.log):
+          evaluated = plain(jax.device_get(evaluate(state, experiment.test)))
         metrics |= evaluated
       seconds, clock = time.perf_counter() - clock, time.perf_counter()
       if tools.log:
@@ -137,15 +144,20 @@ def evaluate(
   experiment: Experiment, config: RunConfig, checkpoints: Path, mesh: Mesh | None = None
 ) -> tuple[int, State, Values]:
   """Returns (step, state, metrics) of the newest checkpoint in the directory `checkpoints`."""
-  experiment = ordered(experiment)
-  state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
-  with Checkpoints(checkpoints, read_only=True) as reader:
+  experiment, quiet = ordered(experiment), jax.process_index() != 0
+  with waiting("making the first state", quiet=quiet):
+    state = replicate(experiment.init(jax.random.key(config.seed)), mesh)
+  with (
+    waiting("restoring the checkpoint", quiet=quiet),
+    Checkpoints(checkpoints, read_only=True) as reader,
+  ):
     restored = reader.restore(state)
   if restored is None:
     raise InputError(f"{checkpoints}: there is no complete checkpoint yet")
   step, state = restored
   _, evaluate = compile_experiment(experiment, state, mesh)
-  return step, state, plain(jax.device_get(evaluate(state, experiment.test)))
+  with waiting("evaluating", quiet=quiet):
+    return step, state, plain(jax.device_get(evaluate(state, experiment.test)))
 
 
 def compile_experiment(
@@ -199,6 +211,11 @@ def ordered(experiment: Experiment) -> Experiment:
     return OrderedDict(experiment.evaluate(state, test))
 
   return experiment._replace(step=step, evaluate=evaluate)
+
+
+def _first_of(first: bool, what: str, tools: Tools) -> contextlib.AbstractContextManager:
+  """Says that the first call of a program waits for the compiler."""
+  return waiting(what, quiet=not tools.log) if first else contextlib.nullcontext()
 
 
 def _evaluation_due(k: int, config: RunConfig, last: int) -> bool:

@@ -20,6 +20,7 @@ from jaxmethods.runtime.checkpoints import Checkpoints
 from jaxmethods.runtime.experiment import Batch, Experiment, Metrics, RunConfig, State, Values
 from jaxmethods.runtime.launch import replicate
 from jaxmethods.runtime.metric_log import Display
+from jaxmethods.runtime.waiting import waiting
 
 
 class Trained(NamedTuple):
@@ -81,7 +82,9 @@ def train(
     Stopped: SIGTERM or SIGINT came; the state has been saved.
   """
   experiment, last = loop.ordered(experiment), experiment.num_steps
-  copies = [experiment.init(jax.random.key(config.seed + seed)) for seed in range(seeds)]
+  quiet = jax.process_index() != 0
+  with waiting(f"{title}: making the first states", quiet=quiet):
+    copies = [experiment.init(jax.random.key(config.seed + seed)) for seed in range(seeds)]
   shapes = jax.eval_shape(experiment.evaluate, copies[0], experiment.test)
   names = [name for name, value in shapes.items() if value.shape == ()]
   state, programs = _over_seeds(experiment, copies, seed_map, mesh)
@@ -124,9 +127,14 @@ def _steps(
   since = (start, clock)
   for k in range(start + 1, last + 1):
     batch = next(batches)
-    state, metrics = programs.step(state, batch)
+    if k == start + 1:
+      with waiting("compiling the step", quiet=jax.process_index() != 0):
+        state, metrics = programs.step(state, batch)
+    else:
+      state, metrics = programs.step(state, batch)
     if k in evaluated:
-      measured = _fetch(programs.evaluate(state, experiment.test))
+      with waiting("evaluating", quiet=jax.process_index() != 0):
+        measured = _fetch(programs.evaluate(state, experiment.test))
       sums = {name: sums[name] + measured[name] for name in sums}
     logged = k % config.log_every == 0 or k == last
     if logged:

@@ -14,6 +14,7 @@ from jaxmethods.runtime import launch
 from jaxmethods.runtime import workdir as workdir_lib
 from jaxmethods.runtime.command import Given
 from jaxmethods.runtime.experiment import Experiment, State
+from jaxmethods.runtime.waiting import waiting
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -56,7 +57,8 @@ def build(given: Given, workdir: Path, mesh: Mesh | None) -> Session:
   Raises:
     InputError: the run in `workdir` was made with other data.
   """
-  experiment = given.method.build(given.config, mesh)
+  with waiting("preparing data and model", quiet=not is_writer()):
+    experiment = given.method.build(given.config, mesh)
   workdir_lib.check_data(workdir, experiment.about)
   return Session(given, workdir, experiment, mesh, is_writer())
 
@@ -107,8 +109,9 @@ def restore(session: Session) -> Outcome:
 def report(session: Session, outcome: Outcome) -> Path | None:
   """Writes report.html with its pictures and files; returns the page, None where others write."""
   # By every process: they may compute on the whole mesh.
-  figures = session.experiment.figures(outcome.state)
-  files = session.experiment.files(outcome.state)
+  with waiting("drawing the pictures", quiet=not session.writer):
+    figures = session.experiment.figures(outcome.state)
+    files = session.experiment.files(outcome.state)
   if not session.writer:
     return None
   from jaxmethods.runtime import report as page  # matplotlib takes 0.6 s
@@ -122,6 +125,13 @@ def report(session: Session, outcome: Outcome) -> Path | None:
     figures=figures,
     files=files,
   )
+
+
+def finished(session: Session) -> tuple[int, Path] | None:
+  """Returns (step, page) of a run that was done to its end and reported as it stands, else None."""
+  kept = workdir_lib.read_finished(session.workdir)
+  step = session.experiment.num_steps
+  return (step, session.workdir / workdir_lib.REPORT) if kept == step else None
 
 
 def require_checkpoints(workdir: Path) -> None:

@@ -16,6 +16,8 @@ from jaxmethods.runtime.experiment import RunConfig
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
+FINISHED = "finished.json"  # that the report shows the last step, and of which files it speaks
 DATA = "data.json"  # digests of the data, from the first line of the report
 
 
@@ -102,6 +104,31 @@ def create(workdir: Path, config: RunConfig, **header: object) -> None:
     write_text(workdir / CONFIG, config_lib.to_yaml(config, **header))
   except OSError as error:
     raise failures.of_system(error, f"--workdir {workdir}: cannot be written") from None
+
+
+def keep_finished(workdir: Path, step: int) -> None:
+  """Notes that the report is that of the last step, of the checkpoint as it is on disk now."""
+  write_json(workdir / FINISHED, {"step": step, "files": _stamps(workdir, step)})
+
+
+def read_finished(workdir: Path) -> int | None:
+  """Returns the last step of a finished run; None if anything of it has been touched since."""
+  try:
+    kept = json.loads((workdir / FINISHED).read_text(encoding="utf-8"))
+    step = kept["step"]
+    return step if kept["files"] == _stamps(workdir, step) != {} else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _stamps(workdir: Path, step: int) -> dict[str, list[int]]:
+  """Returns {file: [size, time]} of the checkpoint of a step, the config and the report."""
+  newest = workdir / CHECKPOINTS / str(step)
+  files = sorted(path for path in newest.rglob("*") if path.is_file()) if newest.is_dir() else []
+  if not files:
+    return {}
+  seen = {path: path.stat() for path in [*files, workdir / CONFIG, workdir / REPORT]}
+  return {str(path.relative_to(workdir)): [s.st_size, s.st_mtime_ns] for path, s in seen.items()}
 
 
 def write_text(file: Path, text: str) -> None:

@@ -405,3 +405,52 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   with pytest.raises(InputError, match=r"could not be asked for it.*; offline, give"):
     load_causal_lm("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"hidden_size": "8"}, "hidden_size: expected a positive whole number, got '8'"),
+    ({"hidden_size": None}, "hidden_size: expected a positive whole number, got None"),
+    ({"num_attention_heads": 0}, "num_attention_heads: expected a positive whole number"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers: expected a positive whole number"),
+    ({"vocab_size": True}, "vocab_size: expected a positive whole number"),
+    ({"num_key_value_heads": []}, "num_key_value_heads: expected a positive whole number or null"),
+    ({"rms_norm_eps": None}, "rms_norm_eps: expected a number"),
+    ({"model_type": None}, "model_type: expected a text"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: quantised weights"),
+    ({"text_config": "x"}, "text_config: expected an object"),
+  ],
+  ids=str,
+)
+def test_wrong_values_of_a_config_are_named(checkpoint, change, message):
+  folder, _ = checkpoint
+  file = folder / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | change))
+  with pytest.raises(InputError, match=message):
+    load_causal_lm(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "model_type"])
+def test_a_config_without_a_key(checkpoint, key):
+  folder, _ = checkpoint
+  file = folder / "config.json"
+  file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+  with pytest.raises(InputError, match=key):
+    load_causal_lm(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_whole_numbers_without_scales_are_no_weights(checkpoint, dtype):
+  folder, tensors = checkpoint
+  name = next(name for name in tensors if name.endswith("q_proj.weight"))
+  save_checkpoint(folder, tensors | {name: np.zeros(tensors[name].shape, dtype)}, CONFIG)
+  with pytest.raises(InputError, match=rf"q_proj\.weight: has type {np.dtype(dtype)}"):
+    load_causal_lm(f"hf:{folder}")
+
+
+def test_an_adapter_beside_a_model_is_not_ignored(checkpoint):
+  folder, _ = checkpoint
+  (folder / "adapter_config.json").write_text("{}")
+  with pytest.raises(InputError, match="holds an adapter beside the model"):
+    load_causal_lm(f"hf:{folder}")

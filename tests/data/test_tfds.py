@@ -83,6 +83,13 @@ def test_digits_through_png(data_folder):
   np.testing.assert_array_equal(part[1], labels[:180])
   with pytest.raises(InputError, match="no split 'test'; it has full"):
     load_arrays("tfds:sklearn_digits:test")
+  (file,) = data_folder.rglob("*.array_record*")
+  file.write_bytes(file.read_bytes()[:2000])
+  with pytest.raises(InputError, match="sklearn_digits are damaged or missing"):
+    load_arrays("tfds:sklearn_digits")
+  file.unlink()
+  with pytest.raises(InputError, match="sklearn_digits are damaged or missing"):
+    load_arrays("tfds:sklearn_digits")
 
 
 @pytest.mark.parametrize(

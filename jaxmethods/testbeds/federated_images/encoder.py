@@ -14,6 +14,7 @@ from jax import Array
 from jaxmethods.data.array_cache import cached
 from jaxmethods.models.convnet import ConvNet
 from jaxmethods.runtime import compiler
+from jaxmethods.runtime.waiting import waiting
 
 FORMAT = b"encoder 1"  # changes when the network or its training changes
 FEATURES = (16, 32, 64)
@@ -60,7 +61,8 @@ def _embed(
   x, y = map(jnp.asarray, fit)
   keys = jax.random.split(jax.random.key(1), epochs)
   train = compiler.jit(functools.partial(_train, model))
-  params = train(model.init(jax.random.key(0), x[:1]), x, y, keys)
+  with waiting("training the encoder"):
+    params = jax.block_until_ready(train(model.init(jax.random.key(0), x[:1]), x, y, keys))
   embedding = compiler.jit(lambda params, x: model.apply(params, x, embedding=True))
   parts = np.array_split(images, -(-len(images) // 1024))
   return np.concatenate([np.asarray(embedding(params, part)) for part in parts])
