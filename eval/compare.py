@@ -7,6 +7,7 @@ command continues a comparison that was stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -21,6 +22,7 @@ from jaxmethods.runtime import command, launch
 if TYPE_CHECKING:
   from jaxmethods.runtime.command import Given
   from jaxmethods.runtime.experiment import RunConfig, Values
+  from jaxmethods.runtime.seeds import Trained
   from jaxmethods.runtime.session import Session
 
 
@@ -79,15 +81,13 @@ def _trained(name: str, row: Session) -> Values:
   # On two CPU cores, 5 seeds: a convnet step takes 88 ms in the loop, 366 under vmap, 690 under scan;
   # a dense one 440, 584, 401.
   seed_map = args.seed_map or ("loop" if jax.default_backend() == "cpu" else "vmap")
-  trained = seeds.train(
-    row.experiment,
-    row.given.config,
-    row.workdir,
-    seeds=args.seeds,
-    seed_map=seed_map,
-    title=name,
-    mesh=row.mesh,
-  )
+  if row.given.config.counted:
+    trained = _one_by_one(name, row, seed_map)
+  else:
+    trained = seeds.train(
+      row.experiment, row.given.config, row.workdir, seeds=args.seeds, seed_map=seed_map, title=name,
+      mesh=row.mesh,
+    )  # fmt: skip
   metrics = {metric: seeds.summarize(numbers) for metric, numbers in trained.values.items()}
   return {
     "name": name,
@@ -98,6 +98,28 @@ def _trained(name: str, row: Session) -> Values:
   }
 
 
+def _one_by_one(name: str, row: Session, seed_map: str) -> Trained:
+  """Trains the seeds of a row one by one, each with data or splits of its own."""
+  from jaxmethods.runtime import seeds, session
+
+  parts = []
+  for i in range(row.given.args.seeds):
+    folder, config = row.workdir / f"seed-{i}", row.given.config
+    if i:
+      counted = {field: getattr(config, field) + i for field in ("seed", *config.counted)}
+      config = dataclasses.replace(config, **counted)
+      experiment = session.build(row.given._replace(config=config), folder, row.mesh).experiment
+    else:
+      experiment = row.experiment
+    title = f"{name}, seed {i + 1}"
+    parts.append(
+      seeds.train(
+        experiment, config, folder, seeds=1, seed_map=seed_map, title=title, mesh=row.mesh
+      )
+    )
+  return seeds.joined(parts)
+
+
 def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> None:
   """Writes compare.json and the page, and prints the table."""
   from jaxmethods.runtime import report
@@ -106,7 +128,8 @@ def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> Non
   args = given.args
   for target in filter(None, (workdir / "compare.json", args.json)):
     workdir_lib.write_json(target, {"rows": results})
-  title = f"{args.method}: {args.seeds} seeds, mean ± 95 % interval"
+  varied = given.config.seeds_vary
+  title = f"{args.method}: {args.seeds} seeds ({varied} differ), mean ± 95 % interval"
   header, lines = _table(results)
   report.print_table(title, header, lines)
   intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 from jaxmethods.runtime import checks
 
@@ -28,6 +28,11 @@ Config = TypeVar("Config", bound="RunConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
   """Settings that every method's config inherits; all can be set from YAML or the command line."""
+
+  # For eval.compare: what differs from seed to seed, and which fields count on with `seed` because the
+  # published repeats do.
+  seeds_vary: ClassVar[str] = "initialisation"
+  counted: ClassVar[tuple[str, ...]] = ()
 
   seed: int = 1  # of the initialisation and the order of batches; eval.compare counts up from it
   steps: int = 100  # training steps; communication rounds for federated methods

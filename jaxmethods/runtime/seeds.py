@@ -111,6 +111,18 @@ def train(
   )
 
 
+def joined(parts: Sequence[Trained]) -> Trained:
+  """Puts seeds that were trained one by one together."""
+  times = [part.step_seconds for part in parts if part.step_seconds is not None]
+  sizes = [part.step_bytes for part in parts if part.step_bytes is not None]
+  return Trained(
+    {name: [value for part in parts for value in part.values[name]] for name in parts[0].values},
+    seconds=sum(part.seconds for part in parts),
+    step_seconds=float(np.median(times)) if times else None,
+    step_bytes=max(sizes, default=None),
+  )
+
+
 def _steps(
   experiment: Experiment,
   config: RunConfig,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxmethods.runtime.checks import at_least, positive, require, within
 from jaxmethods.runtime.experiment import RunConfig
@@ -35,6 +35,9 @@ OURS = ("fedssp", "gsks", "pgpa", "share_extractor")  # FedSSP and its ablations
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
+
+  seeds_vary: ClassVar[str] = "initialisation and split"
+  counted: ClassVar[tuple[str, ...]] = ("split_seed",)
 
   steps: int = 200  # communication rounds
   average_last: int = 20

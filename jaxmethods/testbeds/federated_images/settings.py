@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
@@ -16,6 +16,8 @@ Skew = Literal["domains", "labels", "both"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientSettings(RunConfig):
   """Which data there are, which part is the test, and who holds what."""
+
+  seeds_vary: ClassVar[str] = "initialisation and the clients' shares"
 
   data: str = "embedded:digit-domains"  # or any source of arrays; its splits are the domains
   split_seed: int = 0  # of the test split; the partition follows `seed`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jaxmethods.errors import InputError, nearest
 from jaxmethods.runtime import checks
@@ -73,6 +73,8 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetConfig(RunConfig):
   """The model, the budget and its schedule, the same for all rows."""
+
+  seeds_vary: ClassVar[str] = "initialisation and order of the data"
 
   steps: int = 350  # of the verified recipe: 9.6 epochs of the digits
   log_every: int = 10
