@@ -122,7 +122,7 @@ def _one_by_one(name: str, row: Session, seed_map: str) -> Trained:
 
 def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> None:
   """Writes compare.json and the page, and prints the table."""
-  from jaxmethods.runtime import report
+  from jaxmethods.runtime import report, session
   from jaxmethods.runtime import workdir as workdir_lib
 
   args = given.args
@@ -137,6 +137,7 @@ def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> Non
     workdir,
     title=title,
     about=about,
+    facts=session.facts(given, sum(row["seconds"] for row in results)),
     header=header,
     rows=lines,
     figures={"comparison": intervals} | given.method.comparison(results),

@@ -228,7 +228,8 @@ def assert_report(workdir: Path, pictures: list[str]) -> None:
   page = (workdir / "report.html").read_text()
   assert "1,797 handwritten digits" in page.split("<h1>")[0]
   for picture in pictures:
-    assert f'src="{picture}"' in page
+    name = picture.removesuffix(".png")
+    assert f'<figure id="{name}"><img src="data:image/png;base64,' in page
     assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,10 +6,11 @@ import argparse
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from jaxmethods.errors import InputError, Stopped
 from jaxmethods.runtime import failures
@@ -30,7 +31,7 @@ CONFIGS = next(
 class Registry(Protocol):
   """The methods, `jaxmethods.experiments`."""
 
-  METHODS: Mapping[str, object]
+  METHODS: Mapping[str, Any]
 
   def load(self, name: str) -> Room: ...
 
@@ -111,12 +112,22 @@ def parse(
   return args, overrides
 
 
+class Entry(Protocol):
+  """A line of the registry."""
+
+  title: str
+  paper: str
+  summary: str
+
+
 class Asked(NamedTuple):
   """A command line before any config is read: its flags, the method, and the keys it sets."""
 
   args: argparse.Namespace
   method: Room
   overrides: Sequence[tuple[str, str]]
+  words: str  # the command, as a shell reads it
+  entry: Entry | None  # None for a method of one's own
   default: Path | None  # the config file where --config names none
 
 
@@ -127,6 +138,7 @@ class Given(NamedTuple):
   method: Room
   config: RunConfig
   file: Path | None
+  asked: Asked
 
 
 def read(
@@ -153,18 +165,19 @@ def ask(
   if args.list:
     print(experiments.listing())
     return None
-  method, default = experiments.load(args.method), CONFIGS / f"{args.method}.yaml"
-  if not default.is_file():
-    if args.method in experiments.METHODS and not args.config:
-      raise InputError(f"{default}: is missing; install jaxmethods anew, or give --config FILE")
-    return Asked(args, method, overrides, None)
-  return Asked(args, method, overrides, default)
+  method, entry = experiments.load(args.method), experiments.METHODS.get(args.method)
+  words = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+  default = CONFIGS / f"{args.method}.yaml"
+  if entry and not args.config and not default.is_file():
+    raise InputError(f"{default}: is missing; install jaxmethods anew, or give --config FILE")
+  kept = default if default.is_file() else None
+  return Asked(args, method, overrides, words, entry, kept)
 
 
 def given(asked: Asked) -> Given:
   """Loads the config of `--config`, or the default of the method."""
   file = shipped(asked.args.config) or asked.default
-  return Given(asked.args, asked.method, load(asked, file, short=asked.args.short), file)
+  return Given(asked.args, asked.method, load(asked, file, short=asked.args.short), file, asked)
 
 
 def shipped(file: Path | None) -> Path | None:
@@ -182,6 +195,29 @@ def load(asked: Asked, file: Path | None, *, short: bool = False) -> RunConfig:
   return config_lib.load(
     asked.method.Config, file, short=short, overrides=asked.overrides, method=asked.args.method
   )
+
+
+def changed(given: Given) -> dict[str, tuple[object, object]]:
+  """Returns {key: (default, value)} of the settings that are not those of the default config."""
+  from jaxmethods.runtime import config as config_lib
+
+  usual = config_lib.load(given.method.Config, given.asked.default, method=given.args.method)
+  return config_lib.differences(config_lib.plain(usual), config_lib.plain(given.config))
+
+
+def is_short(given: Given) -> bool:
+  """Tells whether a config has what `--short` sets: an evaluation may have it from its run."""
+  if given.args.short or given.asked.default is None:
+    return given.args.short
+  from jaxmethods.runtime import config as config_lib
+
+  schema, file = given.method.Config, given.asked.default
+  if not config_lib.has_short(file):
+    return False
+  usual, shorter = (config_lib.load(schema, file, short=short) for short in (False, True))
+  keys = config_lib.differences(config_lib.plain(usual), config_lib.plain(shorter))
+  other = config_lib.differences(config_lib.plain(shorter), config_lib.plain(given.config))
+  return bool(keys) and not keys.keys() & other.keys()
 
 
 def printed(given: Given) -> bool:

@@ -110,6 +110,11 @@ def load(
     raise InputError(_first_line(error)) from None
 
 
+def has_short(file: Path) -> bool:
+  """Tells whether a config file has a `short:` part."""
+  return bool(_read_yaml(file).get(_SHORT))
+
+
 def to_yaml(config: RunConfig, **header: object) -> str:
   """Returns the resolved config as YAML, `header` entries (method, ...) first."""
   return _dump({**header, **plain(config)})

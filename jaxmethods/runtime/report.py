@@ -1,11 +1,13 @@
-"""report.html: one page that shows a run to a person, with its pictures beside it."""
+"""report.html: one page that shows a run to a person; its pictures are in it, and beside it as PNGs."""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -19,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxmethods.runtime import metric_log, workdir
+from jaxmethods.runtime import meanings, metric_log, workdir
 from jaxmethods.runtime.experiment import Values
 
 _STYLE = """
@@ -30,7 +32,9 @@ th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px sol
 td { font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
-figcaption, .about { color: #555; }
+figcaption, .about, .paper, .constant { color: #555; }
+.short { background: #b3261e; color: white; padding: .6rem 1rem; font-weight: 600; }
+code { font-size: .9em; overflow-wrap: anywhere; }
 """
 _PLOT: Any = {  # matplotlib types it by a list of all its keys
   "figure.dpi": 120,
@@ -44,10 +48,28 @@ _COLUMNS = 2
 _LEGEND = 12  # a panel with more curves shows their spread, not their names
 
 
+class Facts(NamedTuple):
+  """What a page says of a run beside its results.
+
+  Attributes:
+    title: name of the method, as the paper has it.
+    paper: authors, place, year.
+    summary: what the method does.
+    short: whether it was a quick look, which is no result.
+    run: (name, value) of the command, the settings that differ from the default, device, time, date.
+  """
+
+  title: str
+  paper: str = ""
+  summary: str = ""
+  short: bool = False
+  run: Sequence[tuple[str, str]] = ()
+
+
 def write(
   directory: Path,
   *,
-  title: str,
+  facts: Facts,
   about: str,
   step: int,
   metrics: Mapping[str, object],
@@ -58,7 +80,7 @@ def write(
 
   Args:
     directory: a workdir; the curves come from its metrics.jsonl.
-    title: name of the method.
+    facts: what else the page says.
     about: the data: what, how many, where from, real or generated.
     step: step of the state that was evaluated.
     metrics: result of the evaluation.
@@ -66,17 +88,20 @@ def write(
     files: its own files, name -> text.
   """
   lines = metric_log.read(directory) if (directory / metric_log.METRICS).exists() else []
-  pictures = dict(figures)
-  if len(lines) > 1:
+  pictures, still = dict(figures), constants(lines) if len(lines) > 1 else {}
+  if len(lines) > 1 and _panels(lines, still):
     pictures = {"curves": curves(lines), **pictures}
-  table = _table(("metric", "value"), metric_rows(metrics))
-  body = [f"<p>After step {step}:</p>", table]
+  table = _table(("metric", "value", "meaning", ""), _explained(metrics))
+  body = [f"<h2>Results after step {step:,}</h2>", table]
+  if still:
+    listed = ", ".join(f"{name} {meanings.short(value)}" for name, value in still.items())
+    body.append(f"<p class='constant'>The same at every step: {html.escape(listed)}.</p>")
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
   for name, text in files.items():
     workdir.write_text(directory / name, text)
     body.append(f'<p><a href="{html.escape(name)}">{html.escape(name)}</a></p>')
-  return _page(directory, title, about, body)
+  return _page(directory, facts, about, body)
 
 
 def write_comparison(
@@ -84,18 +109,28 @@ def write_comparison(
   *,
   title: str,
   about: str,
+  facts: Facts | None = None,
   header: Sequence[str],
   rows: Iterable[Sequence[str]],
   figures: Mapping[str, Figure],
 ) -> Path:
-  """Writes the page of a comparison: its table, and its pictures as PNGs."""
-  body = [_table(header, rows), *(_picture(directory, *named) for named in figures.items())]
-  return _page(directory, title, about, body)
+  """Writes the page of a comparison: its table, the meaning of its columns, and its pictures."""
+  meant = [(name, *meanings.metric(name)) for name in header]
+  explained = [row for row in meant if row[1]]
+  body = [f"<h2>{html.escape(title)}</h2>", _table(header, rows)]
+  body += [_table(("metric", "meaning", ""), explained)] if explained else []
+  body += [_picture(directory, *named) for named in figures.items()]
+  return _page(directory, facts or Facts(title), about, body)
 
 
 def metric_rows(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
   """Returns (name, text) of every metric."""
   return [(name, _text(value)) for name, value in metrics.items()]
+
+
+def _explained(metrics: Mapping[str, object]) -> list[tuple[str, str, str, str]]:
+  """Returns (name, text, meaning, better) of every metric."""
+  return [(name, _text(value), *meanings.metric(name)) for name, value in metrics.items()]
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -113,13 +148,8 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 def curves(lines: Sequence[Values]) -> Figure:
   """Draws every scalar of metrics.jsonl against the step; `group/name` ones share a panel."""
-  panels: dict[str, list[str]] = {}
-  for name in dict.fromkeys(name for line in lines for name in line):
-    values = [line[name] for line in lines if line.get(name) is not None]
-    if name not in ("step", "seconds") and values and isinstance(values[0], int | float):
-      group, _, single = name.rpartition("/")
-      panels.setdefault(f"{group}, each" if group else single, []).append(name)
-  rows = -(-len(panels) // _COLUMNS)
+  panels = _panels(lines, constants(lines))
+  rows = max(-(-len(panels) // _COLUMNS), 1)
   with plt.rc_context(_PLOT):
     figure, axes = plt.subplots(
       rows, _COLUMNS, figsize=(9, 2.8 * rows), squeeze=False, layout="constrained"
@@ -139,6 +169,35 @@ def curves(lines: Sequence[Values]) -> Figure:
     for axis in axes.flat[len(panels) :]:
       axis.set_axis_off()
   return figure
+
+
+def constants(lines: Sequence[Values]) -> dict[str, float]:
+  """Returns the scalars that have one value at all steps, and two steps at least."""
+  found = {}
+  for name, values in _scalars(lines).items():
+    if len(values) > 1 and len(set(values)) == 1:
+      found[name] = values[0]
+  return found
+
+
+def _scalars(lines: Sequence[Values]) -> dict[str, list[float]]:
+  """Returns {name: finite values} of what can be drawn."""
+  values: dict[str, list[float]] = {}
+  for line in lines:
+    for name, value in line.items():
+      if name not in ("step", "seconds") and isinstance(value, int | float):
+        values.setdefault(name, []).append(value)
+  return values
+
+
+def _panels(lines: Sequence[Values], still: Mapping[str, float]) -> dict[str, list[str]]:
+  """Returns {title: metrics}; `group/name` ones share a panel, constant ones have none."""
+  panels: dict[str, list[str]] = {}
+  for name in _scalars(lines):
+    if name not in still:
+      group, _, single = name.rpartition("/")
+      panels.setdefault(f"{group}, each" if group else single, []).append(name)
+  return panels
 
 
 def intervals(rows: Sequence[Values], metrics: Sequence[str], *, highlight: str = "") -> Figure:
@@ -189,12 +248,16 @@ def _interval_panel(axis: Axes, rows: Sequence[Values], metric: str, highlight: 
 
 
 def _picture(directory: Path, name: str, figure: Figure) -> str:
-  file = directory / f"{name}.png"
-  figure.savefig(file, dpi=120, facecolor="white")
+  """Writes a PNG and returns it as a part of the page, which needs no file beside it."""
+  stream = io.BytesIO()
+  figure.savefig(stream, format="png", dpi=120, facecolor="white")
+  panels = [title for axis in figure.axes if (title := axis.get_title())]
   plt.close(figure)
-  caption = html.escape(name.replace("_", " "))
+  workdir.write_bytes(directory / f"{name}.png", stream.getvalue())
+  caption = html.escape(meanings.caption(name, panels))
+  inline = base64.b64encode(stream.getvalue()).decode()
   return (
-    f'<figure><img src="{html.escape(file.name)}" alt="{caption}">'
+    f'<figure id="{html.escape(name)}"><img src="data:image/png;base64,{inline}" alt="{caption}">'
     f"<figcaption>{caption}</figcaption></figure>"
   )
 
@@ -207,19 +270,28 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return f"<table>\n{line(header, 'th')}\n{body}\n</table>"
 
 
-def _page(directory: Path, title: str, about: str, body: Sequence[str]) -> Path:
-  page = directory / "report.html"
-  text = "\n".join(body)
+def _page(directory: Path, facts: Facts, about: str, body: Sequence[str]) -> Path:
+  title = html.escape(facts.title)
+  top = [f"<p class='about'>{html.escape(about)}</p>"]
+  if facts.short:
+    top.append("<p class='short'>A quick look (--short): no result.</p>")
+  top.append(f"<h1>{title}</h1>")
+  if facts.paper:
+    top.append(f"<p class='paper'>{html.escape(facts.paper)}: {html.escape(facts.summary)}</p>")
+  end = ["<h2>The run</h2>", _table(("", ""), facts.run)] if facts.run else []
+  text = "\n".join([*top, *body, *end])
+  page = directory / workdir.REPORT
   workdir.write_text(
     page,
-    f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>\n"
-    f"<style>{_STYLE}</style>\n<p class='about'>{html.escape(about)}</p>\n"
-    f"<h1>{html.escape(title)}</h1>\n{text}\n</html>\n",
+    "<!doctype html>\n<html lang='en'><meta charset='utf-8'>"
+    "<meta name='viewport' content='width=device-width'>"
+    f"<title>{title}</title>\n<style>{_STYLE}</style>\n{text}\n</html>\n",
   )
   return page
 
 
 def _text(value: object) -> str:
   if isinstance(value, list):
-    return ", ".join("-" if v is None else f"{v:.3g}" for v in np.ravel(np.array(value, object)))
-  return "not finite" if value is None else f"{value:.6g}"
+    cells = np.ravel(np.array(value, object))
+    return ", ".join("-" if v is None else f"{v:.3g}" for v in cells)
+  return meanings.short(value) if isinstance(value, int | float) else "not finite"

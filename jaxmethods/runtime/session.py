@@ -5,12 +5,13 @@ Imports no jax before `start`: what is wrong with the workdir is said at once.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmethods.errors import InputError
-from jaxmethods.runtime import launch
+from jaxmethods.runtime import command, launch
 from jaxmethods.runtime import workdir as workdir_lib
 from jaxmethods.runtime.command import Given
 from jaxmethods.runtime.experiment import Experiment, State
@@ -18,6 +19,8 @@ from jaxmethods.runtime.waiting import waiting
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
+
+  from jaxmethods.runtime.report import Facts
 
 
 class Session(NamedTuple):
@@ -118,13 +121,46 @@ def report(session: Session, outcome: Outcome) -> Path | None:
 
   return page.write(
     session.workdir,
-    title=session.given.args.method,
+    facts=facts(session.given, _seconds(session.workdir)),
     about=session.experiment.about,
     step=outcome.step,
     metrics=outcome.metrics,
     figures=figures,
     files=files,
   )
+
+
+def facts(given: Given, seconds: float) -> Facts:
+  """Collects what a page says of a run: paper, command, settings, device, time."""
+  import jax
+
+  from jaxmethods.runtime.report import Facts
+
+  entry, device = given.asked.entry, jax.devices()[0]
+  changed = command.changed(given)
+  settings = ", ".join(
+    f"{key} {now!r} (default {usual!r})" for key, (usual, now) in changed.items()
+  )
+  on = f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}"
+  run = [
+    ("command", given.asked.words),
+    ("other than the default", settings or "nothing"),
+    ("device", on),
+    ("seconds of training", f"{seconds:,.1f}"),
+    ("date", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
+  ]
+  short = command.is_short(given)
+  if entry is None:
+    return Facts(given.args.method, short=short, run=run)
+  return Facts(entry.title, entry.paper, entry.summary, short, run)
+
+
+def _seconds(workdir: Path) -> float:
+  """Returns the seconds of all steps, those before an interruption too."""
+  from jaxmethods.runtime import metric_log
+
+  lines = metric_log.read(workdir) if (workdir / metric_log.METRICS).exists() else []
+  return sum(line.get("seconds", 0.0) for line in lines)
 
 
 def finished(session: Session) -> tuple[int, Path] | None:

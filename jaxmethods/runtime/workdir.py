@@ -133,9 +133,14 @@ def _stamps(workdir: Path, step: int) -> dict[str, list[int]]:
 
 def write_text(file: Path, text: str) -> None:
   """Replaces `file` in one step: readers, and a kill, see the old text or the new."""
+  write_bytes(file, text.encode(errors="backslashreplace"))
+
+
+def write_bytes(file: Path, contents: bytes) -> None:
+  """Does the same with bytes."""
   temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  with temporary.open("w", encoding="utf-8") as stream:
-    stream.write(text)
+  with temporary.open("wb") as stream:
+    stream.write(contents)
     stream.flush()
     os.fsync(stream.fileno())
   temporary.replace(file)
