@@ -11,8 +11,11 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "loss": ("training loss of the step", _LOWER),
   "accuracy": ("share of examples that are judged right", _HIGHER),
   "test_accuracy": ("share of test examples that are classified right", _HIGHER),
-  "validation_accuracy": ("the same on validation examples, by which settings are chosen", _HIGHER),
-  "training_accuracy": ("the same on the examples that were trained on; no test", _HIGHER),
+  "validation_accuracy": ("share of validation examples that are classified right", _HIGHER),
+  "training_accuracy": (
+    "share of the training examples that are classified right; no test",
+    _HIGHER,
+  ),
   "clean_accuracy": ("share of uncorrupted test images that are classified right", _HIGHER),
   "corrupted_accuracy": ("share of corrupted test images that are classified right", _HIGHER),
   "spread": ("standard deviation of the accuracy over domains or clients", _LOWER),
@@ -61,7 +64,7 @@ _CAPTIONS: Mapping[str, str] = {
   "comparison": "Mean and 95 % interval of every row; the small dots are single seeds.",
   "clients": "What every client holds and what it reaches.",
   "tradeoff": "New task against old tasks: the upper right corner is best.",
-  "accuracy": "Accuracy on each task before and after tuning.",
+  "accuracy": "Accuracy on every part of the test.",
   "corruptions": "Images as the clients see them.",
   "pseudo_graphs": "Generated graphs before and after their optimisation.",
   "easy_to_hard": "How complex the generated graphs are, from the first to the last.",
@@ -90,7 +93,8 @@ def caption(name: str, panels: list[str]) -> str:
   if name in _CAPTIONS:
     return _CAPTIONS[name]
   words = name.replace("_", " ").replace("/", ", ")
-  listed = "; ".join(panel.replace("\n", " ") for panel in panels[:4])
+  panels = [one for panel in panels if (one := " ".join(panel.split())) != words]
+  listed = "; ".join(panels[:4])
   more = "; ..." if len(panels) > 4 else ""
   return f"{words[:1].upper()}{words[1:]}{f': {listed}{more}' if listed else ''}."
 

@@ -30,6 +30,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid #ddd; }
 td { font-variant-numeric: tabular-nums; }
+td:last-child:not(:nth-child(-n+2)) { white-space: nowrap; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
 figcaption, .about, .paper, .constant { color: #555; }
@@ -168,16 +169,19 @@ def curves(lines: Sequence[Values]) -> Figure:
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat[len(panels) :]:
       axis.set_axis_off()
+    figure.get_layout_engine().set(h_pad=0.15)  # inches: a label must not touch the title below
   return figure
 
 
 def constants(lines: Sequence[Values]) -> dict[str, float]:
-  """Returns the scalars that have one value at all steps, and two steps at least."""
-  found = {}
-  for name, values in _scalars(lines).items():
-    if len(values) > 1 and len(set(values)) == 1:
-      found[name] = values[0]
-  return found
+  """Returns the scalars that have one value at all steps, two at least; a group only as a whole."""
+  scalars = _scalars(lines)
+  moving = {
+    name.rpartition("/")[0] or name
+    for name, values in scalars.items()
+    if len(values) < 2 or len(set(values)) > 1
+  }
+  return {n: v[0] for n, v in scalars.items() if (n.rpartition("/")[0] or n) not in moving}
 
 
 def _scalars(lines: Sequence[Values]) -> dict[str, list[float]]:
