@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from jaxmethods.errors import InputError, Stopped
 from jaxmethods.runtime import failures
@@ -28,10 +28,22 @@ CONFIGS = next(
 # Results go to standard output, and so does progress; an error is alone on standard error.
 
 
+class Entry(Protocol):
+  """A line of the registry."""
+
+  @property
+  def title(self) -> str: ...
+  @property
+  def paper(self) -> str: ...
+  @property
+  def summary(self) -> str: ...
+
+
 class Registry(Protocol):
   """The methods, `jaxmethods.experiments`."""
 
-  METHODS: Mapping[str, Any]
+  @property
+  def METHODS(self) -> Mapping[str, Entry]: ...
 
   def load(self, name: str) -> Room: ...
 
@@ -110,14 +122,6 @@ def parse(
   if not args.method and not args.list:
     raise InputError("--method: is needed; --list shows the methods")
   return args, overrides
-
-
-class Entry(Protocol):
-  """A line of the registry."""
-
-  title: str
-  paper: str
-  summary: str
 
 
 class Asked(NamedTuple):

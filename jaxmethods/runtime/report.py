@@ -169,7 +169,8 @@ def curves(lines: Sequence[Values]) -> Figure:
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat[len(panels) :]:
       axis.set_axis_off()
-    figure.get_layout_engine().set(h_pad=0.15)  # inches: a label must not touch the title below
+    # Inches: a label must not touch the title below it.
+    figure.set_layout_engine("constrained", h_pad=0.15)
   return figure
 
 
