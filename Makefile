@@ -4,8 +4,8 @@ METHOD ?= fedssp
 ARGS ?=
 # The workloads of fedavg and gin and their peers' scripts, which are not part of the project.
 export BENCH_DIR ?= ../shared/bench
-# What `make bench` times; the other modules of benchmarks/ take hours, a subcommand or a peer of their own.
-BENCH ?= $(if $(wildcard $(BENCH_DIR)/common.py),fedavg gin) ggeur_generation acgkd_generation
+# What `make bench` times, minutes each; ARGS=--full takes them at length (BENCH=lora: one alone).
+BENCH ?= $(if $(wildcard $(BENCH_DIR)/common.py),fedavg gin lora) ggeur_generation acgkd_generation
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,10 +40,18 @@ format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## Time us beside the peers
+bench: $(READY)  ## Time us beside the peers, whose environments are made in .peers/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	@test -f $(BENCH_DIR)/common.py || echo "no common.py in BENCH_DIR=$(BENCH_DIR): fedavg and gin are left out"
-	for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
+	@test -f $(BENCH_DIR)/common.py || echo "no common.py in BENCH_DIR=$(BENCH_DIR): fedavg, gin and lora are left out"
+	for name in $(BENCH); do \
+	  case $$name in \
+	    fedavg|gin|lora) \
+	      peer=$$($(BIN)/python -m benchmarks.peers $$name) || exit 1; \
+	      words="--bench $(BENCH_DIR) --peer_python $$peer $(ARGS)";; \
+	    *) words="$(filter-out --full,$(ARGS))";; \
+	  esac; \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name $$words || exit 1; \
+	done
 
 clean:  ## Remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

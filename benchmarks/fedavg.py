@@ -1,7 +1,7 @@
 """Federated averaging beside fedjax: the same clients, start and schedule, on one pinned core.
 
   python benchmarks/fedavg.py --bench ../shared/bench --peer_python VENV/bin/python
-  (VENV: python3 -m venv VENV && VENV/bin/pip install fedjax scikit-learn)
+  (VENV: `python -m benchmarks.peers fedavg` makes one and prints its Python)
 
 The workload is that of `--bench` (common.py, fedavg_fedjax.py): scikit-learn digits over 100 clients
 with Dirichlet(0.5) label skew, all taking part, 2 local epochs in batches of 8, SGD 0.1. There are
@@ -37,12 +37,19 @@ def parse(argv=None) -> argparse.Namespace:
   )
   parser.add_argument("--bench", type=Path, default=Path(default_bench), help="folder of common.py")
   parser.add_argument("--peer_python", help="Python with fedjax; without it only ours is timed")
-  parser.add_argument("--repeats", type=int, default=3, help="processes per figure")
-  parser.add_argument("--rounds", type=int, default=20, help="rounds per process (100 clients)")
-  parser.add_argument("--curve", type=int, nargs="*", default=[10, 30, 100, 300, 1000])
-  parser.add_argument("--out", type=Path, default=RESULTS)
+  parser.add_argument("--full", action="store_true", help="all numbers of clients, into results/")
+  parser.add_argument("--repeats", type=int, help="processes per figure (default: 1; --full: 3)")
+  parser.add_argument("--rounds", type=int, help="rounds per process (default: 10; --full: 20)")
+  parser.add_argument("--curve", type=int, nargs="*", help="numbers of clients to compare at")
+  parser.add_argument("--out", type=Path, help="default: runs/benchmarks; --full: results/")
   parser.add_argument("--worker", choices=["ours", "fedjax"], help=argparse.SUPPRESS)
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  usual = {"repeats": 1, "rounds": 10, "curve": [100], "out": Path("runs/benchmarks")}
+  full = {"repeats": 3, "rounds": 20, "curve": [10, 30, 100, 300, 1000], "out": RESULTS}
+  for name, value in (full if args.full else usual).items():
+    if getattr(args, name) is None:
+      setattr(args, name, value)
+  return args
 
 
 def use_common(bench: Path):
@@ -148,6 +155,7 @@ def measure(args, who: str, model: str, clients: int, rounds: int, sampled: int 
   env.pop("JAX_COMPILATION_CACHE_DIR", None)  # the first round is to show the cost of compiling
   python = sys.executable if who == "ours" else args.peer_python
   command = [python, __file__, "--worker", who, "--bench", str(args.bench.resolve())]
+  print(f"{who}: {model}, {clients} clients ...", file=sys.stderr, flush=True)
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   if done.returncode:
     raise SystemExit(f"{who} failed on {model}, {clients} clients:\n{done.stderr[-2000:]}")

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import peers
+
 STEPS = 40
 RESULTS = Path(__file__).parent / "results"
 
@@ -138,7 +140,8 @@ def main() -> None:
     "--bench", type=Path, default=Path(os.environ.get("BENCH_DIR", "../shared/bench"))
   )
   parser.add_argument("--peer_python", help="python with torch_geometric; none: time ours only")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=int, help="processes a side (default: 1; --full: 3)")
+  parser.add_argument("--full", action="store_true", help="write the results of this folder")
   parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
   bench = args.bench.resolve()
@@ -150,9 +153,13 @@ def main() -> None:
 
   child = [sys.executable, "-m", "benchmarks.gin", "--child", "--bench", str(bench)]
   ours, peer = [], []
-  for _ in range(args.repeats):
+  args.repeats = args.repeats or (3 if args.full else 1)
+  results = RESULTS if args.full else Path("runs/benchmarks")
+  for i in range(args.repeats):
+    peers.said(f"{i + 1}/{args.repeats} jaxmethods")
     ours.append(run(child))
     if args.peer_python:
+      peers.said(f"{i + 1}/{args.repeats} torch_geometric")
       peer.append(run([args.peer_python, "gin_pyg.py"], cwd=bench))
   sides = {"jaxmethods": ours} | ({"torch_geometric": peer} if peer else {})
   rows = [
@@ -186,10 +193,10 @@ def main() -> None:
     ]
   )
   print(text)
-  RESULTS.mkdir(exist_ok=True)
-  (RESULTS / "gin.md").write_text(text)
+  results.mkdir(parents=True, exist_ok=True)
+  (results / "gin.md").write_text(text)
   record = {"ratios": ratios, "jaxmethods": ours, "torch_geometric": peer}
-  (RESULTS / "gin.json").write_text(json.dumps(record, indent=1) + "\n")
+  (results / "gin.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

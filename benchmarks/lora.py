@@ -5,7 +5,10 @@ MLP 688, untied head; rank 8 on all seven projections; 4 x 128 tokens; AdamW; fl
 turn in fresh processes, under every setting of `PAGES`. The peer needs its own environment
 (`pip install torch peft`).
 
-  python -m benchmarks.lora --bench ../shared/bench --peer_python /path/to/peft-venv/bin/python
+  python -m benchmarks.lora --bench ../shared/bench --peer_python $(python -m benchmarks.peers lora)
+
+That is a look of minutes at the setting of the commands, written to runs/benchmarks; `--full` takes all
+settings and writes the results of this folder.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import peers
 from jaxmethods.runtime import launch
 
 STEPS = int(os.environ.get("BENCH_STEPS", 20))
-RESULTS = Path(__file__).parent / "results"
+RESULTS, LOOK = Path(__file__).parent / "results", Path("runs/benchmarks")
 # Allocator settings of both sides; our process calls `launch.keep_memory`, which acts in "default" only.
 # "kept huge" is what `train.run` and the other entry points set for themselves.
 PAGES = {
@@ -32,6 +36,7 @@ PAGES = {
   "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
   "kept huge": {"GLIBC_TUNABLES": launch.tunables()},
 }
+QUICK = ("kept huge",)
 FIELDS = ("median_ms", "min_ms", "cpu_median_ms", "cpu_min_ms")
 MALLOC = ("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD", "JAXMETHODS_ALLOCATOR")
 
@@ -142,7 +147,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="LoRA training step beside PEFT")
   parser.add_argument("--bench", type=Path, default=Path("../shared/bench"))
   parser.add_argument("--peer_python", help="python with torch and peft; none: time ours only")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=int, help="processes a figure (default: 1; --full: 3)")
+  parser.add_argument("--full", action="store_true", help="all allocator settings: half an hour")
   parser.add_argument("--scan", action="store_true", help="time the scanned form")
   parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
@@ -158,15 +164,27 @@ def main() -> None:
   sides = {"jaxmethods": (ours, None)}
   if args.peer_python:
     sides["peft"] = ([args.peer_python, "lora_peft.py"], bench)
-  runs: dict[str, dict[str, list[dict]]] = {pages: {side: [] for side in sides} for pages in PAGES}
-  for _ in range(args.repeats):
-    for pages in PAGES:
-      for side, (command, folder) in sides.items():
-        runs[pages][side].append(run(command, pages, cwd=folder))
-  write(runs, args.repeats)
+  repeats = args.repeats or (3 if args.full else 1)
+  turns = [
+    (pages, side)
+    for _ in range(repeats)
+    for pages in (PAGES if args.full else QUICK)
+    for side in sides
+  ]
+  runs: dict[str, dict[str, list[dict]]] = {
+    pages: {side: [] for side in sides} for pages, _ in turns
+  }
+  begin = time.monotonic()
+  for i, (pages, side) in enumerate(turns, 1):
+    peers.said(
+      f"{i}/{len(turns)} {side}, allocator {pages}; {time.monotonic() - begin:.0f} s so far"
+    )
+    command, folder = sides[side]
+    runs[pages][side].append(run(command, pages, cwd=folder))
+  write(runs, repeats, RESULTS if args.full else LOOK)
 
 
-def write(runs: dict[str, dict[str, list[dict]]], repeats: int) -> None:
+def write(runs: dict[str, dict[str, list[dict]]], repeats: int, results: Path) -> None:
   """The table and the record."""
   rows = [
     "| pages | work | side | median ms | best ms | CPU ms (median) | CPU ms (best) |",
@@ -189,7 +207,7 @@ def write(runs: dict[str, dict[str, list[dict]]], repeats: int) -> None:
         shown = " | ".join(str(ratio.get(f, "")) for f in FIELDS)
         rows.append(f"| {pages} | {work} | **ratio** | {shown} |")
   every = [r for sides in runs.values() for done in sides.values() for r in done]
-  mine = runs["default"]["jaxmethods"][0]
+  mine = next(iter(runs.values()))["jaxmethods"][0]
   loads = [r["load1"] for r in every]
   disturbed = (
     " **Other work ran on the machine: figures are disturbed, the ratios of one sitting less so.**"
@@ -213,10 +231,10 @@ def write(runs: dict[str, dict[str, list[dict]]], repeats: int) -> None:
     ]
   )
   print(text)
-  RESULTS.mkdir(exist_ok=True)
+  results.mkdir(parents=True, exist_ok=True)
   name = "lora" if mine["form"] == "unrolled" else "lora_scanned"
-  (RESULTS / f"{name}.md").write_text(text)
-  (RESULTS / f"{name}.json").write_text(
+  (results / f"{name}.md").write_text(text)
+  (results / f"{name}.json").write_text(
     json.dumps({"ratios": ratios, "runs": runs}, indent=1) + "\n"
   )
 

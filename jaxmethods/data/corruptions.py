@@ -19,7 +19,7 @@ from jax import Array
 from PIL import Image
 
 from jaxmethods.data.files import data_dir
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.images import corrupt
 from jaxmethods.images.corrupt import FrostTextures
 
@@ -153,7 +153,7 @@ def _check(
   valid = (*corrupt.FUNCTIONS, "jpeg_compression")
   for kind in kinds:
     if kind not in valid:
-      raise InputError(f"kinds: unknown {kind!r}: did you mean {nearest(kind, valid)!r}?")
+      raise InputError(f"kinds: unknown {kind!r}; {hint(kind, valid, 'kinds')}")
   for severity in severities:
     if severity not in range(1, len(_JPEG_QUALITY) + 1):
       raise InputError(f"severities: expected 1 to 5, got {severity}")

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from jaxmethods.data import embedded
 from jaxmethods.data.files import wheel_file, wheel_files
 from jaxmethods.data.records import QuestionData, Source
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 
 IMAGE_SIZE = 64
 FAMILIES = ("shape", "colour", "yesno_shape", "yesno_colour")
@@ -66,10 +66,7 @@ def load(name: str) -> QuestionData:
     "checking": checking,
   }
   if name not in loaders:
-    raise InputError(
-      f"unknown questions {name!r}: the nearest is {nearest(name, loaders)!r}, "
-      f"sources are {', '.join(loaders)}"
-    )
+    raise InputError(f"unknown questions {name!r}: {hint(name, loaders, 'sources')}")
   return loaders[name]()
 
 

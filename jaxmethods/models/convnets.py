@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.models.conv import Conv, shifted
 from jaxmethods.models.graph_layers import MaskedBatchNorm
 from jaxmethods.models.init import torch_linear
@@ -286,8 +286,8 @@ def classifier(
     InputError: unknown architecture, or `narrow` or `stages` below 1.
   """
   if architecture not in ARCHITECTURES:
-    near = nearest(architecture, ARCHITECTURES)
-    raise InputError(f"architecture: {architecture!r} is not known, the nearest is {near!r}")
+    advice = hint(architecture, ARCHITECTURES, "architectures")
+    raise InputError(f"architecture: {architecture!r} is not known; {advice}")
   for name, value in (("narrow", narrow), ("stages", stages)):
     if value is not None and value < 1:
       raise InputError(f"{name}: must be at least 1, got {value}")

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.models.attention import (
   attention,
   attention_rows,
@@ -43,8 +43,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def check_activation(name: str) -> None:
   """Raises `InputError` unless `ACTIVATIONS` has the name."""
   if name not in ACTIVATIONS:
-    near = nearest(name, ACTIVATIONS)
-    raise InputError(f"activation: {name!r} is not known, the nearest is {near!r}")
+    advice = hint(name, ACTIVATIONS, "activations")
+    raise InputError(f"activation: {name!r} is not known; {advice}")
 
 
 # (hidden state before a block, this block's slice of `inputs`) -> hidden state, such as one with

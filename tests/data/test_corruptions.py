@@ -74,7 +74,7 @@ def test_missing_textures(images, monkeypatch, tmp_path):
   [
     ({"share": 1.5}, "share"),
     ({"share": float("nan")}, "share"),
-    ({"kinds": ("contast",)}, "did you mean 'contrast'"),
+    ({"kinds": ("contast",)}, "the nearest is contrast"),
     ({"kinds": ()}, "at least one"),
     ({"severities": (0,)}, "severities"),
     ({"images": np.zeros((2, 8, 8, 1), np.uint8)}, "images"),

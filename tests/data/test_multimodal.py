@@ -102,5 +102,5 @@ def test_vocabulary():
 
 
 def test_unknown_name():
-  with pytest.raises(InputError, match="nearest is 'digits'"):
+  with pytest.raises(InputError, match="nearest is digits"):
     multimodal.load("digit")

@@ -163,7 +163,7 @@ def test_pairs_from_a_folder(tmp_path):
     ({"distillation": 0, "alignment": 0}, "consolidation: needs distillation or alignment"),
     ({"steps": 7}, "must be a multiple of 2 tasks"),
     ({"tasks": ["colours", "colours"]}, "'colours' comes twice"),
-    ({"tasks": ["colour", "digits"]}, "unknown task 'colour', the nearest is 'colours'"),
+    ({"tasks": ["colour", "digits"]}, "unknown task 'colour'; the nearest is colours"),
     ({"batch_size": 64}, "has 40 images, not 64"),
     ({"synthetic": "nowhere"}, "synthetic: must be painter or folder:PATH"),
     ({"synthetic": "folder:/nowhere"}, "cannot be read"),

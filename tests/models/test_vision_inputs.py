@@ -79,7 +79,7 @@ def changed(config, path, value):
     ("vit", "model_type", "swin", "model_type: expected vit or clip_vision_model, got 'swin'"),
     ("vit", "patch_size", None, "config of a vit: has no 'patch_size'"),
     ("vit", "patch_size", 9, "image_size: (8, 8) is smaller than a patch of 9"),
-    ("vit", "hidden_act", "geluu", "activation: 'geluu' is not known, the nearest is 'gelu'"),
+    ("vit", "hidden_act", "geluu", "activation: 'geluu' is not known; the nearest is gelu"),
     ("vit", "num_attention_heads", 3, "width: must be a multiple of 3 heads, got 8"),
     ("vit", "num_hidden_layers", 0, "num_layers: must be at least 1, got 0"),
     ("bert", "position_embedding_type", "relative_key", "position_embedding_type: only 'absolute'"),

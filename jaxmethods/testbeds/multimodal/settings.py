@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
@@ -123,7 +123,7 @@ def at_their_rates(
   """
   for name in rates:
     if name not in changes:
-      raise InputError(f"rates: {name!r} is no row, the nearest is {nearest(name, changes)}")
+      raise InputError(f"rates: {name!r} is no row; {hint(name, changes, 'rows')}")
   return {
     name: dataclasses.replace(config, learning_rate=rates.get(name, config.learning_rate), **change)
     for name, change in changes.items()

@@ -27,7 +27,7 @@ from jaxmethods.data.array_cache import cached, described
 from jaxmethods.data.files import data_dir
 from jaxmethods.data.records import Source
 from jaxmethods.data.splits import stratified_split
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 from jaxmethods.testbeds.vision_language.settings import EMBEDDED_TASKS, FOLDER_TASKS, TaskSize
 
 _FORMAT = b"rendered tasks 1"  # changes when the renderer or a task changes
@@ -118,7 +118,7 @@ def load_task(name: str, size: TaskSize) -> Task:
   if name in FOLDER_TASKS:
     return _real(name, *_of_folder(name), size)
   known = (*EMBEDDED_TASKS, *FOLDER_TASKS)
-  raise InputError(f"tasks: unknown task {name!r}, the nearest is {nearest(name, known)!r}")
+  raise InputError(f"tasks: unknown task {name!r}; {hint(name, known, 'tasks')}")
 
 
 def load_tasks(names: list[str], size: TaskSize) -> list[Task]:
@@ -151,7 +151,7 @@ def load_domains(name: str, size: TaskSize) -> dict[str, Task]:
   if name in ("pacs", "office"):
     parts = {"pacs": _PACS, "office": _OFFICE}[name]
     return {part: load_task(f"{name}-{part}", size) for part in parts}
-  raise InputError(f"domains: unknown {name!r}, the nearest is {nearest(name, DOMAIN_SETS)!r}")
+  raise InputError(f"domains: unknown {name!r}; {hint(name, DOMAIN_SETS, 'domains')}")
 
 
 # --- rendered -------------------------------------------------------------------------------------

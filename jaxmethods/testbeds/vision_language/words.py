@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmethods.data import scenes
-from jaxmethods.errors import InputError, nearest
+from jaxmethods.errors import InputError, hint
 
 PLACEHOLDER = "x"  # stands where a learnt prompt will
 # Classes of the real tasks: no caption has them, so their embeddings start untrained.
@@ -57,7 +57,7 @@ def word_tokens(context: int) -> Tokens:
     spaced = text.lower().replace(".", " . ").split()
     for word in spaced:
       if word not in words:
-        raise InputError(f"{text!r}: the word {word!r} is unknown, try {nearest(word, words)!r}")
+        raise InputError(f"{text!r}: the word {word!r} is unknown; {hint(word, words, 'words')}")
     return [words[word] for word in spaced]
 
   return Tokens(encode, len(words) + 1, len(words) + 2, 0, context, len(words) + 3)

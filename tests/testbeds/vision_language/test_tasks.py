@@ -42,7 +42,7 @@ def test_bad_texts_are_named():
     (["circle", " "], "a {}.", r"class 1 \(' '\): its name has no tokens"),
     ([], "a {}.", "there are none"),
     (["circle"], "a a a a a a a a a a a {}.", "needs 15 tokens, the model reads 12"),
-    (["circl"], "a {}.", "'circl' is unknown, try 'circle'"),
+    (["circl"], "a {}.", "'circl' is unknown; the nearest is circle"),
   ):
     with pytest.raises(InputError, match=reason):
       words.class_texts(classes, [template], TOKENS)
@@ -79,7 +79,7 @@ def test_bad_tasks():
   for names, reason in (
     ([], "at least one"),
     (["shapes", "shapes"], "'shapes' comes twice"),
-    (["shape"], "unknown task 'shape', the nearest is 'shapes'"),
+    (["shape"], "unknown task 'shape'; the nearest is shapes"),
   ):
     with pytest.raises(InputError, match=reason):
       tasks.load_tasks(names, size)

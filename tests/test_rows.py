@@ -1,0 +1,80 @@
+"""Every row of every method is trained, pictured and evaluated by the commands, not by compare alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+
+import pytest
+
+from jaxmethods import experiments
+from jaxmethods.runtime import command
+from jaxmethods.runtime import config as config_lib
+
+# What makes a run of a method tiny, beside its `short:` part.
+TINY = {
+  "acgkd": (),
+  "fedssp": (),
+  "ggeur": (),
+  "rahfl": (),
+}
+QUICK = 2  # rows of a quick method in the quick suite, others every day
+
+
+@functools.cache
+def commands(method: str) -> dict[str, list[str]]:
+  """Row -> the words that make `train.run` that row: what differs from the short config."""
+  room, file = experiments.load(method), command.CONFIGS / f"{method}.yaml"
+  short = config_lib.load(room.Config, file, short=config_lib.has_short(file))
+  shown = {}
+  for name, row in room.rows(short).items():
+    changed = config_lib.differences(config_lib.plain(short), config_lib.plain(row))
+    shown[name] = [f"--{key}={value_text(value)}" for key, (_, value) in changed.items()]
+  return shown
+
+
+def value_text(value: object) -> str:
+  """A value as it is typed."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  if isinstance(value, list):
+    return "[" + ", ".join(map(value_text, value)) + "]"
+  return "null" if value is None else str(value)
+
+
+def assert_trained_and_evaluated(cli, method: str, row: str) -> None:
+  file = command.CONFIGS / f"{method}.yaml"
+  short = ["--short"] if config_lib.has_short(file) else []
+  words = ["--method", method, "--workdir", row]
+  trained = cli(
+    "train.run", *words, *short, "--steps=1", *commands(method)[row], *TINY.get(method, ())
+  )
+  assert trained.returncode == 0, trained.stderr
+  evaluated = cli("eval.run", *words)
+  assert evaluated.returncode == 0, evaluated.stderr
+
+
+@pytest.mark.parametrize("method", sorted(TINY))
+def test_some_rows_by_chance(cli, method):
+  names = sorted(commands(method))
+  for row in random.SystemRandom().sample(names, QUICK):
+    assert_trained_and_evaluated(cli, method, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", experiments.METHODS)
+def test_every_row(cli, method):
+  for row in commands(method):
+    assert_trained_and_evaluated(cli, method, row)
+
+
+@pytest.mark.parametrize("method", experiments.METHODS)
+def test_the_words_of_a_row_make_its_config(method):
+  room, file = experiments.load(method), command.CONFIGS / f"{method}.yaml"
+  short = config_lib.load(room.Config, file, short=config_lib.has_short(file))
+  for name, row in room.rows(short).items():
+    pairs = [tuple(word[2:].split("=", 1)) for word in commands(method)[name]]
+    made = config_lib.load(room.Config, file, short=config_lib.has_short(file), overrides=pairs)
+    assert made == row, name
+    assert dataclasses.is_dataclass(made)
