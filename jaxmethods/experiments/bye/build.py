@@ -50,7 +50,8 @@ def build(
     config.restart, config.poison_rate * len(data.open) / data.open.sum(),
   )  # fmt: skip
   train, params, test = jax.device_put((data.train, benchmark.params, data.test))
-  started = compiler.jit(functools.partial(tunings.start, parts))
+  # Plain jit: `init` may be traced, and compiler options are for programs that are not part of others.
+  started = jax.jit(functools.partial(tunings.start, parts))
   free = jnp.asarray(data.open)
   init = lambda key: started(key, params, train, free)
   batches = functools.partial(works, train, params)
