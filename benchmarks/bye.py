@@ -76,7 +76,7 @@ def extraction(name: str) -> list[float]:
   import jax
   import jax.numpy as jnp
 
-  from jaxmethods.experiments.bye.build import attention_probe
+  from jaxmethods.experiments.bye.detection import attention_probe
   from jaxmethods.methods import bye
   from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
   from jaxmethods.runtime import compiler

@@ -45,10 +45,10 @@ def detect(config: Any) -> dict[str, float]:
   """Tunes on everything and lets all detectors judge."""
   import jax
 
-  from jaxmethods.experiments.bye import build as backdoor
+  from jaxmethods.experiments.bye.build import build
   from jaxmethods.runtime import compiler
 
-  experiment = backdoor.build(config)
+  experiment = build(config)
   state = experiment.init(jax.random.key(config.seed))
   step = compiler.jit(experiment.step, donate_argnums=0)
   for number, work in zip(range(config.steps + 1), experiment.batches(0), strict=False):

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmethods.data.model_sources import LoadedLM, load_causal_lm
-from jaxmethods.experiments.cot_kinetics import evidence as answer_trust
-from jaxmethods.experiments.cot_kinetics.config import Config
+from jaxmethods.experiments.cot_kinetics import evidence as trust
+from jaxmethods.experiments.cot_kinetics.config import Config, passes, trial
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.models.reading import Text
 from jaxmethods.runtime import compiler
@@ -31,13 +31,13 @@ CONFIG = Config(samples=0, dropout_passes=0)
 MIB = 2**20
 
 
-def answers(batch: int, prompt: int, new: int, vocab: int) -> tuple[Text, answer_trust.Facts]:
+def answers(batch: int, prompt: int, new: int, vocab: int) -> tuple[Text, trust.Facts]:
   """Random tokens in the shape of answers; three quarters of each is reasoning."""
   ids = jnp.asarray(np.random.default_rng(0).integers(0, vocab, (batch, prompt + new)))
   whole, reasoning = jnp.full(batch, new), jnp.full(batch, 3 * new // 4)
-  text = Text(ids, jnp.ones(ids.shape, bool), answer_trust.segments(reasoning, whole, new))
+  text = Text(ids, jnp.ones(ids.shape, bool), trust.segments(reasoning, whole, new))
   true, nan = jnp.ones(batch, bool), jnp.full(batch, jnp.nan)
-  return text, answer_trust.Facts(true, true, true, reasoning, reasoning, nan, nan, nan)
+  return text, trust.Facts(true, true, true, reasoning, reasoning, nan, nan, nan)
 
 
 def programs(model: CausalLM):
@@ -51,10 +51,10 @@ def programs(model: CausalLM):
     return apply({"params": params}, hidden[:, -new - 1 : -1], method="logits")
 
   def scored(params, text, facts):
-    evidence = answer_trust.gather(
-      model, {"params": params}, text, facts, jax.random.key(0), CONFIG
+    evidence = trust.gather(
+      model, {"params": params}, text, facts, jax.random.key(0), passes(CONFIG)
     )
-    kinetics = answer_trust.kinetics(evidence, CONFIG)
+    kinetics = trust.kinetics(evidence, trial(CONFIG).energy)
     return evidence.tokens, evidence.scaled, evidence.coe, kinetics
 
   return plain, scored

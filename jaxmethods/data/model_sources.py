@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -105,12 +106,14 @@ class ModelFiles(NamedTuple):
     tensors: name -> tensor, read when indexed; None: random parameters.
     tokenizer: makes its tokenizer (`encode`, `decode`); InputError if it has none.
     source: provenance.
+    generation: contents of its `generation_config.json`; {} without.
   """
 
   config: dict[str, Any]
   tensors: Mapping[str, np.ndarray] | None
   tokenizer: Callable[[], Any]
   source: Source
+  generation: Mapping[str, Any] = MappingProxyType({})
 
 
 class LoadedLM(NamedTuple):
@@ -290,7 +293,14 @@ def _checkpoint(folder: Path, source: Source) -> ModelFiles:
     except (OSError, ValueError) as error:
       raise InputError(f"{source.name}: no tokenizer in {folder} ({_first_line(error)})") from None
 
-  return ModelFiles(read_json(folder / "config.json"), Safetensors(folder), tokenizer, source)
+  generation = folder / "generation_config.json"
+  return ModelFiles(
+    read_json(folder / "config.json"),
+    Safetensors(folder),
+    tokenizer,
+    source,
+    read_json(generation) if generation.is_file() else {},
+  )
 
 
 def _from_hub(name: str, repository: str) -> Path:
@@ -346,7 +356,10 @@ def _gguf(opened: Gguf, name: str, origin: str) -> ModelFiles:
   fields = opened.fields
   licence = fields.get("general.license", "none stated")
   source = Source(name, origin, licence, fields.get("general.name", "none stated"), real=True)
-  return ModelFiles(opened.config, opened.tensors, lambda: bpe_tokenizer(name, fields), source)
+  ends = [fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+  generation = {"eos_token_id": [int(end) for end in ends if end is not None]}
+  tokenizer = lambda: bpe_tokenizer(name, fields)
+  return ModelFiles(opened.config, opened.tensors, tokenizer, source, generation)
 
 
 def _random(name: str, rest: str) -> ModelFiles:

@@ -9,22 +9,22 @@
 
 from __future__ import annotations
 
-import json
-import re
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jaxmethods import folders
+from jaxmethods.data import answers, json_lines
+from jaxmethods.data.answers import final_answer as final_answer
 from jaxmethods.data.records import Source
 from jaxmethods.errors import InputError
+from jaxmethods.trees import Json
 
-MARKER = "answer:"
 GENERATED = "generated:word-problems"
 _GYM = "reasoning-gym:"
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 class Problem(NamedTuple):
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
   Attributes:
     question: as it is put to the model.
     answer: what is right, None where it is not known.
-    check: whether a given answer is right.
+    check: whether a given answer, all that `final_answer` returns, is right.
   """
 
   question: str
@@ -64,41 +64,6 @@ def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
   raise InputError(
     f"problems: unknown source {name!r}: sources are {GENERATED}, {_GYM}NAME, FILE.jsonl"
   )
-
-
-def final_answer(text: str, finished: bool = True) -> str | None:
-  """The answer in a text: its last number behind the last "Answer:", or whatever stands there.
-
-  Without a marker it is the last number of a text that came to its end (ours: small models forget the
-  marker); a text that was cut off gives None.
-  """
-  start = text.lower().rfind(MARKER)
-  if start < 0 and not finished:
-    return None
-  tail = text[start + len(MARKER) :] if start >= 0 else text
-  if numbers := _NUMBER.findall(tail):
-    return numbers[-1]
-  words = tail.strip().split("\n")[0].strip(" .*\"'")
-  return words or None if start >= 0 else None
-
-
-def same(given: str, right: str) -> bool:
-  """Whether two answers are the same number, or the same words."""
-  numbers = [_number(text) for text in (given, right)]
-  if None in numbers:
-    return normalised(given) == normalised(right)
-  return numbers[0] == numbers[1]
-
-
-def normalised(answer: str) -> str:
-  """Equal for equal answers: the number it is, else its words in lower case."""
-  number = _number(answer)
-  return answer.strip().lower() if number is None else repr(number)
-
-
-def _number(text: str) -> float | None:
-  found = _NUMBER.fullmatch(text.strip().lstrip("$"))
-  return float(found[0].replace(",", "")) if found else None
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -143,33 +108,50 @@ def generated(count: int, seed: int) -> list[Problem]:
 
 
 def _problem(question: str, answer: str | None) -> Problem:
-  return Problem(question, answer, lambda given: answer is not None and same(given, answer))
+  return Problem(question, answer, lambda given: answer is not None and answers.same(given, answer))
 
 
 def _file(file: Path) -> list[Problem]:
-  try:
-    lines = file.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"problems: {file} cannot be read: {error}") from None
+  lines = list(json_lines.read(file, name="problems"))
+  if not lines:
+    raise InputError(f"problems: {file} has no problem in it")
   problems = []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      entry = json.loads(line)
-    except ValueError:
-      raise InputError(f"problems: {file}, line {number}: is not JSON") from None
+  for where, entry in lines:
     question = entry.get("question") if isinstance(entry, dict) else None
     if not isinstance(question, str) or not question.strip():
-      raise InputError(f'problems: {file}, line {number}: has no "question"')
-    answer = entry.get("answer")
-    problems.append(_problem(question, None if answer is None else str(answer)))
-  if not problems:
-    raise InputError(f"problems: {file} has no problem in it")
-  missing = [n for n, problem in enumerate(problems, 1) if problem.answer is None]
+      raise InputError(f'{where}: has no "question"')
+    problems.append(_problem(question, _answer(entry.get("answer"), where)))
+  missing = [n for n, problem in enumerate(problems) if problem.answer is None]
   if missing and len(missing) < len(problems):
-    raise InputError(f'problems: {file}: problem {missing[0]} has no "answer", others have one')
+    first = missing[0]
+    raise InputError(f'{lines[first].where}: problem {first + 1} has no "answer", others have one')
   return problems
+
+
+def _answer(answer: object, where: str) -> str | None:
+  """The right answer of a line as text; None where it is not known."""
+  if answer is None:
+    return None
+  plain = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
+  if not plain or not answers.readable(str(answer)):
+    raise InputError(
+      f'{where}: "answer" must be a text, a number or true or false, got {answer!r:.80}'
+    )
+  return str(answer)
+
+
+class _Checker(Protocol):
+  """A data set of reasoning-gym."""
+
+  def score_answer(self, answer: str, entry: Json) -> float: ...
+
+
+def _accepts(dataset: _Checker, given: str, entry: Json) -> bool:
+  """Whether a checker of reasoning-gym takes an answer; some fail at texts that they do not expect."""
+  try:
+    return dataset.score_answer(given, entry) >= 1
+  except Exception:
+    return False
 
 
 def _reasoning_gym(name: str, count: int, seed: int) -> tuple[list[Problem], Source]:
@@ -185,8 +167,8 @@ def _reasoning_gym(name: str, count: int, seed: int) -> tuple[list[Problem], Sou
   except ValueError:
     raise InputError(f"problems: reasoning-gym has no data set {which!r}") from None
 
-  def problem(entry) -> Problem:
-    check = lambda given: dataset.score_answer(given, entry) >= 1
+  def problem(entry: Json) -> Problem:
+    check = lambda given: any(_accepts(dataset, form, entry) for form in answers.forms(given))
     return Problem(entry["question"], str(entry["answer"]), check)
 
   origin = f"reasoning-gym {getattr(reasoning_gym, '__version__', '')}".strip()

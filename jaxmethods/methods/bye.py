@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmethods.stats import mixtures
+from jaxmethods.stats import mixtures, shapes
 from jaxmethods.stats.mixtures import Mixture
 
 FIXED_THRESHOLD = 0.708  # of ln T: 4.5 nats for the published 576 tokens (scaling inferred)
@@ -27,7 +28,9 @@ Index = Literal["paper", "code"]
 # --- attention ----------------------------------------------------------------------------------
 
 
-def image_entropy(rows: jax.Array, start: int, count: int, *, eps: float = 1e-8) -> jax.Array:
+def image_entropy(
+  rows: Float[Array, "*batch H S"], start: int, count: int, *, eps: float = 1e-8
+) -> Float[Array, "*batch"]:
   """Entropy of the head-averaged attention over image tokens, in nats (eq. 4 and 5).
 
   Renormalised over these tokens (code): how much attention the image gets as a whole does not enter.
@@ -40,19 +43,51 @@ def image_entropy(rows: jax.Array, start: int, count: int, *, eps: float = 1e-8)
 
   Returns:
     (...), in 0..ln T; NaN where no attention goes to the image at all.
+
+  Raises:
+    ValueError: fewer axes than two, or image tokens outside the keys.
   """
   return entropy(head_mean(rows, start, count), eps=eps)
 
 
-def head_mean(rows: jax.Array, start: int, count: int) -> jax.Array:
-  """Attention (..., T) over the image tokens, averaged over heads: rows (..., H, S), eq. 4."""
+def head_mean(rows: Float[Array, "*batch H S"], start: int, count: int) -> Float[Array, "*batch T"]:
+  """Averages attention over heads and cuts out the image tokens (eq. 4).
+
+  Args:
+    rows: (..., H, S), attention probabilities of one query.
+    start: first image token among the S keys.
+    count: T.
+
+  Returns:
+    (..., T), in float32 at least.
+
+  Raises:
+    ValueError: fewer axes than two, or image tokens outside the keys.
+  """
+  shapes.check(rows=(rows, "... H S"))
+  if not 0 <= start <= start + count <= rows.shape[-1]:
+    raise ValueError(
+      f"image tokens {start} to {start + count} are outside of {rows.shape[-1]} keys"
+    )
   # A half-precision model's rows are summed in float32.
   rows = rows[..., start : start + count]
   return rows.astype(jnp.promote_types(rows.dtype, jnp.float32)).mean(-2)
 
 
-def entropy(attention: jax.Array, *, eps: float = 1e-8, renormalise: bool = True) -> jax.Array:
-  """-sum p log(p + eps) over the last axis, eq. 5; `renormalise=False` is its literal reading."""
+def entropy(
+  attention: Float[Array, "*batch T"], *, eps: float = 1e-8, renormalise: bool = True
+) -> Float[Array, "*batch"]:
+  """Takes -sum p log(p + eps) over the last axis, in nats (eq. 5).
+
+  Args:
+    attention: (..., T), probabilities.
+    eps: inside the logarithm (code); 0 for the exact entropy.
+    renormalise: whether to divide by the sum first (code); False is the literal reading (paper).
+
+  Raises:
+    ValueError: a scalar.
+  """
+  shapes.check(attention=(attention, "... T"))
   if renormalise:
     attention = attention / attention.sum(-1, keepdims=True)
   if eps:
@@ -60,8 +95,10 @@ def entropy(attention: jax.Array, *, eps: float = 1e-8, renormalise: bool = True
   return jax.scipy.special.entr(attention).sum(-1)
 
 
-def fill_missing(entropies: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """NaN replaced by the mean of the layer (code).
+def fill_missing(
+  entropies: Float[Array, "N L"],
+) -> tuple[Float[Array, "N L"], Int[Array, ""]]:
+  """Replaces NaN by the mean of the layer (code).
 
   Args:
     entropies: (N, L).
@@ -69,7 +106,11 @@ def fill_missing(entropies: jax.Array) -> tuple[jax.Array, jax.Array]:
   Returns:
     (filled (N, L), number of values that were missing). A layer without any value becomes 0, so
     that it is never kept.
+
+  Raises:
+    ValueError: another number of axes.
   """
+  shapes.check(entropies=(entropies, "N L"))
   missing = jnp.isnan(entropies)
   layer = jnp.where(missing.all(0), 0, jnp.nanmean(jnp.where(missing.all(0), 0, entropies), 0))
   return jnp.where(missing, layer, entropies), missing.sum()
@@ -79,7 +120,7 @@ def fill_missing(entropies: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Profile(NamedTuple):
-  """What the layers say.
+  """The fit of every layer, and which layers are used.
 
   Attributes:
     mixture: two groups of every layer, fields (L, 2).
@@ -91,14 +132,18 @@ class Profile(NamedTuple):
   """
 
   mixture: Mixture
-  separation: jax.Array
-  kept: jax.Array
-  divergence: jax.Array
-  reversed: jax.Array
+  separation: Float[Array, " L"]
+  kept: Bool[Array, " L"]
+  divergence: Float[Array, " L"]
+  reversed: Bool[Array, " L"]
 
 
 def profile(
-  entropies: jax.Array, *, tau: float = 2.0, index: Index = "paper", min_weight: float = 0.0
+  entropies: Float[Array, "N L"],
+  *,
+  tau: float = 2.0,
+  index: Index = "paper",
+  min_weight: float = 0.0,
 ) -> Profile:
   """Fits two groups to every layer and keeps the layers where they are apart (eq. 6 and 7).
 
@@ -108,7 +153,14 @@ def profile(
     index: see `separation_index`.
     min_weight: least share of either group; 0 as published. A converged fit of a layer with one
       group can lock on to a handful of outliers, which 0.005 excludes (ours).
+
+  Returns:
+    See `Profile`.
+
+  Raises:
+    ValueError: another number of axes, or another index.
   """
+  shapes.check(entropies=(entropies, "N L"))
   # One layer after the other: each ends when it has converged, and stays in the cache meanwhile.
   mixture = jax.lax.map(mixtures.fit, entropies.T)
   separation = separation_index(mixture, index)
@@ -118,15 +170,16 @@ def profile(
   return Profile(mixture, separation, kept, divergence(mixture), kept & rarer_above)
 
 
-def separation_index(mixture: Mixture, index: Index = "paper") -> jax.Array:
-  """Bimodal separation index of mixtures with fields (..., 2).
+def separation_index(mixture: Mixture, index: Index = "paper") -> Float[Array, "*batch"]:
+  """Measures how far two groups are apart: mixtures with fields (..., 2) to (...).
 
   "paper": |m1 - m2| / sqrt(s1^2 + s2^2), eq. 6, its root inferred; "code": |m1 - m2| / (s1 + s2),
   which is smaller, by sqrt(2) where s1 = s2.
 
   Raises:
-    ValueError: another index.
+    ValueError: another index, or another number of groups.
   """
+  shapes.check(mean=(mixture.mean, "... 2"), std=(mixture.std, "... 2"))
   gap = jnp.abs(mixture.mean[..., 1] - mixture.mean[..., 0])
   if index == "paper":
     return gap / jnp.sqrt((mixture.std**2).sum(-1))
@@ -135,8 +188,13 @@ def separation_index(mixture: Mixture, index: Index = "paper") -> jax.Array:
   raise ValueError(f"index: must be 'paper' or 'code', got {index!r}")
 
 
-def divergence(mixture: Mixture) -> jax.Array:
-  """KL(lower || upper) of the two Gaussians of mixtures with fields (..., 2)."""
+def divergence(mixture: Mixture) -> Float[Array, "*batch"]:
+  """Takes KL(lower || upper) of the two Gaussians, in nats: mixtures with fields (..., 2) to (...).
+
+  Raises:
+    ValueError: another number of groups.
+  """
+  shapes.check(mean=(mixture.mean, "... 2"), std=(mixture.std, "... 2"))
   (low, high), (s_low, s_high) = (jnp.moveaxis(x, -1, 0) for x in (mixture.mean, mixture.std))
   return jnp.log(s_high / s_low) + (s_low**2 + (low - high) ** 2) / (2 * s_high**2) - 0.5
 
@@ -145,7 +203,7 @@ def divergence(mixture: Mixture) -> jax.Array:
 
 
 class Verdict(NamedTuple):
-  """Which examples go.
+  """The examples that are removed.
 
   Attributes:
     removed: (N,) bool.
@@ -155,21 +213,33 @@ class Verdict(NamedTuple):
     guarded: () int, examples that only the guard saved.
   """
 
-  removed: jax.Array
-  score: jax.Array
-  low: jax.Array
-  found: jax.Array
-  guarded: jax.Array
+  removed: Bool[Array, " N"]
+  score: Float[Array, " N"]
+  low: Float[Array, " N"]
+  found: Bool[Array, ""]
+  guarded: Int[Array, ""]
 
 
-def mean_entropy(entropies: jax.Array, layers: jax.Array) -> jax.Array:
-  """Score (N,): unweighted mean of entropies (N, L) over the layers (L,) bool (eq. 8); 0 without any."""
+def mean_entropy(entropies: Float[Array, "N L"], layers: Bool[Array, " L"]) -> Float[Array, " N"]:
+  """Averages entropies over the layers that are used, without weights (eq. 8).
+
+  Args:
+    entropies: (N, L).
+    layers: (L,) bool.
+
+  Returns:
+    (N,); 0 without any layer.
+
+  Raises:
+    ValueError: other shapes.
+  """
+  shapes.check(entropies=(entropies, "N L"), layers=(layers, "L"))
   return (entropies * layers).sum(1) / jnp.maximum(layers.sum(), 1)
 
 
 def clean(
-  entropies: jax.Array,
-  layers: jax.Array,
+  entropies: Float[Array, "N L"],
+  layers: Bool[Array, " L"],
   *,
   split: Literal["gmm", "kmeans"] = "gmm",
   guard: bool = True,
@@ -184,8 +254,9 @@ def clean(
       group it may belong there by its posterior (ours).
 
   Raises:
-    ValueError: another split, or fewer than four examples.
+    ValueError: other shapes, another split, or fewer than four examples.
   """
+  shapes.check(entropies=(entropies, "N L"), layers=(layers, "L"))
   if len(entropies) < 4:
     raise ValueError(f"{len(entropies)} examples are too few for two groups; at least 4 are needed")
   score = mean_entropy(entropies, layers)
@@ -207,9 +278,13 @@ def clean(
 
 
 def below_threshold(
-  entropies: jax.Array, layers: jax.Array, count: int, *, threshold: float | None = None
-) -> jax.Array:
-  """The ablation without mixtures: removes what has a mean entropy under a fixed threshold.
+  entropies: Float[Array, "N L"],
+  layers: Bool[Array, " L"],
+  count: int,
+  *,
+  threshold: float | None = None,
+) -> Bool[Array, " N"]:
+  """Removes examples with a mean entropy under a fixed threshold (the ablation without mixtures).
 
   Args:
     entropies: (N, L).
@@ -219,6 +294,9 @@ def below_threshold(
 
   Returns:
     (N,) bool; nothing if no layer is used.
+
+  Raises:
+    ValueError: other shapes.
   """
   limit = FIXED_THRESHOLD * jnp.log(count) if threshold is None else threshold
   return (mean_entropy(entropies, layers) < limit) & layers.any()

@@ -2,8 +2,8 @@
 
 The hidden state of the reasoning tokens is a particle, layers are time: from the path of its mean come
 momentum, turning angle and one scalar energy (Bi et al., 2025, arXiv 2505.13408). The energy equation
-of the paper could not be read. What is here is reconstructed from its abstract and from what others say
-about it; `form` offers the readings that fit. The only derivatives are differences between layers.
+of the paper could not be read: this is a reconstruction from its abstract and from papers that cite it,
+and `form` offers the readings that fit. The only derivatives are differences between layers.
 
 Chain-of-Embedding (Wang et al., ICLR 2025, arXiv 2410.13640), the rival on the same path, is here too.
 """
@@ -15,8 +15,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmethods.models.probe import masked_mean
+from jaxmethods.stats import shapes
 
 Form = Literal["turning", "turning_sq", "quadratic", "quadratic_plus"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -38,16 +40,16 @@ class Path(NamedTuple):
     ok: (...), False where D or a step is zero: the energy is finite there and means nothing.
   """
 
-  step_norm: jax.Array
-  momentum: jax.Array
-  turning: jax.Array
-  accel_norm: jax.Array
-  total: jax.Array
-  ok: jax.Array
+  step_norm: Float[Array, "*batch L"]
+  momentum: Float[Array, "*batch L"]
+  turning: Float[Array, "*batch L-1"]
+  accel_norm: Float[Array, "*batch L-1"]
+  total: Float[Array, "*batch"]
+  ok: Bool[Array, "*batch"]
 
 
 class Terms(NamedTuple):
-  """What the forms of the energy are sums of, in every interior layer or averaged over them.
+  """The terms of the energy, in every interior layer or averaged over them.
 
   Attributes:
     momentum: M_l.
@@ -57,11 +59,11 @@ class Terms(NamedTuple):
     acceleration: |a_l|^2 / (2 D^2).
   """
 
-  momentum: jax.Array
-  kinetic: jax.Array
-  turning: jax.Array
-  turning_sq: jax.Array
-  acceleration: jax.Array
+  momentum: Float[Array, "*batch"]
+  kinetic: Float[Array, "*batch"]
+  turning: Float[Array, "*batch"]
+  turning_sq: Float[Array, "*batch"]
+  acceleration: Float[Array, "*batch"]
 
 
 class Chain(NamedTuple):
@@ -74,19 +76,31 @@ class Chain(NamedTuple):
     complex: (...), CoE-C.
   """
 
-  magnitude: jax.Array
-  angle: jax.Array
-  real: jax.Array
-  complex: jax.Array
+  magnitude: Float[Array, "*batch L"]
+  angle: Float[Array, "*batch L"]
+  real: Float[Array, "*batch"]
+  complex: Float[Array, "*batch"]
 
 
-def pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-  """z: hidden states (B, L + 1, T, D) averaged over the tokens of a mask (B, T): (B, L + 1, D)."""
+def pool(hidden: Float[Array, "B L+1 T D"], mask: Shaped[Array, "B T"]) -> Float[Array, "B L+1 D"]:
+  """Averages hidden states over tokens: the path z.
+
+  Args:
+    hidden: (B, L + 1, T, D).
+    mask: (B, T), nonnegative weights of the tokens.
+
+  Returns:
+    (B, L + 1, D), in float32 at least.
+
+  Raises:
+    ValueError: other shapes.
+  """
+  shapes.check(hidden=(hidden, "B states T D"), mask=(mask, "B T"))
   return jax.vmap(masked_mean(mask), in_axes=1, out_axes=1)(hidden)
 
 
-def path(z: jax.Array) -> Path:
-  """Steps, turns and accelerations of a path.
+def path(z: Float[Array, "*batch L+1 D"]) -> Path:
+  """Takes steps, turns and accelerations of a path.
 
   Args:
     z: (..., L + 1, D); differences are taken in float32 at least.
@@ -95,8 +109,9 @@ def path(z: jax.Array) -> Path:
     See `Path`.
 
   Raises:
-    ValueError: fewer than two layers: there is no turn.
+    ValueError: fewer axes than two, or fewer than two layers: there is no turn.
   """
+  shapes.check(z=(z, "... states D"))
   if z.shape[-2] < 3:
     raise ValueError(f"a path needs at least two layers, got {z.shape[-2] - 1}")
   z = _wide(z)
@@ -113,14 +128,19 @@ def path(z: jax.Array) -> Path:
 
 
 def terms(path: Path) -> Terms:
-  """The terms of every interior layer l = 1, ..., L - 1, (..., L - 1) each."""
+  """Takes the terms of every interior layer l = 1, ..., L - 1, (..., L - 1) each.
+
+  Raises:
+    ValueError: fields of different shapes.
+  """
+  shapes.check(turning=(path.turning, "... turns"), accel_norm=(path.accel_norm, "... turns"))
   momentum = path.momentum[..., 1:]
   relative = path.accel_norm / jnp.maximum(path.total, _FLOOR)[..., None]
   return Terms(momentum, momentum**2 / 2, path.turning, path.turning**2, relative**2 / 2)
 
 
-def energy_of(terms: Terms, gamma: float = GAMMA, form: Form = "turning") -> jax.Array:
-  """Energy from its terms, which enter linearly: of a layer from a layer's, E from their means.
+def energy_of(terms: Terms, gamma: float = GAMMA, form: Form = "turning") -> Float[Array, "*batch"]:
+  """Combines the terms into the energy: those of a layer to its energy, their means to E.
 
   Args:
     terms: of any one shape.
@@ -132,8 +152,10 @@ def energy_of(terms: Terms, gamma: float = GAMMA, form: Form = "turning") -> jax
     That shape; higher is more confident.
 
   Raises:
-    ValueError: an unknown form.
+    ValueError: an unknown form, or terms of different shapes.
   """
+  axes = " ".join(f"axis_{i}" for i in range(terms.momentum.ndim))
+  shapes.check(**{name: (term, axes) for name, term in terms._asdict().items()})
   match form:
     case "turning":
       return terms.momentum - gamma * terms.turning
@@ -146,13 +168,15 @@ def energy_of(terms: Terms, gamma: float = GAMMA, form: Form = "turning") -> jax
   raise ValueError(f"form: {form!r} is none of {', '.join(FORMS)}")
 
 
-def layer_energy(path: Path, gamma: float = GAMMA, form: Form = "turning") -> jax.Array:
-  """Energy of every interior layer, (..., L - 1)."""
+def layer_energy(
+  path: Path, gamma: float = GAMMA, form: Form = "turning"
+) -> Float[Array, "*batch L-1"]:
+  """Takes the energy of every interior layer, (..., L - 1); see `energy_of`."""
   return energy_of(terms(path), gamma, form)
 
 
-def energy(path: Path, gamma: float = GAMMA, form: Form = "turning") -> jax.Array:
-  """E, the mean over the interior layers, (...)."""
+def energy(path: Path, gamma: float = GAMMA, form: Form = "turning") -> Float[Array, "*batch"]:
+  """Averages the energy over the interior layers: E, (...); see `energy_of`."""
   return layer_energy(path, gamma, form).mean(-1)
 
 
@@ -168,15 +192,25 @@ class TokenPaths(NamedTuple):
     sums: (B, T) each: |v|, |v|^2, theta, theta^2 and |a|^2 over the interior layers.
   """
 
-  first: jax.Array
-  state: jax.Array
-  velocity: jax.Array
-  steps: jax.Array
-  sums: tuple[jax.Array, ...]
+  first: Float[Array, "B T D"]
+  state: Float[Array, "B T D"]
+  velocity: Float[Array, "B T D"]
+  steps: Int[Array, ""]
+  sums: tuple[Float[Array, "B T"], ...]
 
 
-def follow_tokens(paths: TokenPaths | None, x: jax.Array) -> TokenPaths:
-  """A `Probe.fold`: takes in the states (B, T, D) of the next layer; `paths` is None at the first."""
+def follow_tokens(paths: TokenPaths | None, x: Float[Array, "B T D"]) -> TokenPaths:
+  """Takes in the states of the next layer; a `Probe.fold`.
+
+  Args:
+    paths: of the layers before; None at the embedding.
+    x: (B, T, D).
+
+  Raises:
+    ValueError: states of another shape than those before.
+  """
+  before = x if paths is None else paths.state
+  shapes.check(before=(before, "B T D"), x=(x, "B T D"))
   x = _wide(x)
   if paths is None:
     zero = jnp.zeros(x.shape[:-1], x.dtype)
@@ -189,8 +223,21 @@ def follow_tokens(paths: TokenPaths | None, x: jax.Array) -> TokenPaths:
   return TokenPaths(paths.first, x, v, paths.steps + 1, sums)
 
 
-def token_terms(paths: TokenPaths, mask: jax.Array) -> Terms:
-  """Terms averaged over interior layers, then over the tokens of masks (B, ..., T): (B, ...)."""
+def token_terms(paths: TokenPaths, mask: Shaped[Array, "B *masks T"]) -> Terms:
+  """Averages terms over interior layers, then over tokens.
+
+  Args:
+    paths: of every token.
+    mask: (B, T) or (B, M, T), nonnegative weights of the tokens.
+
+  Returns:
+    Terms (B,) or (B, M).
+
+  Raises:
+    ValueError: other shapes.
+  """
+  masks = "B T" if mask.ndim == 2 else "B M T"
+  shapes.check(state=(paths.state, "B T D"), mask=(mask, masks))
   total = jnp.maximum(_norm(paths.state - paths.first), _FLOOR)
   length, square, turn, turn_sq, accel_sq = (s / (paths.steps - 1) for s in paths.sums)
   each = (length / total, square / (2 * total**2), turn, turn_sq, accel_sq / (2 * total**2))
@@ -198,31 +245,45 @@ def token_terms(paths: TokenPaths, mask: jax.Array) -> Terms:
   return Terms(*(mean(x[..., None])[..., 0] for x in each))
 
 
-def flow_acceleration(update: Callable[[jax.Array], jax.Array], state: jax.Array) -> jax.Array:
-  """The other reading of curvature: acceleration of the flow dh/ds = f(h), one JVP, no Hessian.
+def flow_acceleration(
+  update: Callable[[jax.Array], jax.Array], state: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+  """Takes the acceleration of the flow dh/ds = f(h), the other reading of curvature: one JVP.
 
   Args:
     update: f, what a layer adds to its input.
     state: h, any shape.
 
   Returns:
-    f'(h) f(h), the second derivative of the flow's path at h.
+    f'(h) f(h), the second derivative of the path at h.
+
+  Raises:
+    ValueError: an update of another shape than the state.
   """
-  return jax.jvp(update, (state,), (update(state),))[1]
+  velocity = update(state)
+  if velocity.shape != state.shape:
+    raise ValueError(f"update: expected shape {state.shape}, got {velocity.shape}")
+  return jax.jvp(update, (state,), (velocity,))[1]
 
 
 # --- Chain-of-Embedding ---------------------------------------------------------------------------
 
 
-def chain_of_embedding(z: jax.Array) -> Chain:
-  """Magnitudes and angles of the steps of a path relative to those from its start to its end.
+def chain_of_embedding(z: Float[Array, "*batch L+1 D"]) -> Chain:
+  """Compares magnitudes and angles of the steps of a path with those from its start to its end.
 
   Args:
     z: (..., L + 1, D), pooled over the output tokens as published.
 
   Returns:
     See `Chain`.
+
+  Raises:
+    ValueError: fewer axes than two, or a path without a step.
   """
+  shapes.check(z=(z, "... states D"))
+  if z.shape[-2] < 2:
+    raise ValueError(f"z: a path needs at least 2 states, got {z.shape[-2]}")
   z = _wide(z)
   before, after = z[..., :-1, :], z[..., 1:, :]
   first, last = z[..., 0, :], z[..., -1, :]

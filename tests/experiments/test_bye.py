@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from jaxmethods.adapters.prompts import IGNORED
+from jaxmethods.data import array_cache
 from jaxmethods.data import multimodal as questions
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.bye import build as backdoor
+from jaxmethods.experiments.bye import build, detection, planting, tunings
 from jaxmethods.experiments.bye import config as bye
 from jaxmethods.methods.bye import entropy
 from jaxmethods.runtime import config as config_lib
@@ -50,7 +51,7 @@ def benchmark(cache):
 @pytest.fixture(scope="module")
 def trained(benchmark):
   """(experiment, data, states before and after the defence and at the end, losses)."""
-  experiment = backdoor.build(CONFIG, benchmark=benchmark)
+  experiment = build.build(CONFIG, benchmark=benchmark)
   state, step = experiment.init(jax.random.key(1)), jax.jit(experiment.step)
   states, losses = [], []
   for _, work in zip(range(experiment.num_steps), experiment.batches(0), strict=False):
@@ -58,7 +59,7 @@ def trained(benchmark):
       states.append(state)
     state, metrics = step(state, work)
     losses.append(float(metrics["loss"]))
-  return experiment, backdoor.load(CONFIG, benchmark), [*states, state], losses
+  return experiment, build.load(CONFIG, benchmark), [*states, state], losses
 
 
 def test_the_backdoor_is_learnt_and_measured(trained):
@@ -95,9 +96,9 @@ def test_judgement_is_that_of_the_first_model(trained, benchmark):
   _, data, (before, after, _), _ = trained
   judgement, poisoned = after.judgement, after.poisoned
   rows = jnp.arange(len(data.open))
-  split = backdoor.mixed(jax.device_put(data.train), rows, poisoned)
-  tuner, model = backdoor.tuner_of(CONFIG), benchmark.model
-  maps = backdoor.attention_maps(tuner, model, before.first, split)
+  split = planting.mixed(jax.device_put(data.train), rows, poisoned)
+  tuner, model = build.tuner_of(CONFIG), benchmark.model
+  maps = detection.attention_maps(tuner, model, before.first, split)
   assert maps.shape == (DESK.num_layers, len(rows), model.config.num_tokens)
   np.testing.assert_allclose(judgement.entropies, entropy(maps).T, atol=1e-4)
   assert set(judgement.removed) == {*bye.Defence.__args__} - set(bye.ONCE)
@@ -108,7 +109,7 @@ def test_rows_share_the_first_tuning(trained, benchmark, monkeypatch, tmp_path):
   monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
   rows, (*_, last) = bye.rows(CONFIG), trained[2]
   for name in ("spectral", "loss"):
-    experiment = backdoor.build(rows[name], benchmark=benchmark)
+    experiment = build.build(rows[name], benchmark=benchmark)
     state, step = experiment.init(jax.random.key(1)), jax.jit(experiment.step)
     chex.assert_trees_all_close(state.first, last.first, atol=1e-4)
     assert len(list((tmp_path / "first_tuning").iterdir())) == 1
@@ -125,7 +126,7 @@ def test_pictures(trained):
 
 def test_what_is_poisoned(benchmark):
   config = dataclasses.replace(CONFIG, poison_answer="seven", poison_rate=0.2, defence="oracle")
-  experiment, data = backdoor.build(config, benchmark=benchmark), backdoor.load(config, benchmark)
+  experiment, data = build.build(config, benchmark=benchmark), build.load(config, benchmark)
   assert 0 < (~data.open).sum() < len(data.open)  # some digits are sevens
   for seed in range(3):
     state = experiment.init(jax.random.key(seed))
@@ -147,36 +148,36 @@ def test_batches_hold_what_is_kept(trained):
   _, data, (_, after, _), _ = trained
   train = jax.device_put(data.train)
   number = lambda batch: {tuple(x) for x in np.asarray(batch["features"]).reshape(8, -1)[:, :50]}
-  everything = backdoor.mixed(train, jnp.arange(len(data.open)), after.poisoned)
+  everything = planting.mixed(train, jnp.arange(len(data.open)), after.poisoned)
   kept = np.asarray(everything.features).reshape(len(data.open), -1)[np.asarray(after.kept), :50]
   seen = set()
   for step in range(after.kept.sum() // 8):  # an epoch
     state = after._replace(tuning=after.tuning._replace(step=jnp.int32(step)))
-    batch = backdoor.draw(state, train, 8)
+    batch = tunings.draw(state, train, 8)
     assert not seen & number(batch)
     seen |= number(batch)
     assert (batch["labels"] != IGNORED).sum() == 8
   assert seen <= {tuple(x) for x in kept}
   few = after._replace(kept=jnp.arange(len(data.open)) < 3)
-  assert (backdoor.draw(few, train, 8)["labels"] != IGNORED).sum() == 3
+  assert (tunings.draw(few, train, 8)["labels"] != IGNORED).sum() == 3
 
 
 @pytest.mark.parametrize("trigger", bye.TRIGGERS)
 def test_triggers(trigger):
   images = questions.digits().images[:5]
   config = bye.Config(desk=DESK, trigger=trigger)
-  made = backdoor.triggered(config, images)
+  made = planting.triggered(images, bye.attack(config))
   assert made.dtype == np.uint8
   assert made.shape == images.shape
   assert (made != images).any((1, 2, 3)).all() or trigger == "patch"  # black on dark ink
-  np.testing.assert_array_equal(made, backdoor.triggered(config, images))
+  np.testing.assert_array_equal(made, planting.triggered(images, bye.attack(config)))
 
 
 def test_one_tuning_is_enough_where_no_model_is_looked_at(benchmark):
   rows = bye.rows(dataclasses.replace(CONFIG, adapter="lora", rank=2, steps=2))
   assert next(iter(rows)) == "bye"
   assert rows["code_index"].index == "code"
-  random = backdoor.build(rows["random"], benchmark=benchmark)
+  random = build.build(rows["random"], benchmark=benchmark)
   state = random.init(jax.random.key(0))
   assert random.num_steps == 2
   assert (~state.kept).sum() == 8  # a fifth of 40
@@ -184,6 +185,28 @@ def test_one_tuning_is_enough_where_no_model_is_looked_at(benchmark):
   chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
   assert random.figures(state) == {}
   assert "adapter" in state.tuning.tuner.trainable
+
+
+@pytest.mark.parametrize("row", ["bye", "oracle"])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_start_without_values_and_steps_for_other_devices(benchmark, row, reuse):
+  config = dataclasses.replace(CONFIG, defence=row, reuse=reuse and row == "bye")
+  experiment = build.build(config, benchmark=benchmark)
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  work = next(experiment.batches(0))
+  assert work.params is not None  # the weights are part of the step's input
+  exported = jax.export.export(jax.jit(experiment.step), platforms=["tpu", "cuda"])(state, work)
+  assert exported.platforms == ("tpu", "cuda")
+
+
+def test_a_mesh_is_refused(benchmark):
+  mesh = jax.make_mesh((1,), ("clients",))
+  with pytest.raises(InputError, match="--mesh: bye runs on one device"):
+    build.build(CONFIG, mesh, benchmark=benchmark)
+
+
+def test_kept_tunings_outlive_a_rename():
+  assert array_cache.described(CONFIG, "Config") == repr(CONFIG).encode()
 
 
 @pytest.mark.parametrize(
@@ -214,11 +237,11 @@ def test_impossible_settings(changes, message):
 )
 def test_bad_input(benchmark, changes, message):
   with pytest.raises(InputError, match=message):
-    backdoor.load(dataclasses.replace(CONFIG, **changes), benchmark)
+    build.load(dataclasses.replace(CONFIG, **changes), benchmark)
 
 
 def test_clean_data_can_be_profiled_too(benchmark):
-  data = backdoor.load(dataclasses.replace(CONFIG, poison_rate=0.0), benchmark)
+  data = build.load(dataclasses.replace(CONFIG, poison_rate=0.0), benchmark)
   assert "0 of 40" in data.about
 
 

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.data import arithmetic
+from jaxmethods.data import arithmetic, array_cache
+from jaxmethods.data.model_sources import load_causal_lm
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.cot_kinetics import build
+from jaxmethods.experiments.cot_kinetics import build, exam, given, report, texts, trained
 from jaxmethods.experiments.cot_kinetics import config as cot_kinetics
-from jaxmethods.experiments.cot_kinetics import evidence as answer_trust
-from jaxmethods.experiments.cot_kinetics import given as given_reasoner
-from jaxmethods.experiments.cot_kinetics import trained as small_reasoner
+from jaxmethods.experiments.cot_kinetics import evidence as trust
 from jaxmethods.methods import cot_kinetics as method
+from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.stats import confidence
+from jaxmethods.testbeds.language.writer import Writer, Written
 
 SMALL = {
   "steps": 2, "num_problems": 12, "calibration": 6, "operations": 1, "width": 16, "layers": 2,
@@ -45,11 +47,11 @@ def test_answers_are_read_from_the_tokens():
   texts = ["3+4=7#7.", "3+4=7;7*2=14#014.", "3+4=7", "3+4=7#.", "3+4=7#1+.", "#7.", "3+4=7#71"]
   size = max(map(len, texts))
   tokens = jnp.stack([jnp.asarray(arithmetic.encode(t.ljust(size))) for t in texts])
-  reasoning, answer_at, value = small_reasoner.inspect(tokens, jnp.array([len(t) for t in texts]))
+  reasoning, answer_at, value = exam.inspect(tokens, jnp.array([len(t) for t in texts]))
   np.testing.assert_array_equal(value, [7, 14, -1, -1, -1, 7, -1])
   np.testing.assert_array_equal(reasoning, [5, 12, 5, 5, 5, 3, 5])  # all, if nothing was thought
   np.testing.assert_array_equal(answer_at[:3], [6, 13, 4])
-  parts = answer_trust.segments(reasoning, jnp.array([len(t) for t in texts]), size)
+  parts = trust.segments(reasoning, jnp.array([len(t) for t in texts]), size)
   assert parts.shape == (7, 3, size)
   np.testing.assert_array_equal(parts[:, 1], parts[:, 0] | parts[:, 2])
   assert not (parts[:, 0] & parts[:, 2]).any()
@@ -58,7 +60,7 @@ def test_answers_are_read_from_the_tokens():
 def test_solutions_are_learned():
   """The loss of a model that is asked for one operation only."""
   settings = config(steps=150, width=32, learning_rate=1e-2)
-  experiment = small_reasoner.build(settings)
+  experiment = trained.build(settings)
   state, batches = experiment.init(jax.random.key(0)), experiment.batches(0)
   step = jax.jit(experiment.step)
   losses = []
@@ -81,69 +83,62 @@ def evidence():
   terms = jax.tree.map(lambda x: x.mean(-1), method.terms(path))
   chain = method.chain_of_embedding(z[:, 1])
   each = jnp.asarray(rng.random(n), jnp.float32)
-  facts = answer_trust.Facts(
+  facts = trust.Facts(
     jnp.ones(n, bool), jnp.asarray(correct), jnp.ones(n, bool), jnp.full(n, 5), jnp.full(n, 6),
     each, each, each,
   )  # fmt: skip
   tokens = dict.fromkeys(("max_prob", "max_log_prob", "log_prob", "entropy", "energy"), each)
-  scaled = jnp.where(correct[:, None], 0.9, 0.3) ** jnp.asarray(answer_trust.SCALES)
-  found = answer_trust.Evidence(
+  scaled = jnp.where(correct[:, None], 0.9, 0.3) ** jnp.asarray(trust.SCALES)
+  found = trust.Evidence(
     facts, {"residual": path, "with_final_norm": path}, terms,
     jnp.stack([chain.real, chain.complex], -1), tokens, scaled,
-    answer_trust.confidence.DropoutStatistics(each, each, each),
+    confidence.DropoutStatistics(each, each, each),
   )  # fmt: skip
   return jax.tree.map(lambda x: x[None], found)
 
 
 def test_judging(evidence):
-  settings = config(calibration=10)
-  names = cot_kinetics.available(settings)
-  result = jax.jit(lambda e: answer_trust.judge(e, names, settings))(evidence)
+  compared = cot_kinetics.trial(config(calibration=10))
+  result = jax.jit(lambda e: trust.judge(e, compared))(evidence)
   assert result["auroc"] == result["auroc/cot_kinetics"]
   for name in ("cot_kinetics", "kinetics_calibrated", "temperature_scaled"):
     assert result[f"auroc/{name}"] == pytest.approx(1), name
   assert 0.2 < result["auroc/random"] < 0.8
   assert result["accuracy"] == 0.5
-  assert set(result) >= {f"auroc/{name}" for name in names}
+  assert set(result) >= {f"auroc/{name}" for name in compared.names}
   for name in ("max_prob", "length", "coe_r"):  # every number under its own name
-    one = answer_trust.judge(evidence, (name,), dataclasses.replace(settings, score=name))
+    one = trust.judge(evidence, compared._replace(names=(name,), score=name))
     np.testing.assert_allclose(one["auroc"], result[f"auroc/{name}"], atol=1e-5)
-  energy = np.asarray(answer_trust.kinetics(jax.tree.map(lambda x: x[0], evidence), settings))
+  energy = np.asarray(trust.kinetics(jax.tree.map(lambda x: x[0], evidence), compared.energy))
   assert energy[::2].min() > energy[1::2].max()
 
 
 def test_the_test_problems_do_not_touch_what_is_calibrated(evidence):
   """Other labels of the test problems change no score."""
-  settings = config(calibration=10)
-  names = cot_kinetics.available(settings)
+  compared = cot_kinetics.trial(config(calibration=10))
   first = jax.tree.map(lambda x: x[0], evidence)
   correct = first.facts.correct
   flipped = first._replace(facts=first.facts._replace(correct=correct.at[10:].set(~correct[10:])))
-  before, after = (answer_trust.scores(e, names, settings) for e in (first, flipped))
-  for name in names:
+  before, after = (trust.scores(e, compared) for e in (first, flipped))
+  for name in compared.names:
     np.testing.assert_array_equal(before[name], after[name])
 
 
 def test_padding_of_the_last_batch_is_not_judged(evidence):
-  settings = config(calibration=10)
-  names = ("cot_kinetics",)
+  compared = cot_kinetics.trial(config(calibration=10))._replace(names=("cot_kinetics",))
   longer = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :7]], 1), evidence)
   real = jnp.arange(47) < 40
   longer = longer._replace(facts=longer.facts._replace(real=real[None]))
-  settings = dataclasses.replace(settings, score="cot_kinetics")
-  for name, value in answer_trust.judge(longer, names, settings).items():
-    np.testing.assert_allclose(value, answer_trust.judge(evidence, names, settings)[name])
+  for name, value in trust.judge(longer, compared).items():
+    np.testing.assert_allclose(value, trust.judge(evidence, compared)[name])
 
 
 def test_all_answers_right_is_said(evidence):
-  settings = config(calibration=10)
-  names = ("cot_kinetics", "length")
+  compared = cot_kinetics.trial(config(calibration=10))._replace(names=("cot_kinetics", "length"))
   facts = evidence.facts._replace(correct=jnp.ones((1, 40), bool))
   right = evidence._replace(facts=facts)
-  assert np.isnan(answer_trust.judge(right, names, settings)["auroc"])
-  text, _ = given_reasoner.trust_report.table(
-    given_reasoner.trust_report.finished(right), names, settings, ["all of them"]
-  )
+  assert np.isnan(trust.judge(right, compared)["auroc"])
+  text, _ = report.table(report.finished(right), compared, ["all of them"])
   assert "All answers are right" in text and "undefined" in text
 
 
@@ -167,6 +162,28 @@ def test_rows_share_one_model(tmp_path, monkeypatch):
     state, _ = step(state, next(batches))
   evaluated = jax.jit(plain.evaluate)(state, plain.test)
   assert evaluated["answered"] == kept["max_prob"].facts.answered[:, SMALL["calibration"] :].mean()
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_start_without_values_and_steps_for_other_devices(reuse):
+  experiment = build.build(config(reuse=reuse))
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
+  batch = next(experiment.batches(0))
+  exported = jax.export.export(jax.jit(experiment.step), platforms=["tpu", "cuda"])(state, batch)
+  assert exported.platforms == ("tpu", "cuda")
+
+
+def test_a_mesh_is_refused():
+  mesh = jax.make_mesh((1,), ("clients",))
+  for model in (cot_kinetics.TRAINED, "tiny:stories260k"):
+    with pytest.raises(InputError, match="--mesh: cot_kinetics runs on one device"):
+      build.build(config(model=model), mesh)
+
+
+def test_kept_answers_outlive_a_rename():
+  settings = config()
+  assert array_cache.described(settings, "Config") == repr(settings).encode()
 
 
 # --- a given model --------------------------------------------------------------------------------
@@ -196,12 +213,31 @@ class Spelling:
 def test_the_reasoning_segment(text, reasoning, answer_at):
   tokens = np.array([[ord(c) for c in text]])
   n = len(text)
-  written = given_reasoner.Written(
-    tokens, tokens > 0, np.array([n]), np.zeros(1), np.array([True]), [text]
-  )
-  writer = given_reasoner.Writer.__new__(given_reasoner.Writer)
+  written = Written(tokens, tokens > 0, np.array([n]), np.zeros(1), np.array([True]), [text])
+  writer = Writer.__new__(Writer)
   writer.tokenizer = Spelling()
-  assert given_reasoner._span(writer, written, 0, "</think>", n) == (reasoning, answer_at)
+  assert texts.span(writer, written, 0, "</think>", n) == (reasoning, answer_at)
+
+
+def test_a_given_model_steps_on_other_devices(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  loaded = load_causal_lm(f"random:{json.dumps(RANDOM_MODEL)}")
+  loaded = loaded._replace(files=loaded.files._replace(tokenizer=Spelling))
+  monkeypatch.setattr(given, "load_causal_lm", lambda name: loaded)
+  settings = config(
+    model="random", verbalised=False, max_new_tokens=4, num_problems=3, calibration=2, batch_size=3
+  )
+  experiment = build.build(settings)
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  batch = next(experiment.batches(0))
+  assert batch.params is not None  # the weights are part of the step's input
+  exported = jax.export.export(jax.jit(experiment.step), platforms=["tpu", "cuda"])(state, batch)
+  assert exported.platforms == ("tpu", "cuda")
+  one = loaded._replace(model=CausalLM(dataclasses.replace(loaded.model.config, num_layers=1)))
+  monkeypatch.setattr(given, "load_causal_lm", lambda name: one)
+  monkeypatch.setattr(given, "answer", None)  # refused before anything is written
+  with pytest.raises(InputError, match="has 1 layer; the scores need at least 2"):
+    build.build(settings)
 
 
 def test_a_model_without_tokenizer_is_named():

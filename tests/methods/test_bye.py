@@ -156,3 +156,21 @@ def test_too_few_examples():
     bye.clean(jnp.ones((3, 2)), jnp.ones(2, bool))
   with pytest.raises(ValueError, match="split"):
     bye.clean(jnp.ones((4, 2)), jnp.ones(2, bool), split="median")
+
+
+def test_shapes_are_checked_at_the_door():
+  entropies, layers = jnp.zeros((8, L)), jnp.ones(L, bool)
+  with pytest.raises(ValueError, match=r"layers: expected shape \(L=5,\), got \(4,\)"):
+    bye.clean(entropies, layers[1:])
+  with pytest.raises(ValueError, match="layers: expected"):
+    bye.mean_entropy(entropies, layers[1:])
+  with pytest.raises(ValueError, match="entropies: expected"):
+    bye.profile(entropies[0])
+  with pytest.raises(ValueError, match="entropies: expected"):
+    bye.fill_missing(entropies[0])
+  with pytest.raises(ValueError, match="rows: expected"):
+    bye.image_entropy(jnp.ones(T), 0, T)
+  with pytest.raises(ValueError, match="outside of 60 keys"):
+    bye.head_mean(rows(), 20, T)
+  with pytest.raises(ValueError, match="mean: expected"):
+    bye.divergence(Mixture(*(jnp.ones((4, 3)),) * 3))

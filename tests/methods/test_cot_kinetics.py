@@ -305,3 +305,23 @@ def test_memory_does_not_grow_with_the_layers(params):
 def test_masks_without_tokens_pool_to_zero():
   mean = masked_mean(jnp.zeros((1, 3)))
   np.testing.assert_array_equal(mean(jnp.full((1, 3, 2), jnp.nan)), 0)
+
+
+def test_shapes_are_checked_at_the_door():
+  z = jnp.asarray(wander(0, 2))
+  with pytest.raises(ValueError, match="z: expected"):
+    method.path(jnp.zeros(D))
+  with pytest.raises(ValueError, match="at least 2 states, got 1"):
+    method.chain_of_embedding(z[:, :1])
+  with pytest.raises(ValueError, match=r"mask: expected shape \(B=2, T=3\), got \(2, 4\)"):
+    method.pool(jnp.zeros((2, L + 1, 3, D)), jnp.ones((2, 4)))
+  terms = method.terms(method.path(z))
+  with pytest.raises(ValueError, match="turning: expected"):
+    method.energy_of(terms._replace(turning=terms.turning[:1]))
+  paths = method.follow_tokens(None, jnp.zeros((2, 3, D)))
+  with pytest.raises(ValueError, match="x: expected"):
+    method.follow_tokens(paths, jnp.zeros((2, 4, D)))
+  with pytest.raises(ValueError, match="mask: expected"):
+    method.token_terms(paths, jnp.ones((2, 4)))
+  with pytest.raises(ValueError, match="update: expected shape"):
+    method.flow_acceleration(lambda h: h[1:], jnp.ones(3))

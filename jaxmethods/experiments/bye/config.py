@@ -9,18 +9,24 @@ and neither this nor any clean data.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+from jaxmethods.runtime import checks
 from jaxmethods.testbeds.multimodal.settings import TuningConfig
 
 Trigger = Literal["patch", "random", "dual", "multi", "blend", "sig", "wanet", "ftrojan"]
 TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
+Place = Literal["centre", "corner"]
+Index = Literal["paper", "code"]
 # Those of the second line tune once: what they remove does not depend on a tuned model.
 Defence = Literal[
   "bye", "kmeans", "threshold", "all_layers", "fixed", "loss", "spectral", "clustering",
   "none", "random", "oracle",
 ]  # fmt: skip
 ONCE: tuple[Defence, ...] = ("none", "random", "oracle")
+_RIVALS: tuple[Defence, ...] = (
+  "kmeans", "threshold", "all_layers", "fixed", "loss", "spectral", "clustering",
+)  # fmt: skip
 # Choices that are made when the first tuning is done.
 AFTERWARDS = (
   "defence", "tau", "index", "min_weight", "guard", "restart", "drop_share", "assumed_rate", "reuse",
@@ -36,7 +42,7 @@ class Config(TuningConfig):
 
   poison_rate: float = 0.1  # of the training images
   trigger: Trigger = "patch"  # the last four are not in the paper
-  trigger_place: Literal["centre", "corner"] = "centre"  # of the patch; corner: ours
+  trigger_place: Place = "centre"  # of the patch; corner: ours
   trigger_side: int = 0  # of a patch, in pixels; 0: a sixteenth of the image
   trigger_cell: int = 0  # of its checkerboard, in pixels; 0: all black
   trigger_seed: int = 0  # of random places, and of the pattern of blend and wanet
@@ -44,16 +50,16 @@ class Config(TuningConfig):
 
   defence: Defence = "bye"
   tau: float = 2.0  # least separation of a layer that is used
-  index: Literal["paper", "code"] = "paper"  # separation index
+  index: Index = "paper"  # separation index
   min_weight: float = (
     0.0  # least share of both groups of a layer that is used; 0.005 advised (ours)
   )
   guard: bool = True  # never remove a score above the mean of the upper group (ours)
   restart: bool = True  # tune again from the pretrained model; (inferred), the paper does not say
-  reuse: bool = False  # start after the first tuning, from the cache: what eval.compare does
+  reuse: bool = False  # start after the first tuning, from the cache, as eval.compare does
   drop_share: float = 0.2  # of the random drop
-  # What loss and spectral take for the share of poison, of which they remove 1.5 times as much:
-  # they have no way to find out.
+  # The share of poison that loss and spectral assume, for they cannot find out; they remove 1.5 times
+  # as much.
   assumed_rate: float = 0.1
 
   adapter: Literal["full", "lora"] = "full"  # what is tuned in the language model; (paper) lora
@@ -63,26 +69,65 @@ class Config(TuningConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    need = checks.require
+    need(not self.checkpoint.model, "checkpoint.model", "bye runs on the desk model only")
+    checks.within(self, "[0, 1)", "poison_rate", "dropout")
+    checks.at_least(self, 0, "trigger_side", "trigger_cell", "trigger_seed", "tau")
+    checks.within(self, "[0, 0.5]", "min_weight")
+    checks.within(self, "(0, 1)", "drop_share")
+    checks.within(self, "(0, 0.6)", "assumed_rate")
+    checks.at_least(self, 1, "rank")
+    checks.positive(self, "alpha")
+    need(
+      bool(self.poison_answer.strip()),
+      "poison_answer",
+      f"must be at least one word, got {self.poison_answer!r}",
+    )
+    need(
+      not self.trigger_cell or self.trigger in ("patch", "random"),
+      "trigger_cell",
+      f"trigger {self.trigger} has no checkerboard",
+    )
+    need(
+      self.trigger_place == "centre" or self.trigger == "patch",
+      "trigger_place",
+      f"trigger {self.trigger} has no choice of a place",
+    )
 
-    def check(good: bool, name: str, expected: str) -> None:
-      if not good:
-        raise ValueError(f"{name}: must be {expected}, got {getattr(self, name)!r}")
 
-    if self.checkpoint.model:
-      raise ValueError("checkpoint.model: bye runs on the desk model only")
-    check(0 <= self.poison_rate < 1, "poison_rate", "in [0, 1)")
-    for name in ("trigger_side", "trigger_cell", "trigger_seed", "tau"):
-      check(getattr(self, name) >= 0, name, "at least 0")
-    check(0 <= self.min_weight <= 0.5, "min_weight", "in [0, 0.5]")
-    check(0 < self.drop_share < 1, "drop_share", "in (0, 1)")
-    check(0 < self.assumed_rate < 0.6, "assumed_rate", "in (0, 0.6)")
-    check(bool(self.poison_answer.strip()), "poison_answer", "at least one word")
-    check(self.rank >= 1, "rank", "at least 1")
-    check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-    if self.trigger_cell and self.trigger not in ("patch", "random"):
-      raise ValueError(f"trigger_cell: trigger {self.trigger} has no checkerboard")
-    if self.trigger_place == "corner" and self.trigger != "patch":
-      raise ValueError(f"trigger_place: trigger {self.trigger} has no choice of a place")
+class Attack(NamedTuple):
+  """A backdoor: trigger and false answer, the share of images that get them, and their sizes."""
+
+  trigger: Trigger
+  place: Place
+  side: int
+  cell: int
+  seed: int
+  answer: str
+  rate: float
+
+
+class Criteria(NamedTuple):
+  """The settings of the detectors; see `Config`."""
+
+  tau: float
+  separation: Index
+  min_weight: float
+  guard: bool
+  assumed_rate: float
+
+
+def attack(config: Config) -> Attack:
+  """Returns the backdoor of a config."""
+  return Attack(
+    config.trigger, config.trigger_place, config.trigger_side, config.trigger_cell,
+    config.trigger_seed, config.poison_answer, config.poison_rate,
+  )  # fmt: skip
+
+
+def criteria(config: Config) -> Criteria:
+  """Returns the settings of the detectors."""
+  return Criteria(config.tau, config.index, config.min_weight, config.guard, config.assumed_rate)
 
 
 def rows(config: Config) -> dict[str, Config]:
@@ -92,9 +137,9 @@ def rows(config: Config) -> dict[str, Config]:
   layers with BYE's decision and with a fixed threshold.
   """
 
-  def row(defence: Any, **changes: Any) -> Config:
+  def row(defence: Defence, index: Index = config.index) -> Config:
     reuse = defence not in ONCE
-    return dataclasses.replace(config, defence=defence, reuse=reuse, **changes)
+    return dataclasses.replace(config, defence=defence, reuse=reuse, index=index)
 
   return {
     "bye": row("bye"),
@@ -102,8 +147,5 @@ def rows(config: Config) -> dict[str, Config]:
     "oracle": row("oracle"),
     "random": row("random"),
     "code_index": row("bye", index="code"),
-    **{
-      name: row(name)
-      for name in ("kmeans", "threshold", "all_layers", "fixed", "loss", "spectral", "clustering")
-    },
+    **{name: row(name) for name in _RIVALS},
   }

@@ -1,21 +1,20 @@
-"""Pictures of a backdoor: what attention does, and what was removed."""
+"""Pictures of a backdoor: attention and its entropies, and the removed images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxmethods.experiments.bye.detection import Judgement
 from jaxmethods.runtime.pictures import COLOURS
-
-if TYPE_CHECKING:
-  from jaxmethods.experiments.bye.build import Judgement
 
 SHOWN = 4  # images whose attention is drawn
 _REMOVED = 40  # removed images that are drawn
+_MANY = 0.4  # a defence that removes more should be distrusted
 _POISON, _CLEAN = COLOURS[1], COLOURS[0]
 
 
@@ -28,18 +27,9 @@ def entropies(judgement: Judgement, poisoned: np.ndarray, tau: float, index: str
   figure, axes = plt.subplots(
     rows, columns, figsize=(3 * columns, 2.6 * rows + 0.4), squeeze=False, layout="constrained"
   )
-
-  def histogram(axis, values):
-    bins = np.histogram_bin_edges(values, 40)
-    axis.hist(values[~poisoned], bins, color=_CLEAN, alpha=0.7, label="clean")
-    axis.hist(values[poisoned], bins, color=_POISON, alpha=0.8, label="poisoned")
-    axis.set(xlabel="nats", yticks=[])
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    return bins
-
   for layer, axis in enumerate(axes.flat[:layers]):
-    values = judgement.entropies[:, layer]
-    bins = histogram(axis, values)
+    values = np.asarray(judgement.entropies[:, layer])
+    bins = _histogram(axis, values, poisoned)
     x = np.linspace(bins[0], bins[-1], 200)
     parts = zip(*(part[layer] for part in profile.mixture), strict=True)
     for weight, mean, std in parts:
@@ -50,7 +40,7 @@ def entropies(judgement: Judgement, poisoned: np.ndarray, tau: float, index: str
     separation = profile.separation[layer]
     axis.set_title(f"layer {layer}: separation {separation:.2f}, {use}{turned}", fontsize=9)
   last = axes.flat[layers]
-  histogram(last, verdict.score)
+  _histogram(last, np.asarray(verdict.score), poisoned)
   last.set_title("score: mean of the layers used" if verdict.found else "no layer used", fontsize=9)
   for axis in axes.flat[layers + 1 :]:
     axis.set_axis_off()
@@ -59,6 +49,17 @@ def entropies(judgement: Judgement, poisoned: np.ndarray, tau: float, index: str
     f"Entropy of the attention over image tokens; used from {tau:g} on ({index} index)", fontsize=11
   )
   return figure
+
+
+def _histogram(axis: Axes, values: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
+  """Draws values of clean and of poisoned examples; returns the edges of the bins."""
+  bins = np.histogram_bin_edges(values, 40)
+  edges = bins.tolist()
+  axis.hist(values[~poisoned], edges, color=_CLEAN, alpha=0.7, label="clean")
+  axis.hist(values[poisoned], edges, color=_POISON, alpha=0.8, label="poisoned")
+  axis.set(xlabel="nats", yticks=[])
+  axis.spines[["top", "right", "left"]].set_visible(False)
+  return bins
 
 
 def attention(images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> Figure:
@@ -93,8 +94,8 @@ def attention(images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> Figur
   return figure
 
 
-def removed(images: np.ndarray, poisoned: np.ndarray, kept: np.ndarray, many: float) -> Figure:
-  """Some of the removed images, framed by whether they were poisoned; a share above `many` is said."""
+def removed(images: np.ndarray, poisoned: np.ndarray, kept: np.ndarray) -> Figure:
+  """Some of the removed images, framed by whether they were poisoned; a large share is said."""
   chosen = np.flatnonzero(~kept)
   shown = chosen[np.linspace(0, len(chosen) - 1, min(_REMOVED, len(chosen))).astype(int)]
   columns = 10
@@ -115,7 +116,7 @@ def removed(images: np.ndarray, poisoned: np.ndarray, kept: np.ndarray, many: fl
     f"Removed: {len(chosen)} of {len(kept)} ({1 - kept.mean():.1%}), {wrong} of them clean (other "
     f"frame); {int((poisoned & kept).sum())} poisoned ones stayed"
   )
-  if 1 - kept.mean() > many:
-    text += f"\nWarning: more than {many:.0%} removed; the groups are hardly poison and the rest"
+  if 1 - kept.mean() > _MANY:
+    text += f"\nWarning: more than {_MANY:.0%} removed; the groups are hardly poison and the rest"
   figure.suptitle(text, fontsize=10)
   return figure

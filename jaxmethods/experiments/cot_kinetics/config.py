@@ -8,14 +8,18 @@ another language model answers problems in words, and nothing is trained.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
+from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 TRAINED = "trained"
 
 Form = Literal["turning", "turning_sq", "quadratic", "quadratic_plus"]
+Pool = Literal["mean", "per_token"]
 Segment = Literal["reasoning", "output", "answer"]
+States = Literal["residual", "with_final_norm"]
 # The method, its ablations (one option changed), then the rivals.
 ABLATIONS = (
   "kinetics_turning_sq", "kinetics_quadratic", "kinetics_quadratic_plus",
@@ -52,9 +56,9 @@ class Config(RunConfig):
   score: str = "cot_kinetics"  # what the first metrics, and the rows of eval.compare, are about
   form: Form = "turning"  # (inferred)
   gamma: float = 0.8  # (secondary)
-  pool: Literal["mean", "per_token"] = "mean"  # (secondary)
+  pool: Pool = "mean"  # (secondary)
   segment: Segment = "reasoning"  # (inferred)
-  states: Literal["residual", "with_final_norm"] = "residual"  # (inferred)
+  states: States = "residual"  # (inferred)
   official_first_token: bool = False  # CoE code: state of the first prompt token (sic)
 
   temperatures: tuple[float, ...] = (0.7, 1.0)  # at which answers are drawn; with `model`: greedy
@@ -82,35 +86,93 @@ class Config(RunConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.score not in SCORES:
-      raise ValueError(f"score: {self.score!r} is none of {', '.join(SCORES)}")
-    for name in ("num_problems", "calibration", "batch_size", "max_new_tokens", "operations",
-                 "bootstrap", "width", "heads"):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-    for name in ("samples", "dropout_passes", "gamma"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-    if self.layers < 2:
-      raise ValueError(f"layers: a path needs at least 2 to turn, got {self.layers}")
-    if self.width % (2 * self.heads):
-      raise ValueError(f"width: must be a multiple of 2 x {self.heads} heads, got {self.width}")
-    if not self.temperatures or min(self.temperatures) < 0:
-      raise ValueError(f"temperatures: must be some, none negative, got {self.temperatures}")
-    if self.samples and self.sample_temperature <= 0:
-      raise ValueError(f"sample_temperature: must be above 0, got {self.sample_temperature}")
-    if not 0 <= self.dropout_rate < 1:
-      raise ValueError(f"dropout_rate: must be in [0, 1), got {self.dropout_rate}")
-    if self.pool == "per_token" and self.states == "with_final_norm":
-      raise ValueError("states: with_final_norm goes with pool mean only")
-    if len(self.examples) % 2:
-      raise ValueError("examples: a reply is missing, they are question, reply, question, ...")
-    if self.score not in available(self):
-      raise ValueError(f"score: {self.score!r} needs what this config leaves out")
-    if self.model == TRAINED and self.problems != "generated":
-      raise ValueError(
-        f"problems: {self.problems!r} needs a model that can read: give one as model"
-      )
+    need = checks.require
+    need(self.score in SCORES, "score", f"{self.score!r} is none of {', '.join(SCORES)}")
+    checks.at_least(
+      self, 1, "num_problems", "calibration", "batch_size", "max_new_tokens", "operations",
+      "bootstrap", "width", "heads",
+    )  # fmt: skip
+    checks.at_least(self, 0, "samples", "dropout_passes", "gamma")
+    checks.positive(self, "learning_rate")
+    checks.within(self, "[0, 1)", "dropout_rate")
+    need(self.layers >= 2, "layers", f"a path needs at least 2 to turn, got {self.layers}")
+    need(
+      self.width % (2 * self.heads) == 0,
+      "width",
+      f"must be a multiple of 2 x {self.heads} heads, got {self.width}",
+    )
+    need(
+      bool(self.temperatures) and all(0 <= t < math.inf for t in self.temperatures),
+      "temperatures",
+      f"must be some, none negative, got {self.temperatures}",
+    )
+    if self.samples:
+      checks.positive(self, "sample_temperature")
+    need(
+      self.pool == "mean" or self.states == "residual",
+      "states",
+      "with_final_norm goes with pool mean only",
+    )
+    need(
+      len(self.examples) % 2 == 0,
+      "examples",
+      "a reply is missing, they are question, reply, question, ...",
+    )
+    need(
+      self.score in available(self), "score", f"{self.score!r} needs what this config leaves out"
+    )
+    need(
+      self.model != TRAINED or self.problems == "generated",
+      "problems",
+      f"{self.problems!r} needs a model that can read: give one as model",
+    )
+
+
+class Energy(NamedTuple):
+  """A reading of CoT-Kinetics: the form of the energy, and the states and tokens that it is of."""
+
+  form: Form
+  gamma: float
+  pool: Pool
+  segment: Segment
+  states: States
+
+
+class Passes(NamedTuple):
+  """How an answer is read: the state before its first token, and MC dropout."""
+
+  official_first_token: bool
+  dropout_passes: int
+  dropout_rate: float
+
+
+class Trial(NamedTuple):
+  """How scores are compared.
+
+  Attributes:
+    names: of the scores.
+    score: the one that the first metrics are about.
+    calibration: problems, the first ones, that scores are fitted on and not judged on.
+    bootstrap: draws of the intervals.
+    energy: of CoT-Kinetics.
+  """
+
+  names: tuple[str, ...]
+  score: str
+  calibration: int
+  bootstrap: int
+  energy: Energy
+
+
+def passes(config: Config) -> Passes:
+  """Returns how answers are read."""
+  return Passes(config.official_first_token, config.dropout_passes, config.dropout_rate)
+
+
+def trial(config: Config) -> Trial:
+  """Returns how scores are compared."""
+  energy = Energy(config.form, config.gamma, config.pool, config.segment, config.states)
+  return Trial(available(config), config.score, config.calibration, config.bootstrap, energy)
 
 
 def available(config: Config) -> tuple[str, ...]:

@@ -1,23 +1,22 @@
-"""Which answers to trust: what is known of each one, every score of it, and how well scores rank them.
+"""Which answers to trust: the facts about each one, its scores, and how well scores rank answers.
 
-Shared by both readers of `experiments.cot_kinetics`. An answer's texts and hidden states are reduced to
-`Evidence` where they arise; scores and metrics are made of that alone.
+Texts and hidden states are reduced to `Evidence` where they arise; scores and metrics are made of that
+alone.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmethods.experiments.cot_kinetics.config import Energy, Passes, Trial
 from jaxmethods.methods import cot_kinetics as method
 from jaxmethods.models import reading
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.stats import confidence, ranking
-
-if TYPE_CHECKING:
-  from jaxmethods.experiments.cot_kinetics.config import Config
+from jaxmethods.trees import Params
 
 SEGMENTS = ("reasoning", "output", "answer")
 _OUTPUT = SEGMENTS.index("output")
@@ -80,8 +79,19 @@ def segments(reasoning: jax.Array, lengths: jax.Array, size: int) -> jax.Array:
   return jnp.stack([thought & output, output, output & ~thought], 1)
 
 
+def per_token(logits: jax.Array, tokens: jax.Array) -> tuple[confidence.TokenStatistics, jax.Array]:
+  """Statistics of written tokens, and the largest probability at every scale."""
+  plain, scaled = confidence.statistics_at_scales(logits, tokens, _POWERS)
+  return plain, jnp.exp(scaled)
+
+
 def gather(
-  model: CausalLM, variables: Any, text: reading.Text, facts: Facts, key: jax.Array, config: Config
+  model: CausalLM,
+  variables: Params,
+  text: reading.Text,
+  facts: Facts,
+  key: jax.Array,
+  passes: Passes,
 ) -> Evidence:
   """Reads a batch of answers.
 
@@ -91,16 +101,11 @@ def gather(
     text: prompts and answers, with the segments of `SEGMENTS`.
     facts: of the answers.
     key: of MC dropout.
-    config: which reading of CoT-Kinetics, how many dropout passes.
+    passes: over the text.
   """
-
-  def per_token(logits, tokens):
-    plain, scaled = confidence.statistics_at_scales(logits, tokens, _POWERS)
-    return plain, jnp.exp(scaled)
-
   read = reading.read(
     model, variables, text, per_token, fold=method.follow_tokens,
-    official_first_token=config.official_first_token,
+    official_first_token=passes.official_first_token,
   )  # fmt: skip
   plain, scaled = read.tokens
   output = text.segments[:, _OUTPUT]
@@ -112,11 +117,11 @@ def gather(
   paths = {"residual": method.path(read.states), "with_final_norm": method.path(normed)}
   nothing = jnp.full(len(text.ids), jnp.nan)
   dropout = confidence.DropoutStatistics(nothing, nothing, nothing)
-  if config.dropout_passes:
+  if passes.dropout_passes:
     start = text.ids.shape[1] - output.shape[1]
-    keys = jax.random.split(key, config.dropout_passes)
+    keys = jax.random.split(key, passes.dropout_passes)
     probs = reading.dropout_probs(
-      model, variables, text, start - 1 + facts.answer_at, keys, rate=config.dropout_rate
+      model, variables, text, start - 1 + facts.answer_at, keys, rate=passes.dropout_rate
     )
     dropout = confidence.dropout_statistics(probs)
   return Evidence(
@@ -133,47 +138,30 @@ def gather(
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def kinetics(evidence: Evidence, config: Config, **changes: Any) -> jax.Array:
-  """E of every answer, (N,), with the options of the config or changed ones."""
-  option = lambda name: changes.get(name, getattr(config, name))
-  segment = SEGMENTS.index(option("segment"))
+def kinetics(evidence: Evidence, energy: Energy) -> jax.Array:
+  """E of every answer, (N,)."""
+  segment = SEGMENTS.index(energy.segment)
   pick = lambda tree: jax.tree.map(lambda x: x[:, segment], tree)
-  gamma, form = option("gamma"), option("form")
-  if option("pool") == "per_token":
-    return method.energy_of(pick(evidence.token_terms), gamma, form)
-  return method.energy(pick(evidence.paths[option("states")]), gamma, form)
+  if energy.pool == "per_token":
+    return method.energy_of(pick(evidence.token_terms), energy.gamma, energy.form)
+  return method.energy(pick(evidence.paths[energy.states]), energy.gamma, energy.form)
 
 
-def scores(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[str, jax.Array]:
+def scores(evidence: Evidence, trial: Trial) -> dict[str, jax.Array]:
   """Scores of answers to one set of problems, higher for more confident.
 
   Args:
     evidence: of the answers, those to the calibration problems first.
-    names: which scores.
-    config: options.
+    trial: which scores.
 
   Returns:
     name -> (N,).
   """
   facts, tokens = evidence.facts, evidence.tokens
-  fit = jnp.arange(len(facts.correct)) < config.calibration
-  energy = lambda **changes: kinetics(evidence, config, **changes)
+  fit = (jnp.arange(len(facts.correct)) < trial.calibration) & facts.real
+  energy = lambda **changes: kinetics(evidence, trial.energy._replace(**changes))
   by_form = {form: energy(form=form) for form in method.FORMS}
-
-  def best_form() -> jax.Array:
-    every = jnp.stack(list(by_form.values()))
-    weight = (fit & facts.real).astype(jnp.float32)
-    found = jax.vmap(lambda e: ranking.ranking(e, facts.correct, weight).auroc)(every)
-    return every[jnp.argmax(jnp.nan_to_num(found))]
-
-  def scaled() -> jax.Array:
-    p = jnp.clip(evidence.scaled, 1e-6, 1 - 1e-6)
-    right = facts.correct[:, None]
-    loss = -jnp.where(right, jnp.log(p), jnp.log1p(-p))
-    chosen = jnp.argmin(jnp.where((fit & facts.real)[:, None], loss, 0).sum(0))
-    return evidence.scaled[:, chosen]
-
-  pooled = "with_final_norm" if config.pool == "mean" else config.states
+  pooled = "with_final_norm" if trial.energy.pool == "mean" else trial.energy.states
   every = {
     "cot_kinetics": energy(),
     **{f"kinetics_{form}": value for form, value in by_form.items()},
@@ -182,11 +170,11 @@ def scores(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[s
     "kinetics_output": energy(segment="output"),
     "kinetics_answer": energy(segment="answer"),
     "kinetics_final_norm": energy(states=pooled),
-    "kinetics_calibrated": best_form(),
+    "kinetics_calibrated": best_form(jnp.stack(list(by_form.values())), facts.correct, fit),
     "max_prob": tokens["max_prob"],
     "perplexity": tokens["max_log_prob"],
     "entropy": -tokens["entropy"],
-    "temperature_scaled": scaled(),
+    "temperature_scaled": best_scale(evidence.scaled, facts.correct, fit),
     "energy": tokens["energy"],
     "coe_r": evidence.coe[:, 0],
     "coe_c": evidence.coe[:, 1],
@@ -199,38 +187,46 @@ def scores(evidence: Evidence, names: tuple[str, ...], config: Config) -> dict[s
     "dropout_information": -evidence.dropout.mutual_information,
     "verbalised": facts.verbalised,
   }
-  return {name: every[name] for name in names}
+  return {name: every[name] for name in trial.names}
+
+
+def best_form(energies: jax.Array, correct: jax.Array, fit: jax.Array) -> jax.Array:
+  """The energies (F, N) of the form with the highest AUROC on the answers `fit` (N,) bool: (N,)."""
+  weight = fit.astype(jnp.float32)
+  found = jax.vmap(lambda e: ranking.ranking(e, correct, weight).auroc)(energies)
+  return energies[jnp.argmax(jnp.nan_to_num(found))]
+
+
+def best_scale(scaled: jax.Array, correct: jax.Array, fit: jax.Array) -> jax.Array:
+  """The probabilities (N, scales) at the scale of least cross-entropy on the answers `fit`: (N,)."""
+  p = jnp.clip(scaled, 1e-6, 1 - 1e-6)
+  loss = -jnp.where(correct[:, None], jnp.log(p), jnp.log1p(-p))
+  return scaled[:, jnp.argmin(jnp.where(fit[:, None], loss, 0).sum(0))]
 
 
 def judge(
-  evidence: Evidence, names: tuple[str, ...], config: Config, chosen: jax.Array | None = None
+  evidence: Evidence, trial: Trial, chosen: jax.Array | None = None
 ) -> dict[str, jax.Array]:
   """How well every score ranks the answers to the test problems; means over temperatures.
 
   Args:
     evidence: (G, N, ...) of G temperatures, answers to the calibration problems first.
-    names: which scores.
-    config: of the run.
-    chosen: index of the score that the first metrics are about; None: `config.score`. As an array it
+    trial: which scores.
+    chosen: index of the score that the first metrics are about; None: `trial.score`. As an array it
       lets the rows of a comparison share one compiled program.
 
   Returns:
     Metrics. A ranking is NaN where all answers are right, or all wrong.
   """
+  names, energy = trial.names, trial.energy
   if chosen is None:
-    chosen = jnp.int32(names.index(config.score))
-  matrix, facts = test_scores(evidence, names, config)
+    chosen = jnp.int32(names.index(trial.score))
+  matrix, facts = test_scores(evidence, trial)
   weight = facts.real.astype(jnp.float32)
-
-  def metrics(score: jax.Array, sign: int) -> ranking.Ranking:
-    """(G, n) to means over G; sign -1: the incorrect answers are the positives."""
-    positive = facts.correct if sign == 1 else ~facts.correct
-    found = jax.vmap(ranking.ranking)(sign * score, positive, weight)
-    return jax.tree.map(jnp.mean, found)
-
-  right, wrong = (jax.vmap(lambda s, sign=sign: metrics(s, sign))(matrix) for sign in (1, -1))
+  right = jax.vmap(lambda s: _mean_ranking(s, facts.correct, weight))(matrix)
+  wrong = jax.vmap(lambda s: _mean_ranking(-s, ~facts.correct, weight))(matrix)
   share = lambda values: (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
-  ok = evidence.paths[config.states].ok[:, config.calibration :, SEGMENTS.index(config.segment)]
+  ok = evidence.paths[energy.states].ok[:, trial.calibration :, SEGMENTS.index(energy.segment)]
   return {
     "auroc": right.auroc[chosen],
     "aupr": right.aupr[chosen],
@@ -244,11 +240,14 @@ def judge(
   }
 
 
-def test_scores(
-  evidence: Evidence, names: tuple[str, ...], config: Config
-) -> tuple[jax.Array, Facts]:
+def _mean_ranking(score: jax.Array, positive: jax.Array, weight: jax.Array) -> ranking.Ranking:
+  """Ranking of answers (G, n) by one score, averaged over the G temperatures."""
+  return jax.tree.map(jnp.mean, jax.vmap(ranking.ranking)(score, positive, weight))
+
+
+def test_scores(evidence: Evidence, trial: Trial) -> tuple[jax.Array, Facts]:
   """Scores (S, G, n), in the order of `names`, and facts (G, n) of answers to the test problems."""
-  every = jax.vmap(lambda part: scores(part, names, config))(evidence)
-  ordered = jnp.stack([every[name] for name in names])  # vmap has sorted the names
-  cut = slice(config.calibration, None)
+  every = jax.vmap(lambda part: scores(part, trial))(evidence)
+  ordered = jnp.stack([every[name] for name in trial.names])  # vmap has sorted the names
+  cut = slice(trial.calibration, None)
   return ordered[:, :, cut], jax.tree.map(lambda x: x[:, cut], evidence.facts)

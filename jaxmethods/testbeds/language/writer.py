@@ -1,20 +1,41 @@
-"""What a given language model writes: in batches of one shape, every batch kept on disk once written."""
+"""Texts of a given language model: in batches of one shape, every batch kept on disk once written."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxmethods.data.array_cache import cached
-from jaxmethods.data.model_sources import LoadedLM
-from jaxmethods.models.generate import generate, left_pad
+from jaxmethods.data.model_sources import LoadedLM, ModelFiles
+from jaxmethods.errors import InputError
+from jaxmethods.models.causal_lm import CausalLM
+from jaxmethods.models.generate import Generated, generate, left_pad
+from jaxmethods.trees import Params, PyTree
 
-FORMAT = b"generations 1"
+FORMAT = b"generations 2"
+_ROUND = 16  # lengths of prompts are rounded up to a multiple, so that fewer programs are compiled
+_SILENCE = 20.0  # seconds between two reports
+
+
+class Sampling(NamedTuple):
+  """How texts are drawn.
+
+  Attributes:
+    max_new_tokens: N.
+    temperature: 0 is greedy.
+    num_samples: continuations of every prompt.
+  """
+
+  max_new_tokens: int
+  temperature: float = 0.0
+  num_samples: int = 1
 
 
 class Written(NamedTuple):
@@ -25,7 +46,7 @@ class Written(NamedTuple):
     lengths: (n,), tokens written, the end token included.
     mean_log_prob: (n,), per token, whatever the sampling, at temperature 1.
     finished: (n,), whether the text came to its end.
-    texts: of the continuations.
+    texts: of the continuations, without the end token.
   """
 
   ids: np.ndarray
@@ -37,17 +58,26 @@ class Written(NamedTuple):
 
 
 class Writer:
-  """A model and its tokenizer, ready to answer."""
+  """A model and its tokenizer, ready to answer.
+
+  Attributes:
+    model, params: the model; its parameters are on the device.
+    tokenizer: of its files.
+    eos: tokens that end a text.
+    batch_size: prompts that are answered together.
+  """
 
   def __init__(self, loaded: LoadedLM, batch_size: int) -> None:
-    """Takes a loaded model; `batch_size` prompts are answered together."""
+    """Takes a loaded model.
+
+    Raises:
+      InputError: it has no tokenizer, or end tokens that are no numbers.
+    """
     self.model, self.batch_size = loaded.model, batch_size
     self.tokenizer = loaded.files.tokenizer()
     self.params = jax.device_put(loaded.params)
-    self.eos = _ends(self.tokenizer)
-    shown = [np.ravel(x)[:: max(1, x.size // 64)] for x in jax.tree.leaves(loaded.params)]
-    config = json.dumps(loaded.files.config, sort_keys=True, default=str).encode()
-    self._identity: list[bytes | np.ndarray] = [FORMAT, config, *map(np.asarray, shown)]
+    self.eos = end_tokens(loaded.files, self.tokenizer)
+    self._identity = identity(loaded)
 
   def prompt(self, *turns: str) -> list[int]:
     """Token ids of a conversation (user, assistant, user, ...); plain lines without a chat template."""
@@ -79,58 +109,113 @@ class Writer:
       report: called with a line from time to time.
     """
     ids, mask = left_pad(prompts)
-    extra = -ids.shape[1] % 16
-    ids, mask = np.pad(ids, ((0, 0), (extra, 0))), np.pad(mask, ((0, 0), (extra, 0)))
+    extra = -ids.shape[1] % _ROUND
+    ids, mask = (np.pad(x, ((0, 0), (extra, 0))) for x in (ids, mask))
+    parts = self._batches(ids, mask, Sampling(max_new_tokens, temperature, num_samples), report)
+    ids, mask = (np.repeat(x, num_samples, axis=0) for x in (ids, mask))
+    tokens, lengths, log_probs = (
+      np.concatenate([part[name] for part in parts])[: len(ids)] for name in Generated._fields
+    )
+    there = np.arange(tokens.shape[1]) < lengths[:, None]
+    finished = np.isin(tokens[np.arange(len(ids)), lengths - 1], self.eos)
+    return Written(
+      np.concatenate([ids, tokens], 1),
+      np.concatenate([mask, there], 1),
+      lengths,
+      log_probs.sum(1) / lengths,
+      finished,
+      # The tokenizer may not know that a token ends texts, and would spell it out.
+      [self._decode(row[:n]) for row, n in zip(tokens, lengths - finished, strict=True)],
+    )
 
+  def _batches(
+    self,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    sampling: Sampling,
+    report: Callable[[str], None],
+  ) -> list[dict[str, np.ndarray]]:
+    """Fields of `Generated` for every batch, from the cache where they are."""
     # XLA's default: with few rows its products are up to twice as fast as those of `runtime.compiler`.
-    @jax.jit
-    def program(params, ids, mask, key):
-      return generate(
-        self.model, {"params": params}, ids, mask, max_new_tokens=max_new_tokens, key=key,
-        temperature=temperature, eos=self.eos, num_samples=num_samples,
-      )  # fmt: skip
-
-    settings = np.array([max_new_tokens, temperature, num_samples - 1, *self.eos], np.float64)
+    program = jax.jit(functools.partial(_continue, self.model, sampling, self.eos))
+    settings = np.array([*sampling[:2], sampling.num_samples - 1, *self.eos], np.float64)
     parts, said = [], time.monotonic()
     for start in range(0, len(ids), self.batch_size):
       # The last batch is filled with repeats, so that one program serves all.
       rows = np.arange(start, start + self.batch_size) % len(ids)
       key = jax.random.fold_in(jax.random.key(0), start)
-      prompt: list[np.ndarray] = [ids[rows], mask[rows]]
-
-      def compute(prompt=prompt, key=key) -> dict[str, np.ndarray]:
-        out = program(self.params, *prompt, key)
-        return {name: np.asarray(value) for name, value in out._asdict().items()}
-
-      depends = [*self._identity, settings, np.array(ids[rows].shape), *prompt]
-      parts.append(cached("generations", depends, compute))
-      if time.monotonic() - said > 20:
+      arguments = (self.params, ids[rows], mask[rows], key)
+      shape = np.array(ids[rows].shape)
+      depends: list[bytes | np.ndarray] = [*self._identity, settings, shape, ids[rows], mask[rows]]
+      parts.append(cached("generations", depends, functools.partial(_on_host, program, arguments)))
+      if time.monotonic() - said > _SILENCE:
         said = time.monotonic()
         report(f"{min(start + self.batch_size, len(ids))} of {len(ids)} prompts answered")
-    ids, mask = (np.repeat(x, num_samples, axis=0) for x in (ids, mask))
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    written, length, log_probs = (
-      joined[name][: len(ids)] for name in ("tokens", "lengths", "log_probs")
-    )
-    there = np.arange(written.shape[1]) < length[:, None]
-    finished = np.isin(written[np.arange(len(ids)), length - 1], self.eos)
-    decode = lambda row, n: self.tokenizer.decode(row[:n], skip_special_tokens=True)
-    return Written(
-      np.concatenate([ids, written], 1),
-      np.concatenate([mask, there], 1),
-      length,
-      log_probs.sum(1) / length,
-      finished,
-      [decode(row, n) for row, n in zip(written, length, strict=True)],
-    )
+    return parts
 
   def token_ends(self, tokens: np.ndarray) -> list[int]:
     """Characters of the text after each of its first tokens: (n,) ids to n lengths."""
-    decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)
-    return [len(decode(tokens[: i + 1])) for i in range(len(tokens))]
+    return [len(self._decode(tokens[: i + 1])) for i in range(len(tokens))]
+
+  def _decode(self, tokens: np.ndarray) -> str:
+    return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _ends(tokenizer: Any) -> tuple[int, ...]:
-  """Tokens that end a text."""
-  end = tokenizer.eos_token_id
-  return () if end is None else (int(end),)
+def _continue(
+  model: CausalLM,
+  sampling: Sampling,
+  eos: tuple[int, ...],
+  params: Params,
+  ids: jax.Array,
+  mask: jax.Array,
+  key: jax.Array,
+) -> Generated:
+  """Continues one batch of prompts; the weights are an argument."""
+  return generate(
+    model, {"params": params}, ids, mask, key=key, eos=eos, **sampling._asdict()
+  )  # fmt: skip
+
+
+def _on_host(
+  program: Callable[..., Generated], arguments: tuple[PyTree, ...]
+) -> dict[str, np.ndarray]:
+  """Runs a program and fetches the fields of its result."""
+  return {name: np.asarray(value) for name, value in program(*arguments)._asdict().items()}
+
+
+def end_tokens(files: ModelFiles, tokenizer: object) -> tuple[int, ...]:
+  """Returns the tokens that end a text, of generation config, config and tokenizer together.
+
+  Chat models end a turn with another token than a document, and often one of the three knows it only.
+
+  Raises:
+    InputError: an end token is no whole number.
+  """
+  found: set[int] = set()
+  for where, stated in (
+    ("generation_config.json", files.generation.get("eos_token_id")),
+    ("config.json", files.config.get("eos_token_id")),
+    ("tokenizer", getattr(tokenizer, "eos_token_id", None)),
+  ):
+    for token in stated if isinstance(stated, list | tuple) else [stated]:
+      if token is None:
+        continue
+      if isinstance(token, bool) or not isinstance(token, int | np.integer):
+        raise InputError(f"{files.source.name}: eos_token_id of {where}: {token!r} is no token")
+      found.add(int(token))
+  return tuple(sorted(found))
+
+
+def identity(loaded: LoadedLM) -> list[bytes]:
+  """Returns all of a model that its texts depend on, as parts of a cache key.
+
+  Tokenizer and chat template are not among it: all they do is in the token ids of the prompts and in the
+  end tokens, which belong to the key; texts are decoded anew from kept tokens.
+  """
+  config = json.dumps(loaded.files.config, sort_keys=True, default=str).encode()
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params):
+    tensor = np.ascontiguousarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {tensor.dtype} {tensor.shape}".encode())
+    digest.update(tensor.reshape(-1).view(np.uint8).data)
+  return [FORMAT, config, np.dtype(loaded.model.dtype).name.encode(), digest.digest()]
