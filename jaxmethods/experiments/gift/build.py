@@ -35,7 +35,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   def batches(k: int) -> Iterator[learner.Batch]:
     while True:
       task, place = divmod(k, of.steps)
-      last = () if place == of.steps - 1 else None
+      last = jnp.bool_(place == of.steps - 1)
       yield learner.Batch(jnp.int32(task), jnp.int32(place), data, last)
       k += 1
 

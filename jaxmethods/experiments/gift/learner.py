@@ -56,13 +56,13 @@ class Batch(NamedTuple):
     task: t, from 0.
     place: step of the task, from 0.
     data: everything there is; steps draw from it.
-    last: () in the last step of a task, None in others: two programs, one of which tests.
+    last: whether it is the last step of the task.
   """
 
   task: Array
   place: Array
   data: Data
-  last: tuple[()] | None
+  last: Array
 
 
 class Learning(NamedTuple):
@@ -133,9 +133,9 @@ def step(of: Learning, state: State, batch: Batch) -> tuple[State, dict[str, Arr
     turn = functools.partial(begin, of, batch)
     state = jax.lax.cond(batch.place == 0, turn, lambda state: state, state)
     state, losses = update(of, state, batch)
-  if batch.last is not None:
-    state = finish(of, state, batch)
-  return state, losses
+  # Nothing here depends on the seed, so that under a vmap over seeds these stay branches.
+  close = functools.partial(finish, of, batch)
+  return jax.lax.cond(batch.last, close, lambda state: state, state), losses
 
 
 # --- the turns of a task ----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _importance_before(of: Learning, state: State, batch: Batch) -> Tree:
   return jax.lax.scan(add, zeros, jnp.arange(_EWC_BATCHES))[0]
 
 
-def finish(of: Learning, state: State, batch: Batch) -> State:
+def finish(of: Learning, batch: Batch, state: State) -> State:
   """Keeps the weights that the learner keeps, and fills a row of the accuracy matrix."""
   config, params = of.config, state.params
   if config.learner == "wise_ft":

@@ -48,8 +48,8 @@ class SmallClip:
 class TaskSize:
   """How much of a task is used; a task with less has less."""
 
-  train: int = 512  # images
-  test: int = 300
+  train: int = 256  # images
+  test: int = 100
   seed: int = 0  # of rendering and of the split
 
   def __post_init__(self) -> None:

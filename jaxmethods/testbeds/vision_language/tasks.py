@@ -247,7 +247,7 @@ def _of_folder(name: str) -> _Real:
   """Real photographs and drawings, reduced to 32x32."""
   if name == "cifar10":
     arrays, source = _npz("cifar10_jpeg", "cifar10_jpeg.npz")
-    x = _decoded(arrays["test_jpeg"], arrays["test_offset"])
+    x = decoded(arrays["test_jpeg"], arrays["test_offset"])
     return x, arrays["test_y"].astype(np.int32), _names(arrays), _PHOTO_TEMPLATES, source
   folder, _, domain = name.partition("-")
   if folder == "pacs":
@@ -264,7 +264,7 @@ def _names(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
   return tuple(str(name).lower() for name in arrays["classes"])
 
 
-def _decoded(content: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def decoded(content: np.ndarray, offsets: np.ndarray) -> np.ndarray:
   """JPEG files one after the other, cut at `offsets`, as images (n, 32, 32, 3)."""
   files = (content[a:b].tobytes() for a, b in itertools.pairwise(offsets))
   return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
