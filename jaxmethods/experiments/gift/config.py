@@ -10,7 +10,7 @@ which weights are kept at the end of a task.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import checks
@@ -59,6 +59,8 @@ class Painter:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
+
+  seeds_vary: ClassVar[str] = "order and crops of the batches"
 
   steps: int = 240  # of all tasks together; published: 1000 a task
   log_every: int = 10
