@@ -96,7 +96,6 @@ TASKS = {
   "spider": "tunes the weights that the task needs most",
   "thanora": "one low-rank update for several tasks (inferred)",
   "bye": "finds poisoned tuning data by attention collapse",
-  "gift": "a vision-language model, one task after another",
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
 }
 
@@ -106,12 +105,11 @@ SOURCES = {
   "rahfl": "tables 5 to 7 as the official repository reproduces them; whole CIFAR-10",
   "lorasculpt": "table 1 as a third-party reproduction quotes it; LLaVA-1.5-7B on IconQA",
   "spider": "table 1 of Model-Dowser (arXiv 2602.04509), as a public summary gives it; NVILA-Lite 2B",
-  "gift": "ZSCL's published matrices; GIFT's own row from two third-party summaries; CLIP ViT-B/16",
   "bye": "tables 1, 2 and 7 of the paper; LLaVA on ScienceQA",
 }
 
 # Files whose numbers are per cent already; others hold shares of one, unless the file says its unit.
-PERCENT = {"gift", "lorasculpt", "spider", "thanora", "mllm_tuning"}
+PERCENT = {"lorasculpt", "spider", "thanora", "mllm_tuning"}
 
 # --- FedSSP ---------------------------------------------------------------------------------------
 
@@ -473,51 +471,8 @@ TRUST_CLAIMS = (
   ),
 )
 
-# --- continual learning ---------------------------------------------------------------------------
-
-_FORGETS = Need(
-  "continual fine-tuning forgets: it ends below what it had learnt",
-  "learnt - last",
-  Cell("gift", "finetune", "learnt"),
-  minus=Cell("gift", "finetune", "last"),
-  least=2.0,
-)
-
-
-def _continual(text: str, metric: str, rivals: tuple[str, ...], published: str) -> Claim:
-  """GIFT against some rows of its run."""
-  return Claim(
-    "gift",
-    text,
-    f"8 small tasks, {metric} %",
-    Cell("gift", "gift", metric),
-    rivals,
-    published,
-    needs=(_FORGETS,),
-    headline=metric == "average" and rivals == ("zscl",),
-  )
-
-
-GIFT_CLAIMS = (
-  _continual("above ZSCL", "average", ("zscl",), "77.3; zscl 75.4"),
-  _continual("above ZSCL", "last", ("zscl",), "86.0; zscl 83.6"),
-  _continual("above continual fine-tuning", "average", ("finetune",), "77.3; finetune 55.9"),
-  _continual("above continual fine-tuning", "last", ("finetune",), "86.0; finetune 77.3"),
-  _continual("keeps more zero-shot ability than ZSCL", "transfer", ("zscl",), "69.3; zscl 68.1"),
-  _continual(
-    "every part adds", "average", ("gift_cd", "gift_cd_ita"), "+14.6; cd +7.8, cd+ita +13.6"
-  ),
-  _continual("consolidation above EWC's", "average", ("gift_ewc",), "-"),
-)
-
 CLAIMS: tuple[Claim, ...] = (
-  FEDSSP_CLAIMS
-  + GGEUR_CLAIMS
-  + RAHFL_CLAIMS
-  + ACGKD_CLAIMS
-  + TUNING_CLAIMS
-  + GIFT_CLAIMS
-  + TRUST_CLAIMS
+  FEDSSP_CLAIMS + GGEUR_CLAIMS + RAHFL_CLAIMS + ACGKD_CLAIMS + TUNING_CLAIMS + TRUST_CLAIMS
 )
 
 SPEED = (
