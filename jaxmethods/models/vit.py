@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import chex
@@ -131,6 +132,30 @@ class ViT(nn.Module):
   def encode(self, tokens: jax.Array, **hooks: Any) -> Encoded:
     """Runs the blocks on embedded tokens (B, T, D); the result is not normalised yet."""
     return self.encoder(self.pre_norm(tokens) if self.config.clip else tokens, **hooks)
+
+
+def resized_position(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Brings the positions of a square grid of patches to another grid, bilinear between centres.
+
+  Args:
+    table: (1, 1 + n, D) or (1 + n, D), the class token first; n is a square number.
+    grid: rows and columns wanted.
+
+  Returns:
+    The same rank, 1 + rows * columns positions.
+
+  Raises:
+    ValueError: n is no square number.
+  """
+  own, patches = jnp.split(table, [1], axis=-2)
+  side, width = math.isqrt(patches.shape[-2]), table.shape[-1]
+  if side * side != patches.shape[-2]:
+    raise ValueError(f"table: {patches.shape[-2]} patches are no square grid")
+  if (side, side) == tuple(grid):
+    return table
+  old = patches.reshape(side, side, width)
+  new = jax.image.resize(old, (*grid, width), "bilinear", antialias=False)
+  return jnp.concatenate([own, new.reshape(*own.shape[:-2], -1, width)], axis=-2)
 
 
 # Names of transformers 5 first, those of files written before it as aliases.
