@@ -1,8 +1,8 @@
 """AdaFreq: two views of every image, the second of them only its high frequencies (arXiv 2410.06977).
 
-Coat patterns and outlines live in the high frequencies, and so does grass: the second view keeps only the
-patches to which the class token of the first attends. Test features come from the first view alone. Where
-the paper and its code differ, both are here; the default is the paper's.
+Coat patterns and outlines live in the high frequencies, and so does grass: the second view keeps only
+the patches to which the class token of the first attends. Test features come from the first view alone.
+Where the paper and its code differ, both are here; the default is the paper's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -89,7 +90,7 @@ class Box(NamedTuple):
   right: Array
 
 
-def mixing_box(height: int, width: int, side: Array | float, centre: Int[Array, "2"]) -> Box:
+def mixing_box(height: int, width: int, side: Array | float, centre: Int[Array, " 2"]) -> Box:
   """Places a box of the aspect of the image, cut at its borders.
 
   Args:
@@ -120,8 +121,9 @@ def mixed(
     level: luminance of the image, in [-1, 1].
     deviation: D of the filter.
     box: where the whole spectrum stays.
-    mix: "paper": |F^-1((1 - M) F_h + M F)|. "code": the filtered image is rounded to 8 bits first, so that
-      the spectrum in the box is some 100 times weaker than the one around it. "none": the box is not read.
+    mix: "paper": |F^-1((1 - M) F_h + M F)|. "code": the filtered image is rounded to 8 bits first, so
+      that the spectrum in the box is some 100 times weaker than the one around it. "none": the box is
+      not read.
 
   Returns:
     In [0, 1].
@@ -198,7 +200,7 @@ def original_view(
   model: ViT, params: Params, pixels: Float[Array, "b h w c"], key: Key | None = None
 ) -> View:
   """Encodes images whole; `key` switches the dropping of branches on."""
-  tokens = model.apply({"params": params}, pixels, method=ViT.embed)
+  tokens = nn.apply(ViT.embed, model)({"params": params}, pixels)
   batch, length = tokens.shape[:2]
   look = Probe(
     queries=jnp.zeros((batch, 1), jnp.int32),
@@ -216,8 +218,8 @@ def selected(
   Args:
     scores: attention of the class token to each patch.
     share: mu, kept are floor(mu n) patches.
-    select: "paper": the class token, then the kept patches in order. "code": the kept patches and then the
-      class token, and the last patch is never chosen. "none": all tokens.
+    select: "paper": the class token, then the kept patches in order. "code": the kept patches and then
+      the class token, and the last patch is never chosen. "none": all tokens.
 
   Returns:
     Positions among the n + 1 tokens, (B, k + 1). Ties go to the lowest place.
@@ -256,7 +258,7 @@ def high_view(
     ranked_position: a table by rank that stands for the position of each token (code).
     key: switches the dropping of branches on.
   """
-  tokens = model.apply({"params": params}, pixels, method=ViT.embed)
+  tokens = nn.apply(ViT.embed, model)({"params": params}, pixels)
   if ranked_position is not None:
     tokens = tokens - params["position"]
   tokens = taken(tokens, kept)
@@ -275,12 +277,12 @@ def _encoded(
   model: ViT, params: Params, tokens: Array, key: Key | None, probe: Probe | None
 ) -> Encoded:
   rngs = {} if key is None else {"dropout": key}
-  options = {"probe": probe, "train": key is not None}
-  return model.apply({"params": params}, tokens, method=ViT.encode, rngs=rngs, **options)
+  encode = nn.apply(ViT.encode, model)
+  return encode({"params": params}, tokens, probe=probe, train=key is not None, rngs=rngs)
 
 
 def _normed(model: ViT, params: Params, hidden: Array) -> Array:
-  return model.apply({"params": params}, hidden, method=lambda vit, x: vit.norm(x))
+  return nn.apply(lambda vit, x: vit.norm(x), model)({"params": params}, hidden)
 
 
 def jigsaw(
@@ -311,7 +313,7 @@ class Moments(NamedTuple):
 
 
 def bnneck(
-  x: Float[Array, "b c"], scale: Float[Array, "c"], running: Moments, *, train: bool
+  x: Float[Array, "b c"], scale: Float[Array, " c"], running: Moments, *, train: bool
 ) -> tuple[Array, Moments]:
   """Normalises class tokens by their batch, scaled and not shifted.
 
@@ -341,7 +343,7 @@ class Hardest(NamedTuple):
   negative: Array
 
 
-def hardest(features: Float[Array, "b c"], labels: Int[Array, "b"]) -> Hardest:
+def hardest(features: Float[Array, "b c"], labels: Int[Array, " b"]) -> Hardest:
   """Finds the hardest pairs of a batch by Euclidean distance; an anchor is its own positive too."""
   shapes.check(features=(features, "b c"), labels=(labels, "b"))
   square = jnp.square(features).sum(1)
@@ -354,7 +356,7 @@ def hardest(features: Float[Array, "b c"], labels: Int[Array, "b"]) -> Hardest:
   )
 
 
-def triplet(pairs: Hardest, margin: float | None = None) -> Float[Array, ""]:
+def triplet(pairs: Hardest, margin: float | None = None) -> Array:
   """Computes mean log(1 + exp(d_ap - d_an)), or with a margin mean max(0, d_ap - d_an + margin).
 
   An anchor without a negative (a batch of one identity) counts 0.
@@ -368,7 +370,7 @@ def equilibrium(
   original: Float[Array, "b t c"],
   high: Float[Array, "b t c"],
   reduce: Literal["sum", "mean"] = "sum",
-) -> Float[Array, ""]:
+) -> Array:
   """Computes L_F, the smooth L1 distance of the branches' tokens; neither side is detached.
 
   Args:
@@ -398,11 +400,11 @@ CODE = Terms(0.9, 0.7, 0.1, 0.2, 0.1)
 
 def total(values: Terms, weights: Terms = PAPER) -> Array:
   """Sums the weighted terms."""
-  return sum((w * v for w, v in zip(weights, values, strict=True)), jnp.zeros(()))
+  return jnp.stack([jnp.asarray(w * v) for w, v in zip(weights, values, strict=True)]).sum()
 
 
 def branch_terms(
-  logits: Float[Array, "b k"], features: Float[Array, "b c"], labels: Int[Array, "b"]
+  logits: Float[Array, "b k"], features: Float[Array, "b c"], labels: Int[Array, " b"]
 ) -> tuple[Array, Array]:
   """Computes identity and triplet loss of one branch: logits behind the neck, features before it."""
   shapes.check(logits=(logits, "b k"), features=(features, "b c"), labels=(labels, "b"))
@@ -415,11 +417,11 @@ def branch_terms(
 def balanced_batch(
   key: Key,
   members: Int[Array, "k m"],
-  counts: Int[Array, "k"],
+  counts: Int[Array, " k"],
   *,
   identities: int,
   images: int,
-) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
+) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
   """Draws the same number of images of several identities.
 
   Args:

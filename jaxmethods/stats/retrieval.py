@@ -1,9 +1,9 @@
 """Metrics of a ranked gallery that is never held against all queries at once.
 
 A metric needs only the ranks of a query's own matches, and these are few: the gallery goes by in blocks,
-and each block counts how many of its images are nearer than each match. What is excluded (the query itself,
-images of its own camera or sighting) shares the identity of the query, so it is among the few as well and
-is taken off the counts at the end.
+and each block counts how many of its images are nearer than each match. What is excluded (the query
+itself, images of its own camera or sighting) shares the identity of the query, so it is among the few
+as well and is taken off the counts at the end.
 
 Features have length 1 and are compared by their product; for such, Euclidean distance ranks alike.
 """
@@ -64,12 +64,12 @@ class Neighbours(NamedTuple):
 
 
 def matches(
-  labels: Int[Array, "q"],
-  gallery_labels: Int[Array, "g"],
+  labels: Int[Array, " q"],
+  gallery_labels: Int[Array, " g"],
   most: int,
   *,
-  itself: Int[Array, "q"] | None = None,
-  groups: tuple[Int[Array, "q"], Int[Array, "g"]] | None = None,
+  itself: Int[Array, " q"] | None = None,
+  groups: tuple[Int[Array, " q"], Int[Array, " g"]] | None = None,
 ) -> Matches:
   """Finds the images of each query's identity.
 
@@ -201,7 +201,7 @@ def neighbours(
   gallery: Float[Array, "g d"],
   count: int,
   *,
-  itself: Int[Array, "q"] | None = None,
+  itself: Int[Array, " q"] | None = None,
   block: tuple[int, int] = (_QUERIES, _GALLERY),
 ) -> Neighbours:
   """Finds the nearest images of a gallery that goes by in blocks.

@@ -1,0 +1,267 @@
+"""Photographs of known individuals, in the layouts in which people keep them: `reid:PATH`.
+
+| layout | recognised by |
+| --- | --- |
+| Market-1501 | folders `bounding_box_train`, `bounding_box_test`, `query` of `0002_c1s1_..jpg` |
+| metadata | a CSV with `identity` and `file` or `path` (wildlife-datasets) |
+| folders | `IDENTITY/file`, or `SPLIT/IDENTITY/file` |
+
+A file is resized to a square whatever its aspect. Below one in a hundred unreadable files are left out,
+and named; from there on they are an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxmethods.data import files
+from jaxmethods.data.records import Source
+from jaxmethods.errors import InputError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+_PREFIX = "reid:"
+_MARKET = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
+_MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
+_JUNK = "-1"  # boxes that Market-1501 wants ignored
+_FILE_COLUMNS = ("file", "path", "filename", "image_path")
+_GROUP_COLUMNS = ("sighting", "encounter", "camera", "cam", "date")
+_SKIPPED = 0.01  # share of unreadable files from which they are an error
+_NAMED = 3  # files that a message names
+_LICENCE = "none stated"
+
+
+class ReidData(NamedTuple):
+  """Photographs of individuals.
+
+  Attributes:
+    images: (n, side, side, 3) uint8.
+    identity: (n,) int32, a place in `names`; -1 where it is not known.
+    names: of the individuals, sorted.
+    split: (n,) str, as the source has it; "" where it has none.
+    group: (n,) int32, the camera, encounter or sighting; -1 where it is not known.
+    files: (n,) str, below the folder of the source.
+    notes: what was left out, one line; may be empty.
+    source: provenance.
+  """
+
+  images: np.ndarray
+  identity: np.ndarray
+  names: Sequence[str]
+  split: np.ndarray
+  group: np.ndarray
+  files: np.ndarray
+  notes: str
+  source: Source
+
+
+class _Entry(NamedTuple):
+  """A photograph before it is read."""
+
+  file: str
+  identity: str
+  split: str = ""
+  group: str = ""
+
+
+def load(name: str, *, side: int, split: str = "split") -> ReidData:
+  """Reads photographs by the name of a source.
+
+  Args:
+    name: `reid:PATH`, or PATH; relative to the working directory or the data folder.
+    side: pixels to which every photograph is brought.
+    split: column of a CSV that holds the splits.
+
+  Raises:
+    InputError: no such folder; nothing in it; columns that are missing; too many unreadable files.
+  """
+  path = files.local_path(name.removeprefix(_PREFIX))
+  if not path.exists():
+    raise InputError(f"{name}: no such folder")
+  root = path if path.is_dir() else path.parent
+  entries = _entries(path, split)
+  if not entries:
+    raise InputError(f"{name}: no photographs in it")
+  images, bad = read_images([root / entry.file for entry in entries], side)
+  notes = _skipped(name, bad, len(entries))
+  kept = [entry for i, entry in enumerate(entries) if i not in bad]
+  source = Source(name, str(path), _LICENCE, "", real=True)
+  return _record(kept, images, notes, source)
+
+
+def _record(entries: Sequence[_Entry], images: np.ndarray, notes: str, source: Source) -> ReidData:
+  names = sorted({entry.identity for entry in entries} - {""})
+  number = {name: i for i, name in enumerate(names)} | {"": -1}
+  # A camera or a sighting is one only within its identity where matches of it are excluded.
+  places = {text: i for i, text in enumerate(sorted({e.group for e in entries} - {""}))} | {"": -1}
+  column = lambda values, kind: np.array(list(values), kind)
+  return ReidData(
+    images,
+    column((number[entry.identity] for entry in entries), np.int32),
+    names,
+    column((entry.split for entry in entries), str),
+    column((places[entry.group] for entry in entries), np.int32),
+    column((entry.file for entry in entries), str),
+    notes,
+    source,
+  )
+
+
+def _entries(path: Path, split: str) -> list[_Entry]:
+  """Lists the photographs of a folder or of a CSV file."""
+  if path.is_file():
+    return _of_table(path, split)
+  if (path / "bounding_box_train").is_dir() or (path / "query").is_dir():
+    return _of_market(path)
+  tables = [table for table in sorted(path.glob("*.csv")) if _is_metadata(table)]
+  if tables:
+    return _of_tables(path, tables, split)
+  if broken := sorted(path.glob("*.csv")):
+    # Says which column it lacks.
+    return _of_table(broken[0], split)
+  return _of_folders(path)
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def _rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+  try:
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+      reader = csv.DictReader(stream)
+      return list(reader.fieldnames or ()), list(reader)
+  except (OSError, UnicodeDecodeError, csv.Error) as error:
+    raise InputError(f"{table}: not a readable CSV file ({error})") from None
+
+
+def _is_metadata(table: Path) -> bool:
+  columns, _ = _rows(table)
+  return "identity" in columns and _file_column(columns) is not None
+
+
+def _file_column(columns: Iterable[str]) -> str | None:
+  return next((name for name in _FILE_COLUMNS if name in set(columns)), None)
+
+
+def _of_tables(root: Path, tables: Sequence[Path], split: str) -> list[_Entry]:
+  """Joins the tables of a folder by file: the one with the split leads, others add groups."""
+  leading = next((t for t in tables if split in _rows(t)[0]), None)
+  if leading is None:
+    if split != "split":
+      raise InputError(f"{root}: no CSV in it has the column {split!r}")
+    leading = tables[0]
+  entries = _of_table(leading, split)
+  groups = {e.file: e.group for t in tables for e in _of_table(t, split) if e.group}
+  return [entry._replace(group=entry.group or groups.get(entry.file, "")) for entry in entries]
+
+
+def _of_table(table: Path, split: str) -> list[_Entry]:
+  columns, rows = _rows(table)
+  file = _file_column(columns)
+  if file is None or "identity" not in columns:
+    missing = "identity" if file else f"{_FILE_COLUMNS[0]} (or {', '.join(_FILE_COLUMNS[1:])})"
+    raise InputError(f"{table}: no column {missing}; it has {', '.join(columns) or 'none'}")
+  group = next((name for name in _GROUP_COLUMNS if name in columns), None)
+  entries = []
+  for line, row in enumerate(rows, 2):
+    if not row[file] or row["identity"] is None:
+      raise InputError(f"{table}: line {line} names no file or no identity")
+    # wildlife-datasets write "unknown" where nobody knows the animal.
+    identity = "" if row["identity"].strip() == "unknown" else row["identity"].strip()
+    entries.append(
+      _Entry(row[file], identity, row.get(split) or "", (row.get(group) or "") if group else "")
+    )
+  return entries
+
+
+# --- names and folders ------------------------------------------------------------------------------
+
+
+def _of_market(root: Path) -> list[_Entry]:
+  entries = []
+  for folder, split in _MARKET.items():
+    for path in _images(root / folder):
+      found = _MARKET_NAME.match(path.name)
+      if found is None:
+        raise InputError(f"{path}: expected a name like 0002_c1s1_000451_03.jpg")
+      if found[1] != _JUNK:
+        entries.append(_Entry(f"{folder}/{path.name}", found[1], split, found[2]))
+  return entries
+
+
+def _of_folders(root: Path) -> list[_Entry]:
+  folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+  if not folders:  # photographs of nobody known
+    return [_Entry(path.name, "") for path in _images(root)]
+  nested = not _images(folders[0])
+  groups = {f.name: sorted(p for p in f.iterdir() if p.is_dir()) for f in folders} if nested else {}
+  named = [(split, each) for split, inner in groups.items() for each in inner]
+  named = named or [("", each) for each in folders]
+  return [
+    _Entry(str(path.relative_to(root)), folder.name, split)
+    for split, folder in named
+    for path in _images(folder)
+  ]
+
+
+def _images(folder: Path) -> list[Path]:
+  if not folder.is_dir():
+    return []
+  return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+# --- pixels -----------------------------------------------------------------------------------------
+
+
+def read_images(
+  paths: Sequence[Path], side: int, decode: Callable[[Path, int], np.ndarray] | None = None
+) -> tuple[np.ndarray, Mapping[int, str]]:
+  """Reads photographs as squares.
+
+  Args:
+    paths: of the files.
+    side: pixels.
+    decode: (path, side) -> (side, side, 3) uint8; by default with Pillow.
+
+  Returns:
+    Those that can be read, (n, side, side, 3) uint8, and {place in `paths`: why} of the others.
+  """
+  decode = decode or _decode
+  images, bad = [], {}
+  for i, path in enumerate(paths):
+    try:
+      images.append(decode(path, side))
+    except (OSError, SyntaxError, ValueError) as error:
+      bad[i] = f"{path} ({error})"
+  return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8), bad
+
+
+def _decode(path: Path, side: int) -> np.ndarray:
+  with Image.open(path) as opened:
+    image = opened.convert("RGB")
+    if image.size != (side, side):
+      image = image.resize((side, side), Image.Resampling.BICUBIC)
+  return np.asarray(image)
+
+
+def _skipped(name: str, bad: Mapping[int, str], total: int) -> str:
+  if not bad:
+    return ""
+  some = "; ".join(list(bad.values())[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
+  message = f"{len(bad)} of {total} files cannot be read: {some}"
+  if len(bad) >= _SKIPPED * total:
+    raise InputError(f"{name}: {message}")
+  return f"left out: {message}"
+
+
+def lone(data: ReidData) -> list[str]:
+  """Names the individuals with a single photograph."""
+  counts = Counter(data.identity.tolist())
+  return [name for i, name in enumerate(data.names) if counts[i] == 1]
