@@ -40,6 +40,12 @@ METHODS: dict[str, Method] = {
     summary="a graph network distilled without any graph (a reconstruction)",
     embedded_run="~1 min",
   ),
+  "adafreq": Method(
+    title="AdaFreq",
+    paper="Li et al., ECCV 2024, arXiv 2410.06977",
+    summary="individual animals found again by the high frequencies of their coats",
+    embedded_run="~4 min",
+  ),
   "bye": Method(
     title="BYE",
     paper="Rong et al., NeurIPS 2025, arXiv 2505.16916",

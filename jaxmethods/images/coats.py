@@ -1,8 +1,8 @@
 """Animals that do not exist: coats grown by reaction and diffusion, photographed.
 
 A coat is the pattern of two substances that feed on each other and spread at different speeds (Gray &
-Scott 1984; Turing 1952). Feed and kill rate decide whether it has spots, stripes or a net: the species.
-The seeds from which it grows make the individual.
+Scott 1984; Turing 1952). Feed and kill rate decide whether it has spots, stripes or dapples: the
+species. The seeds from which it grows make the individual.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Species(NamedTuple):
 SPECIES = {
   "spotted": Species(0.035, 0.065, (0.25, 0.16, 0.08), (0.85, 0.68, 0.42)),
   "striped": Species(0.035, 0.060, (0.12, 0.10, 0.10), (0.80, 0.62, 0.45)),
-  "netted": Species(0.039, 0.058, (0.45, 0.27, 0.12), (0.93, 0.85, 0.66)),
+  "dappled": Species(0.039, 0.058, (0.45, 0.27, 0.12), (0.93, 0.85, 0.66)),
   "mazed": Species(0.029, 0.057, (0.18, 0.18, 0.20), (0.88, 0.88, 0.85)),
 }
 

@@ -89,7 +89,7 @@ class Experiment(NamedTuple):
     num_steps: number of steps of the whole run.
     about: one line for the top of every report: the data, how many examples, where from, and
       whether real or generated.
-    files: state -> {file name: text}; what a run leaves in its workdir beside the pictures.
+    files: state -> {file name: text or bytes}; what a run leaves in its workdir beside the pictures.
     programs: (step, evaluate) once more, made of several jitted programs that the loop calls as they
       are: XLA compiles them side by side. None: the loop jits each as one.
   """
@@ -102,7 +102,7 @@ class Experiment(NamedTuple):
   figures: Callable[[State], dict[str, Figure]]
   num_steps: int
   about: str
-  files: Callable[[State], dict[str, str]] = lambda state: {}
+  files: Callable[[State], Mapping[str, str | bytes]] = lambda state: {}
   programs: tuple[Callable, Callable] | None = None
 
 

@@ -75,7 +75,7 @@ def write(
   step: int,
   metrics: Mapping[str, object],
   figures: Mapping[str, Figure],
-  files: Mapping[str, str],
+  files: Mapping[str, str | bytes],
 ) -> Path:
   """Writes report.html, its PNGs and the files into `directory`; returns the page.
 
@@ -86,7 +86,7 @@ def write(
     step: step of the state that was evaluated.
     metrics: result of the evaluation.
     figures: the experiment's own pictures.
-    files: its own files, name -> text.
+    files: its own files, name -> text or bytes.
   """
   lines = metric_log.read(directory) if (directory / metric_log.METRICS).exists() else []
   pictures, still = dict(figures), constants(lines) if len(lines) > 1 else {}
@@ -99,8 +99,9 @@ def write(
     body.append(f"<p class='constant'>The same at every step: {html.escape(listed)}.</p>")
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
-  for name, text in files.items():
-    workdir.write_text(directory / name, text)
+  for name, content in files.items():
+    write_file = workdir.write_bytes if isinstance(content, bytes) else workdir.write_text
+    write_file(directory / name, content)
     body.append(f'<p><a href="{html.escape(name)}">{html.escape(name)}</a></p>')
   return _page(directory, facts, about, body)
 
