@@ -13,9 +13,9 @@ and named; from there on they are an error.
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from jaxmethods.data import files
+from jaxmethods.data.pictures import SUFFIXES, open_picture
 from jaxmethods.data.records import Source
 from jaxmethods.errors import InputError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 _PREFIX = "reid:"
 _MARKET = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
 _MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
@@ -92,8 +92,11 @@ def load(name: str, *, side: int, split: str = "split") -> ReidData:
   images, bad = read_images([root / entry.file for entry in entries], side)
   notes = _skipped(name, bad, len(entries))
   kept = [entry for i, entry in enumerate(entries) if i not in bad]
-  source = Source(name, str(path), _LICENCE, "", real=True)
-  return _record(kept, images, notes, source)
+  data = _record(kept, images, notes, Source(name, str(path), _LICENCE, "", real=True, own=True))
+  digest = hashlib.sha256(np.ascontiguousarray(images).data)
+  for column in (data.identity, data.split, data.group):
+    digest.update(repr(column.tolist()).encode())
+  return data._replace(source=data.source._replace(digest=digest.hexdigest()))
 
 
 def _record(entries: Sequence[_Entry], images: np.ndarray, notes: str, source: Source) -> ReidData:
@@ -220,35 +223,29 @@ def _images(folder: Path) -> list[Path]:
 # --- pixels -----------------------------------------------------------------------------------------
 
 
-def read_images(
-  paths: Sequence[Path], side: int, decode: Callable[[Path, int], np.ndarray] | None = None
-) -> tuple[np.ndarray, Mapping[int, str]]:
+def read_images(paths: Sequence[Path], side: int) -> tuple[np.ndarray, Mapping[int, str]]:
   """Reads photographs as squares.
 
   Args:
     paths: of the files.
     side: pixels.
-    decode: (path, side) -> (side, side, 3) uint8; by default with Pillow.
 
   Returns:
     Those that can be read, (n, side, side, 3) uint8, and {place in `paths`: why} of the others.
   """
-  decode = decode or _decode
   images, bad = [], {}
   for i, path in enumerate(paths):
     try:
-      images.append(decode(path, side))
-    except (OSError, SyntaxError, ValueError) as error:
-      bad[i] = f"{path} ({error})"
+      images.append(_square(open_picture(path), side))
+    except InputError as error:
+      bad[i] = str(error)
   return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8), bad
 
 
-def _decode(path: Path, side: int) -> np.ndarray:
-  with Image.open(path) as opened:
-    image = opened.convert("RGB")
-    if image.size != (side, side):
-      image = image.resize((side, side), Image.Resampling.BICUBIC)
-  return np.asarray(image)
+def _square(pixels: np.ndarray, side: int) -> np.ndarray:
+  """Resizes (h, w, 1 or 3) to (side, side, 3)."""
+  image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+  return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def _skipped(name: str, bad: Mapping[int, str], total: int) -> str:
@@ -259,9 +256,3 @@ def _skipped(name: str, bad: Mapping[int, str], total: int) -> str:
   if len(bad) >= _SKIPPED * total:
     raise InputError(f"{name}: {message}")
   return f"left out: {message}"
-
-
-def lone(data: ReidData) -> list[str]:
-  """Names the individuals with a single photograph."""
-  counts = Counter(data.identity.tolist())
-  return [name for i, name in enumerate(data.names) if counts[i] == 1]

@@ -15,7 +15,7 @@ from jaxmethods.data import vision_sources
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.adafreq import data as data_lib
 from jaxmethods.experiments.adafreq import networks, pages, training
-from jaxmethods.experiments.adafreq.config import Config
+from jaxmethods.experiments.adafreq.config import Config, untrained
 from jaxmethods.experiments.adafreq.networks import Network, Objective
 from jaxmethods.experiments.adafreq.views import (
   Frozen,
@@ -149,7 +149,7 @@ def vit_of(config: Config, shape: tuple[int, ...]) -> tuple[ViT, Params | None]:
 
 
 def _rates(config: Config, photographs: int) -> training.Rates | None:
-  if config.network in ("pixels", "histogram", "frozen"):
+  if untrained(config):
     return None
   per_epoch = max(photographs / (config.identities * config.images), 1.0)
   epochs = max(int(np.ceil(config.steps / per_epoch)), 1)
@@ -163,7 +163,7 @@ def _train(
   config: Config, data: data_lib.Data, frozen: Frozen | None, recipe: Recipe
 ) -> training.Train:
   members, counts = jnp.asarray(data.members), jnp.asarray(data.counts)
-  if config.network in ("pixels", "histogram", "frozen"):
+  if untrained(config):
     return training.Train(None, None, members, counts)
   if frozen is None:
     return training.Train(jnp.asarray(data.images), None, members, counts)
@@ -173,7 +173,8 @@ def _train(
 
 
 def _test(search: data_lib.Search, inputs: np.ndarray) -> training.Test:
-  numbers = (search.identity, search.group, search.query, search.gallery, search.itself)
+  number = lambda x: jnp.asarray(x, jnp.int32)
   return training.Test(
-    jnp.asarray(inputs), *(jnp.asarray(x, jnp.int32) for x in numbers), jnp.zeros(search.most, bool)
-  )
+    jnp.asarray(inputs), number(search.identity), number(search.group), number(search.query),
+    number(search.gallery), number(search.itself), jnp.zeros(search.most, bool),
+  )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmethods.data import coats, records, reid, splits
+from jaxmethods.data import coats, reid, splits
 from jaxmethods.data.reid import ReidData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.adafreq.config import Config
@@ -83,18 +83,33 @@ def load(config: Config) -> Data:
       f"identities: {config.identities} in each batch, but {config.data} has {known} to train on"
     )
   used = [*sources, *([other] if other else [])]
+  _check_answerable(config, test)
   images = np.concatenate(train)
   text = _about(used, images, counts, test)
   return Data(images, members, counts, test, asked(config), text)
 
 
+def _check_answerable(config: Config, test: Search) -> None:
+  """Raises where no query has another photograph of its individual to find."""
+  own = test.identity[test.query]
+  counts = np.bincount(test.identity[test.gallery], minlength=own.max() + 1)
+  if not (counts[own] - (test.itself >= 0) > 0).any():
+    name = config.test_data or config.data
+    raise InputError(f"{name}: no query has a photograph of the same individual in the gallery")
+
+
 def _about(used: Sequence[ReidData], images: np.ndarray, counts: np.ndarray, test: Search) -> str:
-  kind = ", ".join(dict.fromkeys("real" if data.source.real else "generated" for data in used))
-  named = ", ".join(f"{data.source.name} ({len(data.images)} photographs)" for data in used)
+  kind = lambda source: "your" if source.own else "real" if source.real else "generated"
+  kinds = ", ".join(dict.fromkeys(kind(data.source) for data in used))
+  # By its digest a resumed run knows its data again.
+  signed = lambda source: f", sha256 {source.digest[:12]}" if source.digest else ""
+  named = ", ".join(
+    f"{data.source.name} ({len(data.images)} photographs{signed(data.source)})" for data in used
+  )
   origin = ", ".join(dict.fromkeys(data.source.origin for data in used))
   licence = ", ".join(dict.fromkeys(data.source.licence for data in used))
   text = (
-    f"{named}; {kind} data; from {origin}; licence: {licence}; {len(images)} photographs of "
+    f"{named}; {kinds} data; from {origin}; licence: {licence}; {len(images)} photographs of "
     f"{len(counts)} individuals to train on ({(counts == 1).sum()} with one), {len(test.query)} queries "
     f"in {len(test.gallery)}"
   )

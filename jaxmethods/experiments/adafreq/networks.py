@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Objective(NamedTuple):
   """
 
   weights: Terms
-  reduce: str
+  reduce: Literal["sum", "mean"]
   first: int
   select: adafreq.Select | None
   share: float
@@ -216,12 +216,11 @@ def _jigsaw_tokens(
   encode = nn.apply(ViT.encode, parts.model)
   hidden = encode(variables, tokens, train=key is not None, rngs=rngs).hidden
   last = _last(parts)
-  whole = last.apply({"params": params["whole"]}, hidden)
+  run = nn.apply(_Last.__call__, last)
+  whole = run({"params": params["whole"]}, hidden)
   own, patches = hidden[:, :1], hidden[:, 1:]
   groups = adafreq.jigsaw(patches, parts.groups, _SHIFT)
-  local = lambda group: last.apply(
-    {"params": params["part"]}, jnp.concatenate([own, group], axis=1)
-  )[:, 0]
+  local = lambda group: run({"params": params["part"]}, jnp.concatenate([own, group], axis=1))[:, 0]
   return whole[:, 0], jax.vmap(local)(groups)
 
 
@@ -247,8 +246,7 @@ def _jigsaw_embed(parts: Jigsaw, params: Params, moving: PyTree, original: Array
 
 
 class Flat(NamedTuple):
-  """Parts of a network that gives one vector for a photograph; `high` says whether it sees both
-  views."""
+  """Parts of a network that gives one vector for a photograph; `high`: whether it sees both views."""
 
   trunk: nn.Module
   classes: int
@@ -310,8 +308,7 @@ def moments_of(maps: Array) -> Array:
 def _flat_init(parts: Flat, key: Key, pixels: Array) -> tuple[Tree, PyTree]:
   trunk_key, head_key, high_key = jax.random.split(key, 3)
   variables = parts.trunk.init(trunk_key, pixels)
-  features = parts.trunk.apply(variables, pixels)
-  width = features.shape[-1]
+  width = jax.eval_shape(_of_trunk(parts), variables, pixels).shape[-1]
   params = {
     "trunk": variables["params"],
     "head": head_init(head_key, width, parts.classes),
@@ -348,8 +345,12 @@ def _flat_loss(
 
 def _flat_embed(parts: Flat, params: Params, moving: PyTree, original: Array) -> Array:
   variables = {"params": params["trunk"], "batch_stats": moving["trunk"]}
-  features = parts.trunk.apply(variables, original)
+  features = _of_trunk(parts)(variables, original)
   return normalise(necked(params["head"], moving["head"], features))
+
+
+def _of_trunk(parts: Flat) -> Callable[..., Array]:
+  return nn.apply(lambda trunk, x: trunk(x), parts.trunk)
 
 
 # --- floors -----------------------------------------------------------------------------------------

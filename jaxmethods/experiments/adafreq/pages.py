@@ -55,9 +55,9 @@ class Show(NamedTuple):
 class _Found(NamedTuple):
   """Features of every photograph, and the neighbours of each query."""
 
-  features: np.ndarray
-  place: np.ndarray
-  similarity: np.ndarray
+  features: Array
+  place: Array
+  similarity: Array
 
 
 def figures(show: Show, state: State) -> dict[str, Figure]:
@@ -88,7 +88,7 @@ def files(show: Show, state: State) -> dict[str, str | bytes]:
   part = np.zeros(len(search.files), "U7")
   part[search.query], part[search.gallery] = "query", "gallery"
   identity = np.array([_name(search, place) for place in range(len(search.files))])
-  np.savez(archive, features=found.features, file=search.files, part=part, identity=identity)
+  np.savez(archive, features=found.features, files=search.files, part=part, identity=identity)
   return {"neighbours.csv": text.getvalue(), "embeddings.npz": archive.getvalue()}
 
 
@@ -138,9 +138,13 @@ def _kept(show: Show, params: Params, places: np.ndarray) -> list[np.ndarray] | 
   model = show.model
   if model is None:
     return None
-  look = compiler.jit(
-    lambda trunk, x: adafreq.selected(adafreq.original_view(model, trunk, x).scores, show.share)
-  )
+
+  @compiler.jit
+  def look(trunk: Params, inputs: Array) -> Array:
+    scores = adafreq.original_view(model, trunk, inputs).scores
+    assert scores is not None  # for the type checker
+    return adafreq.selected(scores, show.share)
+
   inputs = as_inputs(jnp.asarray(show.inputs[places]))
   chosen = np.asarray(look(params["trunk"], inputs))[:, 1:] - 1
   form, size = model.config, show.search.images.shape[1:3]

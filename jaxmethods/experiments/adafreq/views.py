@@ -145,7 +145,7 @@ def feature_maps(params: Params, pixels: Array, resolution: int) -> Array:
 def frozen_maps(frozen: Frozen, images: np.ndarray) -> np.ndarray:
   """Computes the maps of photographs (n, side, side, 3) uint8 as they are, (n, g, g, C) float16."""
   run = _mapper(frozen, lambda images, key: Pair(centred(images), None))
-  return run(images, jax.random.key(0)).original
+  return np.asarray(run(images, jax.random.key(0)).original)
 
 
 def drawn_maps(frozen: Frozen, recipe: Recipe, images: np.ndarray, copies: int, key: Key) -> Pair:
