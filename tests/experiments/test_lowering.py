@@ -47,6 +47,7 @@ QUESTIONS = {
 }  # fmt: skip
 PAPER = {
   "acgkd": {"data": "embedded:MUTAG", "teacher": "trained", "teacher_epochs": 1},
+  "adafreq": {"data": "embedded:coats", "individuals": 4},
   "bye": {**DESK, "rank": 4},
   "fedssp": {"data": "embedded:MUTAG"},
   "ggeur": {"data": "embedded:digit-domains", "encoder_epochs": 1},

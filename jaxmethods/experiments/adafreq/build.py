@@ -20,9 +20,9 @@ from jaxmethods.experiments.adafreq.networks import Network, Objective
 from jaxmethods.experiments.adafreq.views import (
   Frozen,
   Recipe,
-  drawn_maps,
-  frozen_maps,
   load_frozen,
+  of_photographs,
+  of_views,
 )
 from jaxmethods.methods import adafreq
 from jaxmethods.models.transformer import EncoderConfig
@@ -42,9 +42,11 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   """
   checks.no_mesh("adafreq", mesh)
   data = data_lib.load(config)
-  frozen = load_frozen(config.resolution) if config.network in _ON_MAPS else None
+  frozen = None
+  if config.network in _ON_MAPS:
+    frozen = load_frozen(config.resolutions, moments=config.network != "hybrid")
   recipe = recipe_of(config)
-  inputs = lambda images: images if frozen is None else frozen_maps(frozen, images)
+  inputs = lambda images: images if frozen is None else of_photographs(frozen, images)
   train = _train(config, data, frozen, recipe)
   test = inputs(data.test.images)
   trunk = vit_of(config, test.shape[1:]) if config.network in ("vit", "hybrid") else None
@@ -90,12 +92,12 @@ def network_of(config: Config, classes: int, trunk: tuple[ViT, Params | None] | 
     case "histogram":
       return networks.floor(networks.histogram)
     case "frozen":
-      return networks.floor(networks.moments_of)
+      return networks.floor(lambda moments: moments)
     case "resnet":
       high = config.view != "none"
       return networks.flat(networks.Flat(networks.resnet(), classes, objective.weights, high))
     case "pooled":
-      layers, high = networks.Pooled(config.width), config.view != "none"
+      layers, high = networks.Pooled(config.width, config.drop_rate), config.view != "none"
       return networks.flat(networks.Flat(layers, classes, objective.weights, high))
   assert trunk is not None
   model, given = trunk
@@ -167,8 +169,7 @@ def _train(
     return training.Train(None, None, members, counts)
   if frozen is None:
     return training.Train(jnp.asarray(data.images), None, members, counts)
-  key = jax.random.key(config.split_seed)
-  drawn = drawn_maps(frozen, recipe, data.images, config.drawn_views, key)
+  drawn = of_views(frozen, recipe, data.images, config.drawn_views, config.split_seed)
   return training.Train(None, jax.tree.map(jnp.asarray, drawn), members, counts)
 
 

@@ -17,7 +17,7 @@ from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 # vit: from scratch, or `weights`; hybrid: a ViT on maps of frozen EfficientNet-Lite0; pooled: two
-# layers on their means; resnet: BoT. The others learn nothing: frozen: means of the maps as they are.
+# layers on their moments; resnet: BoT. The others learn nothing: frozen: moments of the maps as they are.
 Network = Literal["vit", "hybrid", "pooled", "resnet", "pixels", "histogram", "frozen"]
 UNTRAINED = ("pixels", "histogram", "frozen")
 
@@ -53,8 +53,11 @@ class Config(RunConfig):
   layers: int = 4
   heads: int = 4
   drop_path: float = 0.1
-  resolution: int = 224  # at which EfficientNet-Lite0 sees a photograph
-  drawn_views: int = 2  # augmented copies of each photograph that a frozen network sees, once
+  resolutions: tuple[int, ...] = (128, 224)  # at which EfficientNet-Lite0 sees; hybrid: the first
+  drawn_views: int = (
+    2  # copies of each photograph that a frozen network sees, all but one augmented
+  )
+  drop_rate: float = 0.2  # dropout on moments, network=pooled
   local_groups: int = 0  # of the jigsaw branch; TransReID: 4
 
   view: Literal["none", "plain", "mixed"] = "mixed"
@@ -84,7 +87,7 @@ class Config(RunConfig):
     super().__post_init__()
     checks.at_least(
       self, 1, "individuals", "image_size", "top", "patch", "stride", "width", "layers", "heads",
-      "resolution", "drawn_views", "identities", "images",
+      "drawn_views", "identities", "images",
     )  # fmt: skip
     checks.at_least(
       self, 0, "local_groups", "equilibrium", "pad", "rotation", "weight_decay", "warmup_epochs"
@@ -93,7 +96,11 @@ class Config(RunConfig):
     checks.within(self, "(0, 1)", "test_share")
     checks.within(self, "(0, 1]", "share")
     checks.within(self, "[0, 1]", "area", "flip")
-    checks.within(self, "[0, 1)", "drop_path", "jitter")
+    checks.within(self, "[0, 1)", "drop_path", "drop_rate", "jitter")
+    checks.require(
+      bool(self.resolutions) and all(side > 0 and side % 32 == 0 for side in self.resolutions),
+      "resolutions", f"must be multiples of 32, got {self.resolutions}",
+    )  # fmt: skip
     checks.require(self.image_size >= 8, "image_size", f"must be at least 8, got {self.image_size}")
     checks.require(
       self.network != "vit" or bool(self.weights) or self.patch <= self.image_size, "patch",

@@ -279,30 +279,23 @@ class _BatchNormed(nn.Module):
 
 
 class Pooled(nn.Module):
-  """Two layers on mean and deviation of each channel of maps, each channel scaled to the training data.
+  """Two layers beside a linear one on moments of maps, each scaled to the training data.
 
   Attributes:
     width: of the features.
-    dropout: rate on the input.
+    drop_rate: dropout on the moments in training.
   """
 
   width: int
-  dropout: float = 0.2
+  drop_rate: float
 
   @nn.compact
-  def __call__(self, maps: Array, train: bool = False) -> Array:
-    """Maps (B, g, g, C) to (B, width)."""
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(moments_of(maps))
-    if train:
-      x = nn.Dropout(self.dropout, deterministic=False)(x)
+  def __call__(self, moments: Array, train: bool = False) -> Array:
+    """Maps (B, d) to (B, width)."""
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(moments)
+    x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
     hidden = nn.relu(nn.Dense(2 * self.width)(x))
     return nn.Dense(self.width)(hidden) + nn.Dense(self.width, use_bias=False)(x)
-
-
-def moments_of(maps: Array) -> Array:
-  """Mean and deviation over the places of (B, g, g, C), (B, 2 C)."""
-  maps = maps.astype(jnp.float32)
-  return jnp.concatenate([maps.mean((1, 2)), maps.std((1, 2))], axis=-1)
 
 
 def _flat_init(parts: Flat, key: Key, pixels: Array) -> tuple[Tree, PyTree]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,15 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxmethods.data.array_cache import cached
 from jaxmethods.data.vision_sources import efficientnet_lite0
 from jaxmethods.images import augment
 from jaxmethods.methods import adafreq
 from jaxmethods.models.efficientnet import EfficientNet, normalised
 from jaxmethods.runtime import compiler
-from jaxmethods.trees import Key, Params, Tree
+from jaxmethods.trees import Key, Params
 
-# The last block of each stage whose map is read, at 1/8, 1/16 and 1/32 of the pixels.
-_FINE, _MIDDLE, _COARSE = "blocks_4", "blocks_10", "blocks_15"
+# The last block of each stage; three of them at 1/8, 1/16 and 1/32 of the pixels.
+_EVERY_STAGE = (
+  "blocks_0",
+  "blocks_2",
+  "blocks_4",
+  "blocks_7",
+  "blocks_10",
+  "blocks_14",
+  "blocks_15",
+)
+_THREE_STAGES = ("blocks_4", "blocks_10", "blocks_15")
+_FORMAT = b"reid-1"
 _AT_ONCE = 32  # photographs
 
 
@@ -102,78 +113,108 @@ def views(recipe: Recipe, key: Key, images: Array) -> Pair:
 
 
 class Frozen(NamedTuple):
-  """EfficientNet-Lite0 and the side at which it sees photographs."""
+  """EfficientNet-Lite0 as it is used.
 
-  params: Tree
-  resolution: int
+  Attributes:
+    params: its weights.
+    resolutions: sides at which it sees photographs, multiples of 32.
+    moments: whether mean and deviation of each channel are kept of the maps, at every resolution; else
+      the maps at the first one.
+  """
+
+  params: Params
+  resolutions: tuple[int, ...]
+  moments: bool
 
 
-def load_frozen(resolution: int) -> Frozen:
+def load_frozen(resolutions: tuple[int, ...], moments: bool) -> Frozen:
   """Loads the weights.
 
   Raises:
     InputError: the package that carries them is missing.
   """
-  return Frozen(efficientnet_lite0()[0], resolution)
+  return Frozen(efficientnet_lite0()[0], resolutions, moments)
 
 
-def feature_maps(params: Params, pixels: Array, resolution: int) -> Array:
-  """Computes maps of three stages, laid over each other.
-
-  Args:
-    params: of EfficientNet-Lite0.
-    pixels: (B, side, side, 3) in 0..255.
-    resolution: side to which they are brought, a multiple of 32.
-
-  Returns:
-    (B, g, g, 472), g a sixteenth of the resolution.
-  """
+def stages(params: Params, pixels: Array, resolution: int, blocks: Sequence[str]) -> list[Array]:
+  """Computes the maps (B, height, width, C) behind some blocks; pixels (B, side, side, 3) in 0..255."""
   x = jax.image.resize(
     pixels.astype(jnp.float32), (len(pixels), resolution, resolution, 3), "linear"
   )
-  wanted = (_FINE, _MIDDLE, _COARSE)
   _, kept = EfficientNet().apply(
     {"params": params},
     normalised(x),
-    capture_intermediates=lambda module, method: method == "__call__" and module.name in wanted,
+    capture_intermediates=lambda module, method: method == "__call__" and module.name in blocks,
   )
-  maps = [kept["intermediates"][name]["__call__"][0] for name in wanted]
+  return [kept["intermediates"][name]["__call__"][0] for name in blocks]
+
+
+def seen_by(frozen: Frozen, pixels: Array) -> Array:
+  """Computes what is kept of photographs (B, side, side, 3) in 0..255.
+
+  Returns:
+    Moments (B, d), or maps of three stages laid over each other (B, g, g, 472), g a sixteenth of the
+    resolution; float16.
+  """
+  if frozen.moments:
+    maps = [
+      m for side in frozen.resolutions for m in stages(frozen.params, pixels, side, _EVERY_STAGE)
+    ]
+    moments = [f(m, axis=(1, 2)) for m in maps for f in (jnp.mean, jnp.std)]
+    return jnp.concatenate(moments, axis=-1).astype(jnp.float16)
+  maps = stages(frozen.params, pixels, frozen.resolutions[0], _THREE_STAGES)
   grid = maps[1].shape[:3]
-  return jnp.concatenate([jax.image.resize(m, (*grid, m.shape[-1]), "linear") for m in maps], -1)
+  same = [jax.image.resize(m, (*grid, m.shape[-1]), "linear") for m in maps]
+  return jnp.concatenate(same, axis=-1).astype(jnp.float16)
 
 
-def frozen_maps(frozen: Frozen, images: np.ndarray) -> np.ndarray:
-  """Computes the maps of photographs (n, side, side, 3) uint8 as they are, (n, g, g, C) float16."""
-  run = _mapper(frozen, lambda images, key: Pair(centred(images), None))
-  return np.asarray(run(images, jax.random.key(0)).original)
+def of_photographs(frozen: Frozen, images: np.ndarray) -> np.ndarray:
+  """Computes what is kept of photographs (n, side, side, 3) uint8 as they are; on disk from then on."""
+  look = lambda images, key: Pair(centred(images), None)
+  compute = lambda: {"x": np.asarray(_in_parts(frozen, look, images, jax.random.key(0)).original)}
+  return cached("reid", [_FORMAT, _settings(frozen), images], compute)["x"]
 
 
-def drawn_maps(frozen: Frozen, recipe: Recipe, images: np.ndarray, copies: int, key: Key) -> Pair:
-  """Draws views of photographs and computes the maps of both halves, (copies, n, g, g, C) float16."""
-  run = _mapper(frozen, lambda images, key: views(recipe, key, images))
-  drawn = [run(images, jax.random.fold_in(key, copy)) for copy in range(copies)]
-  return jax.tree.map(lambda *parts: np.stack(parts), *drawn)
+def of_views(frozen: Frozen, recipe: Recipe, images: np.ndarray, copies: int, seed: int) -> Pair:
+  """Draws views and computes what is kept of both halves, (copies, n, ...).
+
+  The first copy is the photograph as it is with its high frequencies; the others are augmented.
+  """
+  plain = recipe._replace(pad=0.0, flip=0.0, chance=0.0)
+  parts = []
+  for copy in range(copies):
+    used = recipe if copy else plain
+    key = jax.random.fold_in(jax.random.key(seed), copy)
+
+    def compute(used: Recipe = used, key: Key = key) -> dict[str, np.ndarray]:
+      drawn = _in_parts(frozen, lambda x, key: views(used, key, x), images, key)
+      return {name: x for name, x in drawn._asdict().items() if x is not None}
+
+    depends = [_FORMAT, _settings(frozen), repr((used, copy, seed)).encode(), images]
+    parts.append(cached("reid", depends, compute))
+  stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+  return Pair(stacked["original"], stacked.get("high"))
 
 
-def _mapper(
-  frozen: Frozen, draw: Callable[[Array, Key], Pair]
-) -> Callable[[np.ndarray, Key], Pair]:
-  """Returns (images, key) -> maps of both views, a few photographs at a time."""
+def _settings(frozen: Frozen) -> bytes:
+  return repr(frozen[1:]).encode()
+
+
+def _in_parts(
+  frozen: Frozen, draw: Callable[[Array, Key], Pair], images: np.ndarray, key: Key
+) -> Pair:
+  """Draws views of a few photographs at a time, and computes what is kept of them."""
 
   @compiler.jit
-  def program(params: Tree, images: Array, key: Key) -> Pair:
-    pair = draw(images, key)
-    maps = lambda pixels: feature_maps(params, pixels, frozen.resolution).astype(jnp.float16)
-    high = None if pair.high is None else maps(255 * pair.high)
-    return Pair(maps(127.5 * (pair.original + 1)), high)
+  def program(params: Params, images: Array, key: Key) -> Pair:
+    pair, network = draw(images, key), frozen._replace(params=params)
+    high = None if pair.high is None else seen_by(network, 255 * pair.high)
+    return Pair(seen_by(network, 127.5 * (pair.original + 1)), high)
 
-  def run(images: np.ndarray, key: Key) -> Pair:
-    parts = []
-    for start in range(0, len(images), _AT_ONCE):
-      some = images[start : start + _AT_ONCE]
-      padded = np.concatenate([some, np.zeros((_AT_ONCE - len(some), *some.shape[1:]), np.uint8)])
-      drawn = program(frozen.params, padded, jax.random.fold_in(key, start))
-      parts.append(jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], drawn))
-    return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
-
-  return run
+  parts = []
+  for start in range(0, len(images), _AT_ONCE):
+    some = images[start : start + _AT_ONCE]
+    padded = np.concatenate([some, np.zeros((_AT_ONCE - len(some), *some.shape[1:]), np.uint8)])
+    drawn = program(frozen.params, padded, jax.random.fold_in(key, start))
+    parts.append(jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], drawn))
+  return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)

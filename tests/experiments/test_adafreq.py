@@ -1,0 +1,225 @@
+"""AdaFreq's room: every row trains, protocols and folders of the user, what is refused."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmethods.data import coats
+from jaxmethods.errors import InputError
+from jaxmethods.experiments.adafreq import build as room
+from jaxmethods.experiments.adafreq import data as data_lib
+from jaxmethods.experiments.adafreq import views
+from jaxmethods.experiments.adafreq.config import Config, rows
+from jaxmethods.models.efficientnet import EfficientNet
+
+TINY = Config(
+  steps=2, individuals=3, image_size=16, patch=4, stride=4, width=16, layers=1, heads=2, identities=4,
+  images=2, resolutions=(32,), drawn_views=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAXMETHODS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+
+
+@pytest.fixture
+def random_frozen(monkeypatch):
+  """Random weights in place of the package's."""
+
+  def load(resolutions, moments):
+    params = EfficientNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return views.Frozen(params, resolutions, moments)
+
+  monkeypatch.setattr(room, "load_frozen", load)
+
+
+def trained(config, steps=2):
+  experiment = room.build(config)
+  state = experiment.init(jax.random.key(1))
+  step, batches = jax.jit(experiment.step), experiment.batches(0)
+  for _ in range(steps):
+    state, metrics = step(state, next(batches))
+  assert np.isfinite(metrics["loss"])
+  return experiment, state
+
+
+def check(config):
+  experiment, state = trained(config)
+  metrics = jax.jit(experiment.evaluate)(state, experiment.test)
+  assert all(0 <= float(value) <= 100 for value in metrics.values()), metrics
+  return metrics
+
+
+def traced(config):
+  """The metrics of a step and of an evaluation, by name, from shapes alone."""
+  experiment = room.build(config)
+  state = jax.eval_shape(experiment.init, jax.random.key(1))
+  after, metrics = jax.eval_shape(experiment.step, state, next(experiment.batches(0)))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert metrics["loss"].shape == ()
+  return list(jax.eval_shape(experiment.evaluate, state, experiment.test))
+
+
+@pytest.mark.parametrize("name", rows(TINY))
+def test_every_row(name):
+  assert traced(rows(TINY)[name])[0] == "mAP"
+
+
+@pytest.mark.parametrize("name", ["adafreq_code", "transreid", "bot", "histogram"])
+def test_rows_of_every_kind_train(name):
+  check(rows(TINY)[name])
+
+
+@pytest.mark.parametrize("network", ["pooled", "frozen", "hybrid"])
+def test_on_frozen_maps(network, random_frozen):
+  config = dataclasses.replace(TINY, network=network, select="none", view="plain")
+  for row in rows(config).values():
+    assert traced(row)[0] == "mAP"
+
+
+def test_closed_protocol_searches_the_photographs_it_is_trained_on():
+  config = dataclasses.replace(TINY, protocol="closed", optimizer="sgd")
+  assert next(iter(check(config))) == "top1"
+  data = data_lib.load(config)
+  assert len(data.test.query) + len(data.test.gallery) == 12 * 8
+  assert len(data.images) == len(data.test.gallery) and (data.test.itself == -1).all()
+
+
+def test_individuals_of_the_test_are_new():
+  data = data_lib.load(TINY)
+  assert len(data.counts) + len(np.unique(data.test.identity)) == 12
+  assert len(data.images) + len(data.test.images) == 96
+  assert not (data.test.images[:, None] == data.images[None, :8]).all((2, 3, 4)).any()
+
+
+def test_it_learns():
+  config = dataclasses.replace(
+    TINY, individuals=6, width=32, protocol="closed", learning_rate=2e-3, warmup_epochs=0, view="none",
+    augment=False, drop_path=0.0, steps=40,
+  )  # fmt: skip
+  experiment, state = trained(config, 40)
+  evaluate = jax.jit(experiment.evaluate)
+  before = evaluate(experiment.init(jax.random.key(1)), experiment.test)
+  after = evaluate(state, experiment.test)
+  assert after["mAP_noss"] > before["mAP_noss"] + 5
+
+
+def test_published_size():
+  config = dataclasses.replace(
+    Config(), image_size=256, patch=16, stride=12, width=768, layers=12, heads=12
+  )
+  model, _ = room.vit_of(config, (256, 256, 3))
+  assert model.config.grid == (21, 21)
+  form = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)))["params"]
+  # The ViT-B/16 of 85,798,656 parameters has 197 positions, this one 442.
+  assert sum(x.size for x in jax.tree.leaves(form)) == 85_798_656 + (442 - 197) * 768
+
+
+def test_weights_of_another_size():
+  tiny = (
+    'random:{"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
+    ' "intermediate_size": 32, "image_size": 32, "patch_size": 8}'
+  )
+  config = dataclasses.replace(TINY, weights=tiny, image_size=24, stride=4)
+  model, params = room.vit_of(config, (24, 24, 3))
+  assert params["position"].shape == (1, 26, 16) and model.config.grid == (5, 5)
+  traced(config)
+  with pytest.raises(InputError, match="is no plain ViT"):
+    bert = 'random:{"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1,'
+    bert += ' "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 9}'
+    room.vit_of(dataclasses.replace(TINY, weights=bert), (24, 24, 3))
+
+
+# --- folders of the user ------------------------------------------------------------------------------
+
+
+def write(folder: Path, data, places):
+  for i in places:
+    target = folder / data.names[data.identity[i]] / f"{i}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(data.images[i]).save(target)
+
+
+def test_query_and_gallery_by_command(tmp_path, cli, capsys):
+  data = coats.load(16, coats.Herd(individuals=3))
+  write(tmp_path / "query", data, [0, 8, 95])
+  write(tmp_path / "gallery", data, [1, 2, 9, 10, 17])
+  flags = ("--method", "adafreq", "--workdir", tmp_path / "run")
+  keys = [
+    word
+    for name in ("steps", "individuals", "image_size", "patch", "stride", "width", "layers", "heads",
+                 "identities", "images", "log_every", "eval_every")
+    for word in (f"--{name}", getattr(dataclasses.replace(TINY, log_every=1, eval_every=2), name))
+  ]  # fmt: skip
+  assert cli("train.run", *flags, *keys).returncode == 0
+  asked = ("--query", tmp_path / "query", "--gallery", tmp_path / "gallery", "--top", 3)
+  done = cli("eval.run", *flags, *asked)
+  assert done.returncode == 0, done.stderr
+  absent = data.names[data.identity[95]]
+  assert f"1 individuals of the queries are not in the gallery: {absent}" in done.stdout
+  with (tmp_path / "run" / "neighbours.csv").open() as stream:
+    found = list(csv.DictReader(stream))
+  assert len(found) == 9 and [row["rank"] for row in found[:3]] == ["1", "2", "3"]
+  near = [float(row["similarity"]) for row in found[:3]]
+  assert near == sorted(near, reverse=True)
+  with np.load(tmp_path / "run" / "embeddings.npz") as kept:
+    assert kept["features"].shape == (8, 16) and kept["part"].tolist().count("query") == 3
+    np.testing.assert_allclose(np.linalg.norm(kept["features"], axis=1), 1, rtol=1e-5)
+  assert "neighbours.csv" in (tmp_path / "run" / "report.html").read_text()
+  (tmp_path / "empty").mkdir()
+  refused = cli("eval.run", *flags, "--query", tmp_path / "query", "--gallery", tmp_path / "empty")
+  assert refused.returncode == 2 and "no photographs in it" in refused.stderr
+  refused = cli("eval.run", *flags, "--query", tmp_path / "query")
+  assert refused.returncode == 2 and "query: needs a gallery" in refused.stderr
+
+
+def test_the_same_folder_twice_does_not_find_itself(tmp_path):
+  data = coats.load(16, coats.Herd(individuals=3))
+  write(tmp_path, data, range(6))
+  search = data_lib.asked(dataclasses.replace(TINY, query=str(tmp_path), gallery=str(tmp_path)))
+  assert search.itself.tolist() == list(range(6))
+
+
+def test_data_that_cannot_be_used(tmp_path):
+  data = coats.load(16, coats.Herd(individuals=3))
+  source = lambda **changes: dataclasses.replace(TINY, data=f"reid:{tmp_path}", **changes)
+  write(tmp_path / "train", data, range(16))
+  write(tmp_path / "test", data, [16, 24])
+  with pytest.raises(InputError, match=r"identities: 4 in each batch, but .* has 2 to train on"):
+    data_lib.load(source(test_data="embedded:coats"))
+  with pytest.raises(InputError, match="no query has a photograph of the same individual"):
+    data_lib.load(source(identities=2))
+  write(tmp_path / "test", data, [0, 1])
+  with pytest.raises(InputError, match="1 individuals are in both parts"):
+    data_lib.load(source(identities=2))
+  with pytest.raises(InputError, match="data: 'digits' is no source of individuals"):
+    data_lib.load(dataclasses.replace(TINY, data="digits"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"patch": 32}, "patch: must be at most image_size 16"),
+    ({"share": 0.0}, r"share: must be in \(0, 1\]"),
+    ({"local_groups": 4}, "local_groups: must be even, and is for view=none"),
+    ({"network": "resnet"}, "select: resnet has no patches"),
+    ({"weights": "hf:x", "network": "hybrid"}, "weights: is for network=vit"),
+  ],
+)
+def test_settings_that_cannot_be(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **changes)
+
+
+def test_nothing_kept():
+  with pytest.raises(InputError, match=r"share: 0.01 keeps none of 16 patches"):
+    room.build(dataclasses.replace(TINY, share=0.01))
