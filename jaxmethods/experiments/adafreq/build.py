@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -170,7 +169,7 @@ def _train(
   if frozen is None:
     return training.Train(jnp.asarray(data.images), None, members, counts)
   drawn = of_views(frozen, recipe, data.images, config.drawn_views, config.split_seed)
-  return training.Train(None, jax.tree.map(jnp.asarray, drawn), members, counts)
+  return training.Train(None, drawn, members, counts)
 
 
 def _test(search: data_lib.Search, inputs: np.ndarray) -> training.Test:

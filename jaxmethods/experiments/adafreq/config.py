@@ -17,7 +17,7 @@ from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 
 # vit: from scratch, or `weights`; hybrid: a ViT on maps of frozen EfficientNet-Lite0; pooled: two
-# layers on their moments; resnet: BoT. The others learn nothing: frozen: moments of the maps as they are.
+# layers on their moments; resnet: BoT. The others learn nothing; frozen: moments as they are.
 Network = Literal["vit", "hybrid", "pooled", "resnet", "pixels", "histogram", "frozen"]
 UNTRAINED = ("pixels", "histogram", "frozen")
 
@@ -142,7 +142,7 @@ def rows(config: Config) -> dict[str, Config]:
   own: dict[str, Any] = {"view": "mixed", "select": "none" if flat else "paper", "local_groups": 0}
   table = {
     "adafreq": row(**own),
-    "vit": row(**bare),
+    "plain": row(**bare),
     "hf_plain": row(**own | {"view": "plain", "select": "none"}, equilibrium=0.0),
     "fma": row(**own | {"select": "none"}, equilibrium=0.0),
   }
@@ -152,4 +152,5 @@ def rows(config: Config) -> dict[str, Config]:
     if not config.weights:
       table["transreid"] = row(**bare | {"local_groups": 4})
   table["bot"] = row(**bare | {"network": "resnet", "weights": ""})
-  return table | {name: row(**floor | {"network": name}) for name in ("pixels", "histogram")}
+  floors = ("pixels", "histogram", *(("frozen",) if config.network in ("hybrid", "pooled") else ()))
+  return table | {name: row(**floor | {"network": name}) for name in floors}

@@ -190,10 +190,15 @@ def of_views(frozen: Frozen, recipe: Recipe, images: np.ndarray, copies: int, se
       drawn = _in_parts(frozen, lambda x, key: views(used, key, x), images, key)
       return {name: x for name, x in drawn._asdict().items() if x is not None}
 
-    depends = [_FORMAT, _settings(frozen), repr((used, copy, seed)).encode(), images]
+    depends: list[bytes | np.ndarray] = [
+      _FORMAT,
+      _settings(frozen),
+      repr((used, copy, seed)).encode(),
+      images,
+    ]
     parts.append(cached("reid", depends, compute))
   stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-  return Pair(stacked["original"], stacked.get("high"))
+  return jax.tree.map(jnp.asarray, Pair(stacked["original"], stacked.get("high")))
 
 
 def _settings(frozen: Frozen) -> bytes:
