@@ -74,8 +74,8 @@ def test_every_row(name):
   assert traced(rows(TINY)[name])[0] == "mAP"
 
 
-@pytest.mark.parametrize("name", ["adafreq_code", "transreid", "bot", "histogram"])
-def test_rows_of_every_kind_train(name):
+@pytest.mark.parametrize("name", ["adafreq_code", "bot"])
+def test_rows_train(name):
   check(rows(TINY)[name])
 
 

@@ -41,13 +41,13 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   """
   checks.no_mesh("adafreq", mesh)
   data = data_lib.load(config)
+  recipe = recipe_of(config)
   frozen = None
   if config.network in _ON_MAPS:
     frozen = load_frozen(config.resolutions, moments=config.network != "hybrid")
-  recipe = recipe_of(config)
-  inputs = lambda images: images if frozen is None else of_photographs(frozen, images)
-  train = _train(config, data, frozen, recipe)
-  test = inputs(data.test.images)
+  photographs, count = np.concatenate([data.images, data.test.images]), len(data.images)
+  inputs = photographs if frozen is None else of_photographs(frozen, photographs)
+  train, test = _train(config, data, frozen, inputs[:count]), inputs[count:]
   trunk = vit_of(config, test.shape[1:]) if config.network in ("vit", "hybrid") else None
   network = network_of(config, len(data.counts), trunk)
   parts = training.Parts(
@@ -55,8 +55,8 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   )
   search = data.asked or data.test
   show = pages.Show(
-    parts, search, inputs(search.images) if data.asked else test, data.asked is not None, config.top,
-    data.images[data.members[:4, 0]], trunk[0] if trunk and not config.local_groups else None,
+    parts, search, _asked(data.asked, frozen) if data.asked else test, data.asked is not None,
+    config.top, data.images[data.members[:4, 0]], trunk[0] if trunk and not config.local_groups else None,
     config.share,
   )  # fmt: skip
   return Experiment(
@@ -161,15 +161,21 @@ def _rates(config: Config, photographs: int) -> training.Rates | None:
 
 
 def _train(
-  config: Config, data: data_lib.Data, frozen: Frozen | None, recipe: Recipe
+  config: Config, data: data_lib.Data, frozen: Frozen | None, inputs: np.ndarray
 ) -> training.Train:
   members, counts = jnp.asarray(data.members), jnp.asarray(data.counts)
   if untrained(config):
     return training.Train(None, None, members, counts)
   if frozen is None:
-    return training.Train(jnp.asarray(data.images), None, members, counts)
-  drawn = of_views(frozen, recipe, data.images, config.drawn_views, config.split_seed)
+    return training.Train(jnp.asarray(inputs), None, members, counts)
+  drawn = of_views(
+    frozen, recipe_of(config), data.images, inputs, config.drawn_views, config.split_seed
+  )
   return training.Train(None, drawn, members, counts)
+
+
+def _asked(search: data_lib.Search, frozen: Frozen | None) -> np.ndarray:
+  return search.images if frozen is None else of_photographs(frozen, search.images)
 
 
 def _test(search: data_lib.Search, inputs: np.ndarray) -> training.Test:

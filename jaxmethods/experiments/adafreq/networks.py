@@ -36,11 +36,13 @@ class Network(NamedTuple):
     init: (key, one view) -> parameters and moving moments.
     loss: (parameters, moving, views, labels, key) -> loss, (moving, its terms).
     embed: (parameters, moving, original views) -> features of length 1, (B, d).
+    given: weights that stand for the trunk of `init`; None: none.
   """
 
   init: Init
   loss: Loss
   embed: Callable[[Params, PyTree, Array], Array]
+  given: Params | None = None
 
 
 class Objective(NamedTuple):
@@ -107,13 +109,15 @@ def two_branches(parts: Branches) -> Network:
     functools.partial(_branches_init, parts),
     functools.partial(_branches_loss, parts),
     functools.partial(_branches_embed, parts),
+    parts.given,
   )
 
 
 def _branches_init(parts: Branches, key: Key, pixels: Array) -> tuple[Tree, PyTree]:
   trunk_key, head_key, high_key = jax.random.split(key, 3)
   width = parts.model.config.encoder.width
-  trunk = parts.given or parts.model.init(trunk_key, pixels)["params"]
+  # Given weights are put in afterwards: closed over, they would be a part of the program.
+  trunk = {} if parts.given is not None else parts.model.init(trunk_key, pixels)["params"]
   params: Tree = {"trunk": trunk, "head": head_init(head_key, width, parts.classes)}
   moving = {"head": fresh(width)}
   objective = parts.objective

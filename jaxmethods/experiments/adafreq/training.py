@@ -118,8 +118,10 @@ def _kinds(params: Params) -> PyTree:
 def init(parts: Parts, key: Key) -> State:
   """Makes the state before the first step."""
   init_key, run_key = jax.random.split(key)
-  params, moving = parts.network.init(init_key, networks.as_inputs(jnp.asarray(parts.example)))
-  params = jax.tree.map(jnp.asarray, params)
+  start = jax.jit(parts.network.init)
+  params, moving = start(init_key, networks.as_inputs(jnp.asarray(parts.example)))
+  if parts.network.given is not None:
+    params = {**params, "trunk": jax.tree.map(jnp.asarray, parts.network.given)}
   opt_state = () if parts.rates is None else optimizer(parts.rates).init(params)
   return State(params, moving, opt_state, run_key, jnp.int32(0))
 

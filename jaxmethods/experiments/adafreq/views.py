@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -169,57 +170,70 @@ def seen_by(frozen: Frozen, pixels: Array) -> Array:
 
 
 def of_photographs(frozen: Frozen, images: np.ndarray) -> np.ndarray:
-  """Computes what is kept of photographs (n, side, side, 3) uint8 as they are; on disk from then on."""
-  look = lambda images, key: Pair(centred(images), None)
-  compute = lambda: {"x": np.asarray(_in_parts(frozen, look, images, jax.random.key(0)).original)}
-  return cached("reid", [_FORMAT, _settings(frozen), images], compute)["x"]
+  """Computes what is kept of photographs (n, side, side, 3) uint8 as they are, on disk from then on."""
+  # A photograph that is trained on and searched in is looked at once.
+  names = [hashlib.sha256(image).digest() for image in images]
+  _, first, which = np.unique(names, return_index=True, return_inverse=True)
+  draw = lambda key, x: {"original": x}
+  return _in_parts(frozen, draw, b"as they are", images[first], jax.random.key(0))["original"][
+    which
+  ]
 
 
-def of_views(frozen: Frozen, recipe: Recipe, images: np.ndarray, copies: int, seed: int) -> Pair:
+def of_views(
+  frozen: Frozen, recipe: Recipe, images: np.ndarray, seen: np.ndarray, copies: int, seed: int
+) -> Pair:
   """Draws views and computes what is kept of both halves, (copies, n, ...).
 
-  The first copy is the photograph as it is with its high frequencies; the others are augmented.
+  Args:
+    frozen: the network.
+    recipe: of the views.
+    images: photographs.
+    seen: what is kept of them as they are: the first copy, which is not augmented.
+    copies: how many.
+    seed: of the views.
   """
-  plain = recipe._replace(pad=0.0, flip=0.0, chance=0.0)
+
+  def augmented(key: Key, x: Array) -> dict[str, Array]:
+    pair = views(recipe, key, x)
+    high = {} if pair.high is None else {"high": 255 * pair.high}
+    return {"original": 127.5 * (pair.original + 1)} | high
+
+  def as_it_is(key: Key, x: Array) -> dict[str, Array]:
+    high = jax.vmap(functools.partial(high_of, recipe))(jax.random.split(key, len(x)), centred(x))
+    return {} if high is None else {"high": 255 * high}
+
   parts = []
   for copy in range(copies):
-    used = recipe if copy else plain
     key = jax.random.fold_in(jax.random.key(seed), copy)
-
-    def compute(used: Recipe = used, key: Key = key) -> dict[str, np.ndarray]:
-      drawn = _in_parts(frozen, lambda x, key: views(used, key, x), images, key)
-      return {name: x for name, x in drawn._asdict().items() if x is not None}
-
-    depends: list[bytes | np.ndarray] = [
-      _FORMAT,
-      _settings(frozen),
-      repr((used, copy, seed)).encode(),
-      images,
-    ]
-    parts.append(cached("reid", depends, compute))
-  stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-  return jax.tree.map(jnp.asarray, Pair(stacked["original"], stacked.get("high")))
-
-
-def _settings(frozen: Frozen) -> bytes:
-  return repr(frozen[1:]).encode()
+    mark = repr((recipe, copy, seed)).encode()
+    drawn = _in_parts(frozen, augmented if copy else as_it_is, mark, images, key)
+    parts.append(drawn if copy else {"original": seen, **drawn})
+  stacked = {name: jnp.asarray(np.stack([part[name] for part in parts])) for name in parts[0]}
+  return Pair(stacked["original"], stacked.get("high"))
 
 
 def _in_parts(
-  frozen: Frozen, draw: Callable[[Array, Key], Pair], images: np.ndarray, key: Key
-) -> Pair:
-  """Draws views of a few photographs at a time, and computes what is kept of them."""
+  frozen: Frozen,
+  draw: Callable[[Key, Array], dict[str, Array]],
+  mark: bytes,
+  images: np.ndarray,
+  key: Key,
+) -> dict[str, np.ndarray]:
+  """Draws pixels 0..255 of a few photographs at a time, and computes what is kept of them."""
 
   @compiler.jit
-  def program(params: Params, images: Array, key: Key) -> Pair:
-    pair, network = draw(images, key), frozen._replace(params=params)
-    high = None if pair.high is None else seen_by(network, 255 * pair.high)
-    return Pair(seen_by(network, 127.5 * (pair.original + 1)), high)
+  def program(params: Params, key: Key, some: Array) -> dict[str, Array]:
+    network = frozen._replace(params=params)
+    return {name: seen_by(network, pixels) for name, pixels in draw(key, some).items()}
 
-  parts = []
-  for start in range(0, len(images), _AT_ONCE):
-    some = images[start : start + _AT_ONCE]
-    padded = np.concatenate([some, np.zeros((_AT_ONCE - len(some), *some.shape[1:]), np.uint8)])
-    drawn = program(frozen.params, padded, jax.random.fold_in(key, start))
-    parts.append(jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], drawn))
-  return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+  def compute() -> dict[str, np.ndarray]:
+    parts = []
+    for start in range(0, len(images), _AT_ONCE):
+      some = images[start : start + _AT_ONCE]
+      padded = np.concatenate([some, np.zeros((_AT_ONCE - len(some), *some.shape[1:]), np.uint8)])
+      drawn = program(frozen.params, jax.random.fold_in(key, start), padded)
+      parts.append({name: np.asarray(x)[: len(some)] for name, x in drawn.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  return cached("reid", [_FORMAT, repr(frozen[1:]).encode(), mark, images], compute)
