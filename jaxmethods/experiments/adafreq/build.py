@@ -53,11 +53,11 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   parts = training.Parts(
     network, recipe, _rates(config, len(data.images)), config.identities, config.images, test[:1]
   )
+  selecting = trunk[0] if trunk and not config.local_groups else None
   search = data.asked or data.test
   show = pages.Show(
     parts, search, _asked(data.asked, frozen) if data.asked else test, data.asked is not None,
-    config.top, data.images[data.members[:4, 0]], trunk[0] if trunk and not config.local_groups else None,
-    config.share,
+    config.top, data.images[data.members[:4, 0]], selecting, config.share,
   )  # fmt: skip
   return Experiment(
     init=functools.partial(training.init, parts),
