@@ -100,8 +100,10 @@ def write(
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
   for name, content in files.items():
-    write_file = workdir.write_bytes if isinstance(content, bytes) else workdir.write_text
-    write_file(directory / name, content)
+    if isinstance(content, bytes):
+      workdir.write_bytes(directory / name, content)
+    else:
+      workdir.write_text(directory / name, content)
     body.append(f'<p><a href="{html.escape(name)}">{html.escape(name)}</a></p>')
   return _page(directory, facts, about, body)
 
