@@ -97,7 +97,6 @@ TASKS = {
   "thanora": "one low-rank update for several tasks (inferred)",
   "bye": "finds poisoned tuning data by attention collapse",
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
-  "adafreq": "individual animals found again by their coats",
 }
 
 SOURCES = {

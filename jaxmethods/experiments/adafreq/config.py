@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxmethods.runtime import checks
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Values
 
 # vit: from scratch, or `weights`; hybrid: a ViT on maps of frozen EfficientNet-Lite0; pooled: two
 # layers on their moments; resnet: BoT. The others learn nothing; frozen: moments as they are.
@@ -136,10 +136,10 @@ def rows(config: Config) -> dict[str, Config]:
   def row(**changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
-  bare: dict[str, Any] = {"view": "none", "select": "none", "local_groups": 0}
+  bare: Values = {"view": "none", "select": "none", "local_groups": 0}
   floor = bare | {"steps": 1, "weights": ""}
   flat = {"pooled", "resnet"} & {config.network}
-  own: dict[str, Any] = {"view": "mixed", "select": "none" if flat else "paper", "local_groups": 0}
+  own: Values = {"view": "mixed", "select": "none" if flat else "paper", "local_groups": 0}
   table = {
     "adafreq": row(**own),
     "plain": row(**bare),

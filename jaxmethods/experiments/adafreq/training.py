@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -92,22 +93,19 @@ class State(NamedTuple):
 
 def optimizer(rates: Rates) -> optax.GradientTransformation:
   """Returns AdamW, or SGD with momentum whose biases have twice the rate (code)."""
-
-  def schedule(group: float) -> optax.Schedule:
-    def at(step: Array) -> Array:
-      epoch = 1 + jnp.floor(step / rates.steps_per_epoch)
-      return adafreq.learning_rate(
-        epoch, rates.rate, rates.epochs, warmup=rates.warmup, group=group
-      )
-
-    return at
-
   if rates.optimizer == "adamw":
-    return optax.adamw(schedule(1.0), weight_decay=rates.decay)
+    return optax.adamw(functools.partial(_rate, rates, 1.0), weight_decay=rates.decay)
   sgd = lambda group: optax.chain(
-    optax.add_decayed_weights(rates.decay), optax.sgd(schedule(group), momentum=0.9)
+    optax.add_decayed_weights(rates.decay),
+    optax.sgd(functools.partial(_rate, rates, group), momentum=0.9),
   )
   return optax.multi_transform({"weight": sgd(1.0), "bias": sgd(2.0)}, _kinds)
+
+
+def _rate(rates: Rates, group: float, step: Array) -> Array:
+  """The rate of a group of parameters at a step."""
+  epoch = 1 + jnp.floor(step / rates.steps_per_epoch)
+  return adafreq.learning_rate(epoch, rates.rate, rates.epochs, warmup=rates.warmup, group=group)
 
 
 def _kinds(params: Params) -> PyTree:
