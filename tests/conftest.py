@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("JAXMETHODS_TEST_CACHE", Path.home() / ".cache/jaxmethods/xla-tests"))
 
 pytest.register_assert_rewrite("tests.runs")
+
+# A first call may compile, and the machine may be busy: time says nothing about an example.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 # In the environment, so that the command lines that tests start have them too. pytest imports this
 # before any test imports jax.

@@ -91,7 +91,8 @@ def llava(tmp_path_factory):
 
 
 def config_of(method, file, changes):
-  pairs = [(key, json.dumps(value)) for key, value in changes.items()]
+  text = lambda value: value if isinstance(value, str) else json.dumps(value)
+  pairs = [(key, text(value)) for key, value in changes.items()]
   schema = experiments.load(method).Config
   return config_lib.load(schema, CONFIGS / file, short=True, overrides=pairs, method=method)
 
