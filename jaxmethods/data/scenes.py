@@ -165,7 +165,7 @@ def named_attributes(
   """
   drawn = draw_attributes(random, len(prompts))
   fields = {field.name: getattr(drawn, field.name).copy() for field in dataclasses.fields(drawn)}
-  for i in np.flatnonzero(random.random(len(prompts)) >= noise):
+  for i in np.flatnonzero(random.random(len(prompts)) >= noise).tolist():
     words = prompts[i].rstrip(".").split()
     fields["count"][i] = 0
     for word in words:
