@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,49 @@ def pretraining_pairs(count: int, seed: int) -> Pairs:
   random = np.random.default_rng(seed)
   attributes = draw_attributes(random, count, glyphs=0.35)
   return Pairs(render(attributes, random), captions(attributes, random))
+
+
+def depict(prompts: Sequence[str], random: np.random.Generator, noise: float) -> np.ndarray:
+  """Renders what prompts name, (n, 32, 32, 3) uint8, as `named_attributes` understands them.
+
+  It stands for a text-to-image model that is right most of the time, in the styles of pretraining.
+  """
+  return render(named_attributes(prompts, random, noise), random)
+
+
+def named_attributes(
+  prompts: Sequence[str], random: np.random.Generator, noise: float
+) -> Attributes:
+  """Attributes that prompts name; everything else, and a share of pictures, is drawn at random.
+
+  Args:
+    prompts: as `captions` writes them, n of them.
+    random: generator.
+    noise: share of pictures that show anything.
+  """
+  drawn = draw_attributes(random, len(prompts))
+  fields = {field.name: getattr(drawn, field.name).copy() for field in dataclasses.fields(drawn)}
+  for i in np.flatnonzero(random.random(len(prompts)) >= noise).tolist():
+    words = prompts[i].rstrip(".").split()
+    fields["count"][i] = 0
+    for word in words:
+      for name, options in _NAMED.items():
+        if word in options and not (name == "count" and word == words[-1]):
+          fields[name][i] = options.index(word)
+    if "digit" in words or "letter" in words:
+      fields["count"][i], fields["glyph"][i] = 0, GLYPHS.index(words[-1])
+    elif "on" in words:
+      fields["background"][i] = list(BACKGROUNDS).index(words[-1])
+  return Attributes(**fields)
+
+
+_NAMED: dict[str, tuple[str, ...]] = {
+  "shape": SHAPES,
+  "colour": tuple(COLOURS),
+  "fill": FILLS,
+  "count": COUNTS,
+  "place": PLACES,
+}
 
 
 # --- captions -------------------------------------------------------------------------------------

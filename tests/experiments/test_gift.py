@@ -165,7 +165,7 @@ def test_pairs_from_a_folder(tmp_path):
     ({"tasks": ["colours", "colours"]}, "'colours' comes twice"),
     ({"tasks": ["colour", "digits"]}, "unknown task 'colour'; the nearest is colours"),
     ({"batch_size": 64}, "has 40 images, not 64"),
-    ({"synthetic": "nowhere"}, "synthetic: must be painter or folder:PATH"),
+    ({"synthetic": "nowhere"}, "synthetic: must be painter, renderer or folder:PATH"),
     ({"synthetic": "folder:/nowhere"}, "cannot be read"),
     ({"synthetic_images": 0}, "synthetic_images: must be at least 1"),
     ({"incremental": "class"}, "needs one task"),

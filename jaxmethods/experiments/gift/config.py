@@ -37,13 +37,13 @@ class Painter:
   layers: int = 2
   heads: int = 4
   patch: int = 4
-  pairs: int = 6_000  # rendered; pretraining's, and other ones beyond their number
-  steps: int = 500
+  pairs: int = 12_000  # rendered; pretraining's, and other ones beyond their number
+  steps: int = 4000
   batch_size: int = 32
   learning_rate: float = 2e-3
   unconditional: float = 0.1  # share of captions that are hidden in training
   guidance: float = 2.0
-  denoising_steps: int = 10
+  denoising_steps: int = 20
   seed: int = 0
 
   def __post_init__(self) -> None:
@@ -97,7 +97,10 @@ class Config(RunConfig):
   per_tensor: bool = False  # normalise q, k and v apart
   teacher: Literal["previous", "pretrained", "merge"] = "previous"
   teacher_share: float = 0.5  # of the pretrained weights, for `merge`
-  synthetic: str = "painter"  # or folder:PATH of images and image_text.csv
+  # painter; renderer: what rendered the pretraining pairs, right but for a share of its pictures; or
+  # folder:PATH of images and image_text.csv
+  synthetic: str = "painter"
+  renderer_noise: float = 0.1
   synthetic_images: int = 96  # N, a task; published: 1000
   synthetic_batch: int = 16  # published: 64
   synthetic_last: Literal["keep", "drop"] = "keep"  # the ragged last batch of a pass
@@ -123,7 +126,7 @@ class Config(RunConfig):
     checks.at_least(self, 0, "distillation", "alignment", "consolidation")
     checks.within(self, "[0, 1)", "warmup", "smoothing")
     checks.within(self, "(0, 1]", "smallest_crop")
-    checks.within(self, "[0, 1]", "teacher_share", "wise_share")
+    checks.within(self, "[0, 1]", "teacher_share", "wise_share", "renderer_noise")
     uses_pairs = self.distillation > 0 or self.alignment > 0
     if (
       self.learner == "gift" and self.consolidation > 0 and not uses_pairs and self.fisher != "ones"

@@ -170,8 +170,10 @@ def base_prompts() -> list[str]:
 def synthetic_pairs(stage: Stage, stages: Sequence[Task], config: Config) -> list[Pairs]:
   """The pairs of every stage, from the painter or from a folder; black ones where no row reads them."""
   kind, _, path = config.synthetic.partition(":")
-  if kind not in ("painter", "folder") or (kind == "folder") != bool(path):
-    raise InputError(f"synthetic: must be painter or folder:PATH, got {config.synthetic!r}")
+  if kind not in ("painter", "renderer", "folder") or (kind == "folder") != bool(path):
+    raise InputError(
+      f"synthetic: must be painter, renderer or folder:PATH, got {config.synthetic!r}"
+    )
   if not reads_pairs(config):
     blank = np.zeros((1, scenes.SIZE, scenes.SIZE, 3), np.uint8)
     return [Pairs(blank, [painter.EMPTY]) for _ in stages]
@@ -179,7 +181,7 @@ def synthetic_pairs(stage: Stage, stages: Sequence[Task], config: Config) -> lis
     return [_from_folder(Path(path).expanduser(), k, config) for k in range(len(stages))]
   if config.model != "small":
     raise InputError(
-      f"synthetic: the painter knows what the small CLIP knows, not {config.model}; give folder:PATH"
+      f"synthetic: the {kind} knows what the small CLIP knows, not {config.model}; give folder:PATH"
     )
   random = np.random.default_rng(config.synthetic_seed)
   earlier: list[list[str]] = []
@@ -189,7 +191,11 @@ def synthetic_pairs(stage: Stage, stages: Sequence[Task], config: Config) -> lis
     prompts.append(gift.drawn_prompts(pool, config.synthetic_images, random))
     classes = sorted(set(task.train[1].tolist()))
     earlier.append([task.templates[0].format(task.classes[k]) for k in classes])
-  painted = _painted(stage, [text for texts in prompts for text in texts], config)
+  every = [text for texts in prompts for text in texts]
+  if kind == "renderer":
+    painted = scenes.depict(every, random, config.renderer_noise)
+  else:
+    painted = _painted(stage, every, config)
   parts = np.split(painted, len(stages))
   return [Pairs(images, texts) for images, texts in zip(parts, prompts, strict=True)]
 

@@ -59,6 +59,21 @@ def test_pretraining_leaves_pairs_and_styles_out():
   words.pack(pairs.captions, words.word_tokens(40))  # every word is known
 
 
+def test_prompts_are_depicted():
+  random = np.random.default_rng(0)
+  prompts = ["a picture of a red star.", "a picture of the digit two.", "a picture of three objects.",
+             "a picture of a object on navy.", "a picture of a object at the left."]  # fmt: skip
+  of = scenes.named_attributes(prompts, random, 0.0)
+  assert (list(scenes.COLOURS)[of.colour[0]], scenes.SHAPES[of.shape[0]]) == ("red", "star")
+  assert scenes.GLYPHS[of.glyph[1]] == "two" and (of.glyph[[0, 2, 3, 4]] == -1).all()
+  assert of.count.tolist() == [0, 0, 2, 0, 0]
+  assert list(scenes.BACKGROUNDS)[of.background[3]] == "navy"
+  assert scenes.PLACES[of.place[4]] == "left"
+  many = scenes.named_attributes(prompts[:1] * 400, random, 0.25)
+  assert 0.65 < (many.colour == 0).mean() < 0.9
+  assert scenes.depict(prompts, random, 0.0).shape == (5, 32, 32, 3)
+
+
 @pytest.mark.parametrize("name", EMBEDDED_TASKS)
 def test_tasks(name):
   size = TaskSize(train=60, test=40)
