@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 
 import pytest
 
 from jaxmethods import experiments
 from jaxmethods.runtime import command
 from jaxmethods.runtime import config as config_lib
-
-# What makes a run of a method tiny, beside its `short:` part.
-TINY = {
-  "acgkd": (),
-  "fedssp": (),
-  "ggeur": (),
-  "rahfl": (),
-}
-QUICK = 2  # rows of a quick method in the quick suite, others every day
 
 
 @functools.cache
@@ -47,19 +37,10 @@ def assert_trained_and_evaluated(cli, method: str, row: str) -> None:
   file = command.CONFIGS / f"{method}.yaml"
   short = ["--short"] if config_lib.has_short(file) else []
   words = ["--method", method, "--workdir", row]
-  trained = cli(
-    "train.run", *words, *short, "--steps=1", *commands(method)[row], *TINY.get(method, ())
-  )
+  trained = cli("train.run", *words, *short, "--steps=1", *commands(method)[row])
   assert trained.returncode == 0, trained.stderr
   evaluated = cli("eval.run", *words)
   assert evaluated.returncode == 0, evaluated.stderr
-
-
-@pytest.mark.parametrize("method", sorted(TINY))
-def test_some_rows_by_chance(cli, method):
-  names = sorted(commands(method))
-  for row in random.SystemRandom().sample(names, QUICK):
-    assert_trained_and_evaluated(cli, method, row)
 
 
 @pytest.mark.slow
