@@ -25,7 +25,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "gift.yaml"
 
 
 def short(**changes) -> Config:
-  pairs = [(key, json.dumps(value)) for key, value in changes.items()]
+  text = lambda value: value if isinstance(value, str) else json.dumps(value)
+  pairs = [(key, text(value)) for key, value in changes.items()]
   return config_lib.load(Config, CONFIG, short=True, overrides=pairs, method="gift")
 
 
