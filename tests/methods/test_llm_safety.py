@@ -214,6 +214,21 @@ def test_accountant_moves_the_right_way():
   assert abs(privacy.epsilon(0.01, 4.0, 10_000, 1e-5, conversion="classic") - 1.26) < 0.005
 
 
+@pytest.mark.parametrize(
+  ("rate", "sigma", "steps", "delta", "expected"),
+  [
+    (0.01, 4.0, 10_000, 1e-5, 1.0354900660362436),
+    (64 / 230, 0.6, 200, 1e-3, 160.2715847397501),
+    (64 / 230, 3.0, 200, 1e-3, 5.282589268204342),
+    (0.001, 1.0, 5000, 1e-6, 0.9185228422728005),
+    (0.3, 10.0, 7, 1e-5, 0.30955419978803783),
+  ],
+)
+def test_epsilon_equals_that_of_dp_accounting(rate, sigma, steps, delta, expected):
+  # Recorded from dp-accounting 0.6.0 with the same orders.
+  assert abs(privacy.epsilon(rate, sigma, steps, delta) - expected) < 1e-10
+
+
 def test_noise_for_an_epsilon():
   sigma = privacy.noise_for(8.0, 0.05, 100, 1e-5)
   assert privacy.epsilon(0.05, sigma, 100, 1e-5) <= 8.0
