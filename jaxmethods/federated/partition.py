@@ -156,6 +156,93 @@ def deal_below_even_share(
   return [np.array(part, int) for part in parts]
 
 
+def owner_below_even_share(
+  labels: Int[jax.Array, " n"],
+  proportions: Float[jax.Array, "C clients"],
+  shuffled: Int[jax.Array, " n"],
+) -> tuple[Int[jax.Array, " n"], Float[jax.Array, "C clients"]]:
+  """Label skew in which no client that has its even share gets more, to be traced (FPL, code).
+
+  Args:
+    labels: (n,) integers; other labels than 0..C-1 go to nobody and do not count.
+    proportions: share of each client, (C, clients), rows sum to 1.
+    shuffled: examples in random order, (n,).
+
+  Returns:
+    Client of every example, (n,) int32, -1 for nobody; and the shares by which they were dealt, for a
+    test split.
+
+  Raises:
+    ValueError: a wrong shape.
+  """
+  shapes.check(
+    labels=(labels, "n"), proportions=(proportions, "C clients"), shuffled=(shuffled, "n")
+  )
+  num_classes, num_clients = proportions.shape
+  counts = _class_counts(jnp.asarray(labels), num_classes)
+
+  def deal(held: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    share, count = xs
+    below = share * (held * num_clients < counts.sum())
+    # All that are below may have a share of 0 in float32: then they share evenly.
+    below = jnp.where(below.sum() > 0, below, 1.0 * (held * num_clients < counts.sum()))
+    share = below / below.sum()
+    ends = _ends(share, count)
+    return held + jnp.diff(ends, prepend=0), share
+
+  start = jnp.zeros(num_clients, jnp.int32)
+  _, dealt = jax.lax.scan(deal, start, (proportions, counts))
+  return owner_by_shares(labels, dealt, shuffled), dealt
+
+
+def owner_by_shares(
+  labels: Int[jax.Array, " n"],
+  shares: Float[jax.Array, "C clients"],
+  shuffled: Int[jax.Array, " n"],
+) -> Int[jax.Array, " n"]:
+  """Cuts every class at the cumulated shares, rounded down; (n,) int32, -1 for nobody, to be traced."""
+  shapes.check(labels=(labels, "n"), shares=(shares, "C clients"), shuffled=(shuffled, "n"))
+  labels = jnp.asarray(labels)
+  num_classes, num_clients = shares.shape
+  known = (labels >= 0) & (labels < num_classes)
+  ends = jax.vmap(_ends)(shares, _class_counts(labels, num_classes))[:, :-1]
+  rank = class_rank(jnp.asarray(shuffled), labels)
+  owner = (ends[jnp.where(known, labels, 0)] <= rank[:, None]).sum(1)
+  return jnp.where(known, owner, -1).astype(jnp.int32)
+
+
+def owner_evenly(
+  labels: Int[jax.Array, " n"], num_classes: int, num_clients: int, shuffled: Int[jax.Array, " n"]
+) -> Int[jax.Array, " n"]:
+  """Splits every class in even parts, the first clients with one more; (n,) int32, -1 for nobody.
+
+  Args:
+    labels: (n,) integers; other labels than 0..C-1 go to nobody.
+    num_classes: C.
+    num_clients: number of clients.
+    shuffled: examples in random order, (n,).
+  """
+  labels = jnp.asarray(labels)
+  shapes.check(labels=(labels, "n"), shuffled=(shuffled, "n"))
+  known = (labels >= 0) & (labels < num_classes)
+  counts = _class_counts(labels, num_classes)[jnp.where(known, labels, 0)]
+  rank = class_rank(jnp.asarray(shuffled), labels)
+  size, more = counts // num_clients, counts % num_clients
+  behind = rank - more * (size + 1)
+  owner = jnp.where(behind < 0, rank // (size + 1), more + behind // jnp.maximum(size, 1))
+  return jnp.where(known, owner, -1).astype(jnp.int32)
+
+
+def _ends(share: jax.Array, count: jax.Array) -> jax.Array:
+  """Cumulated examples of a class's clients, (clients,) int32; the last takes the remainder."""
+  ends = jnp.floor(jnp.cumsum(share) * count).astype(jnp.int32)
+  return ends.at[-1].set(count)
+
+
+def _class_counts(labels: jax.Array, num_classes: int) -> jax.Array:
+  return (labels[:, None] == jnp.arange(num_classes)).sum(0, dtype=jnp.int32)
+
+
 def domain_label_counts(proportions: Array, counts: Array) -> Array:
   """Label skew on top of domain skew (Office-Home-LDS): share of each class for the client of a domain.
 

@@ -74,7 +74,7 @@ def client_names(settings: ClientSettings, domains: Sequence[str]) -> list[str]:
     return list(domains)
   if settings.skew == "labels":
     return [f"client {k}" for k in range(settings.clients)]
-  sizes = _clients_of_domains(settings.clients, len(domains))
+  sizes = clients_of_domains(settings.clients, len(domains))
   return [f"{name}.{k}" for name, size in zip(domains, sizes, strict=True) for k in range(size)]
 
 
@@ -99,7 +99,7 @@ def check(settings: ClientSettings, y: np.ndarray, num_classes: int) -> None:
     return
   if settings.skew == "both" and settings.clients < len(y):
     raise InputError(f"clients: {len(y)} domains need as many, got {settings.clients}")
-  for labels, size in zip(y, _clients_of_domains(settings.clients, len(y)), strict=True):
+  for labels, size in zip(y, clients_of_domains(settings.clients, len(y)), strict=True):
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
     floor = size * settings.min_per_class
     if (short := np.flatnonzero(counts < floor)).size and settings.skew == "labels":
@@ -219,7 +219,7 @@ def draw_both_clients(
     alpha: concentration; 0: even parts.
     min_per_class: examples of each class for each client, where its domain has as many.
   """
-  sizes = _clients_of_domains(clients, len(y))
+  sizes = clients_of_domains(clients, len(y))
   masks = []
   for domain, (each, size) in enumerate(zip(jax.random.split(key, len(y)), sizes, strict=True)):
     deal = draw_label_clients(
@@ -265,6 +265,6 @@ def _order(key: Array, y: Int[Array, " n"]) -> Int[Array, " n"]:
   return jax.random.permutation(key, y.shape[0])
 
 
-def _clients_of_domains(clients: int, domains: int) -> list[int]:
+def clients_of_domains(clients: int, domains: int) -> list[int]:
   """Clients of every domain, as even as can be."""
   return [clients // domains + (d < clients % domains) for d in range(domains)]

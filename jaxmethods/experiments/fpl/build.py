@@ -1,0 +1,116 @@
+"""Federated learning of prompts: data, model and rounds put together."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from jaxmethods.errors import InputError
+from jaxmethods.experiments.fpl import data as sources
+from jaxmethods.experiments.fpl import deal, figures, rounds
+from jaxmethods.experiments.fpl.config import Config
+from jaxmethods.experiments.fpl.learner import Frozen, Learner, hand_written, make_learner
+from jaxmethods.experiments.fpl.texts import prompt_texts
+from jaxmethods.federated import engine
+from jaxmethods.methods import fpl
+from jaxmethods.runtime import compiler, pictures
+from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.testbeds.federated_images import clients
+from jaxmethods.testbeds.federated_images.figures import own_examples
+from jaxmethods.testbeds.vision_language import encoder
+from jaxmethods.testbeds.vision_language.encoder import Stage
+from jaxmethods.testbeds.vision_language.words import class_texts
+
+_CHUNK = 256  # pictures that are embedded at once
+
+
+def build(config: Config, mesh: Mesh | None = None) -> Experiment:
+  """Composes the experiment of one row.
+
+  Raises:
+    InputError: data or a model that are missing or do not fit the settings, or a mesh without clients.
+  """
+  if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
+    raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
+  if config.carry_momentum and mesh is not None:
+    raise InputError("--mesh: carry_momentum trains one client after the other; leave it out")
+  data = sources.load(config.data, config.size, config.held_out)
+  stage = encoder.load(config.model, config.clip)
+  parts = make_parts(config, data, stage, mesh)
+  return Experiment(
+    init=functools.partial(rounds.init, parts),
+    batches=lambda step: itertools.repeat(parts.work),
+    step=functools.partial(rounds.step, parts),
+    evaluate=functools.partial(rounds.evaluate, parts),
+    test=parts.test,
+    figures=functools.partial(draw_figures, parts),
+    num_steps=config.steps,
+    about=f"{data.about}; model: {stage.source.name}, {stage.source.origin}",
+  )
+
+
+def make_parts(
+  config: Config, data: sources.Data, stage: Stage, mesh: Mesh | None = None
+) -> rounds.Parts:
+  """Puts a row together from data and model; embeds the pictures where no one trains the tower."""
+  num_classes = len(data.classes)
+  whole = data.train.y if config.skew != "labels" else data.train.y.reshape(1, -1)
+  clients.check(config, whole, num_classes)
+  names = clients.client_names(config, data.domains)
+  learner = make_learner(config, stage, num_classes)
+  count = config.text_prompts if config.trained in ("text", "both") else 0
+  texts = prompt_texts(data.classes, count, config.position, stage.tokens)
+  frozen = frozen_of(stage, texts, class_texts(data.classes, data.templates, stage.tokens)[:, 0])
+  work, test = (
+    rounds.Work(frozen, _read(learner, stage, part), jnp.asarray(part.y.reshape(-1)))
+    for part in (data.train, data.test)
+  )
+  size = deal.capacity(config, data.train.y, num_classes)
+  return rounds.Parts(config, data, names, learner, work, test, size, mesh)
+
+
+def frozen_of(stage: Stage, texts: fpl.ClassTexts, ids: np.ndarray) -> Frozen:
+  """The frozen model, with the hand-written texts embedded once."""
+  params = jax.tree.map(jnp.asarray, stage.params)
+  embed = compiler.jit(functools.partial(hand_written, stage.model))
+  return Frozen(params, texts, jnp.asarray(ids), embed(params, jnp.asarray(ids)))
+
+
+def _read(learner: Learner, stage: Stage, images: sources.Images) -> jax.Array:
+  """Pictures (D * n, h, w, 3), or their embeddings where those never change."""
+  x = images.x.reshape(-1, *images.x.shape[2:])
+  if not learner.reads_embeddings:
+    return jnp.asarray(x)
+  embed = compiler.jit(
+    lambda params, x: fpl.image_features(stage.model, params, {}, stage.pixels(x))
+  )
+  padded = np.pad(x, ((0, -len(x) % _CHUNK), *[(0, 0)] * (x.ndim - 1)))
+  parts = [embed(stage.params, part) for part in padded.reshape(-1, _CHUNK, *x.shape[1:])]
+  return jnp.concatenate(parts)[: len(x)]
+
+
+def draw_figures(parts: rounds.Parts, state: rounds.State) -> dict[str, Figure]:
+  """Draws accuracies, what clients hold and, for prompts, how far the clients agree."""
+  program = compiler.jit(functools.partial(rounds.evaluate, parts))
+  metrics = jax.device_get(program(state, parts.test))
+  accuracy = {name: float(metrics[f"test_accuracy/{name}"]) for name in parts.data.domains}
+  label = f"test accuracy (mean {float(metrics['test_accuracy']):.3f})"
+  labels = np.asarray(parts.work.y)[np.asarray(state.deal.rows)]
+  held, num_classes = np.asarray(state.deal.mask), len(parts.data.classes)
+  counts = np.stack([
+    np.bincount(y[real], minlength=num_classes) for y, real in zip(labels, held, strict=True)
+  ])  # fmt: skip
+  names = parts.names if len(counts) == len(parts.names) else ["all"]
+  drawn = {
+    "accuracy": pictures.bars({"accuracy": accuracy}, label),
+    "own_examples": own_examples(counts, names, "own examples"),
+  }
+  if state.server.drift:
+    drawn["agreement"] = figures.agreement(jax.device_get(state.server.drift), names)
+  return drawn
