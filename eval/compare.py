@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 from jaxmethods import experiments
 from jaxmethods.errors import InputError, hint
-from jaxmethods.runtime import command, launch
+from jaxmethods.runtime import command, launch, studies
 
 if TYPE_CHECKING:
   from jaxmethods.runtime.command import Given
   from jaxmethods.runtime.experiment import RunConfig, Values
   from jaxmethods.runtime.seeds import Trained
   from jaxmethods.runtime.session import Session
+  from jaxmethods.runtime.studies import Study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if given is None:
     return 0
   args = given.args
-  every_row = given.method.rows(given.config)
+  study = _study(given)
+  every_row = studies.rows(study) if study else given.method.rows(given.config)
   if args.list_rows:
     print("\n".join(every_row))
     return 0
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   rows = _chosen(every_row, args.rows)
   _check(args)
-  workdir = command.workdir(given, "compare-")
+  workdir = command.workdir(given, f"study-{args.study}-" if study else "compare-")
   header = {"method": args.method, "seeds": args.seeds}
   workdir_lib.check(workdir, given.config, **header)
   mesh = launch.start(args)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       about, result = kept["about"], kept["row"]
     results.append(result)
   if session.is_writer():
-    _show(given, workdir, about, results)
+    _show(given, workdir, about, results, study)
   return 0
 
 
@@ -120,19 +122,31 @@ def _one_by_one(name: str, row: Session, seed_map: str) -> Trained:
   return seeds.joined(parts)
 
 
-def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> None:
-  """Writes compare.json and the page, and prints the table."""
+def _show(
+  given: Given, workdir: Path, about: str, results: list[Values], study: Study | None
+) -> None:
+  """Writes compare.json and the page, and prints the table; those of a study, by its factor."""
   from jaxmethods.runtime import report, session
   from jaxmethods.runtime import workdir as workdir_lib
 
   args = given.args
+  verdicts = studies.judge(study, results) if study else []
+  contents = {"rows": results}
+  if study:
+    contents |= {"question": study.question, "verdicts": [v._asdict() for v in verdicts]}
   for target in filter(None, (workdir / "compare.json", args.json)):
-    workdir_lib.write_json(target, {"rows": results})
+    workdir_lib.write_json(target, contents)
   varied = given.config.seeds_vary
   title = f"{args.method}: {args.seeds} seeds ({varied} differ), mean ± 95 % interval"
   header, lines = _table(results)
   report.print_table(title, header, lines)
   intervals = report.intervals(results, _headline(results)[:2], highlight=args.method)
+  figures = {"comparison": intervals} | given.method.comparison(results)
+  if study:
+    tables = [studies.table(study, results, metric) for metric in study.metrics]
+    for table in (*tables, studies.verdict_table(verdicts)):
+      report.print_table(study.question, *table)
+    figures = {"study": studies.picture(study, results), **figures}
   page = report.write_comparison(
     workdir,
     title=title,
@@ -140,7 +154,7 @@ def _show(given: Given, workdir: Path, about: str, results: list[Values]) -> Non
     facts=session.facts(given, sum(row["seconds"] for row in results)),
     header=header,
     rows=lines,
-    figures={"comparison": intervals} | given.method.comparison(results),
+    figures=figures,
   )
   print(f"see {page}")
 
@@ -150,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument_group("comparison").add_argument
   add("--rows", metavar="A,B", help="which of the method's rows (default: all)")
   add("--list_rows", action="store_true", help="list the rows of the method and stop")
+  add("--study", metavar="NAME", help="a question of the method instead of its rows, such as H1")
   add("--seeds", metavar="N", type=int, default=5, help="seeds for each row (default: 5)")
   add("--json", metavar="FILE", type=command.local, help="also write the results there")
   add(
@@ -159,6 +174,17 @@ def _parser() -> argparse.ArgumentParser:
     "called for each (default: loop on CPU, else vmap)",
   )
   return parser
+
+
+def _study(given: Given) -> Study | None:
+  """Returns the study that `--study` names."""
+  name = given.args.study
+  if name is None:
+    return None
+  if name not in (known := given.method.studies(given.config)):
+    advice = hint(name, known, "studies") if known else f"{given.args.method} has none"
+    raise InputError(f"--study: unknown study {name!r}; {advice}")
+  return known[name]
 
 
 def _chosen(rows: Mapping[str, RunConfig], names: str | None) -> dict[str, RunConfig]:

@@ -5,6 +5,7 @@
   config.py   Config                    frozen dataclass, a `RunConfig`; starts without jax
               rows(config)              -> {row name: config}: method and baselines for eval.compare
               untrained(config)         -> whether there is nothing to train; optional, see eval.run
+              studies(config)           -> {name: study} for eval.compare --study; optional
   build.py    build(config, mesh=None)  -> Experiment; imported when a run starts
               comparison(rows)          -> {name: figure} of the rows of eval.compare; optional
 
@@ -63,6 +64,12 @@ METHODS: dict[str, Method] = {
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",
     summary="federated graph classification that shares only spectral encoders",
     embedded_run="2.5 min",
+  ),
+  "fpl": Method(
+    title="FPL",
+    paper="Wang et al., IJCAI 2025, arXiv 2505.23024",
+    summary="prompts of a frozen CLIP, for texts, images or both, learnt by clients together",
+    embedded_run="~1 min, after 4 min of pretraining once",
   ),
   "ggeur": Method(
     title="GGEUR",
@@ -155,6 +162,7 @@ def _room(config: ModuleType, heavy: Callable[[], ModuleType]) -> Room:
     build=lambda *args: heavy().build(*args),
     untrained=getattr(config, "untrained", lambda config: False),
     comparison=lambda rows: getattr(heavy(), "comparison", lambda rows: {})(rows),
+    studies=getattr(config, "studies", lambda config: {}),
   )
 
 

@@ -203,7 +203,7 @@ def owner_by_shares(
   """Cuts every class at the cumulated shares, rounded down; (n,) int32, -1 for nobody, to be traced."""
   shapes.check(labels=(labels, "n"), shares=(shares, "C clients"), shuffled=(shuffled, "n"))
   labels = jnp.asarray(labels)
-  num_classes, num_clients = shares.shape
+  num_classes = len(shares)
   known = (labels >= 0) & (labels < num_classes)
   ends = jax.vmap(_ends)(shares, _class_counts(labels, num_classes))[:, :-1]
   rank = class_rank(jnp.asarray(shuffled), labels)

@@ -204,9 +204,7 @@ def image_features(
   return normalise(call("project_image", call("encode_image", tokens, **hooks).hidden))
 
 
-def per_layer(
-  vectors: Float[Array, "J m D"], num_layers: int, first: int = 1
-) -> LayerPrompts:
+def per_layer(vectors: Float[Array, "J m D"], num_layers: int, first: int = 1) -> LayerPrompts:
   """Lays out the prompts of blocks `first`, `first` + 1, ... for a scan over all blocks.
 
   Raises:
@@ -306,4 +304,6 @@ def _vision_edit(hidden: Array, layer: PyTree) -> Array:
 
 def _caller(model: CLIP, params: Params) -> Callable:
   """Returns (method, *args, **hooks) -> that step of the model."""
-  return lambda method, *args, **hooks: model.apply({"params": params}, *args, method=method, **hooks)
+  return lambda method, *args, **hooks: model.apply(
+    {"params": params}, *args, method=method, **hooks
+  )

@@ -75,7 +75,9 @@ def judge(study: Study, results: Sequence[Values]) -> list[Verdict]:
   return [_judged(claim, found) for claim in study.claims]
 
 
-def table(study: Study, results: Sequence[Values], metric: str) -> tuple[list[str], list[list[str]]]:
+def table(
+  study: Study, results: Sequence[Values], metric: str
+) -> tuple[list[str], list[list[str]]]:
   """Returns header and lines of one metric: arms down, levels across."""
   found = _by_cell(study, results)
   arms, levels = (list(dict.fromkeys(cell[i] for cell in study.cells)) for i in (0, 1))

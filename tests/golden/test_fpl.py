@@ -19,7 +19,7 @@ from tests.tensors import below
 
 LPT = {"lpt_end": "end", "lpt_middle": "middle", "lpt_front": "front"}
 CASES = {
-  **dict.fromkeys(LPT, {"text": "ctx"}),
+  **{name: {"text": "ctx"} for name in LPT},
   "lpt_class_specific": {"text": "ctx_class_specific"},
   "lpt_deep": {"text": "ctx", "text_deep": "text_deep"},
   "vpt_shallow": {"vision": "vision_shallow"},
@@ -167,9 +167,7 @@ def check_final(golden, at, prompts):
 @pytest.mark.parametrize("average", ["weighted", "uniform"])
 def test_rounds(case, kind, average):
   golden, at = case.golden, f"fed/{kind}/{average}"
-  algorithm = algorithms.fedavg(
-    loss_of(case), optimizer_of(golden), weighted=average == "weighted"
-  )
+  algorithm = algorithms.fedavg(loss_of(case), optimizer_of(golden), weighted=average == "weighted")
   sizes = jnp.asarray(golden["fed/client_sizes"], jnp.float32)
   server = algorithm.init(start_of(case, kind), jax.random.key(0))
   client = algorithms.init_client(server.params)
@@ -213,9 +211,7 @@ def test_rounds_with_momentum_of_the_client_before(case, kind):
 @pytest.mark.parametrize("kind", ["lpt", "vpt"])
 def test_drift(golden_file, kind):
   recorded = below(golden_file("fpl"), f"drift/{kind}/")
-  seen = fpl.drift(
-    jnp.asarray(recorded["local_updates"]), jnp.asarray(recorded["global_update"])
-  )
+  seen = fpl.drift(jnp.asarray(recorded["local_updates"]), jnp.asarray(recorded["global_update"]))
   np.testing.assert_allclose(seen.to_global, recorded["cos_global_local"], rtol=0, atol=1e-5)
   np.testing.assert_allclose(seen.pairwise, recorded["cos_pairwise"], rtol=0, atol=1e-5)
 

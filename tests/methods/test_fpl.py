@@ -76,7 +76,9 @@ def test_without_prompts_it_is_clip():
   output = call(pixels(), plain.ids)
   np.testing.assert_array_equal(seen, text({}, ()))
   np.testing.assert_allclose(seen, output.text_embeddings, atol=1e-6)
-  np.testing.assert_array_equal(image({}, pixels()), image({"vision": jnp.zeros((1, 0, 8))}, pixels()))
+  np.testing.assert_array_equal(
+    image({}, pixels()), image({"vision": jnp.zeros((1, 0, 8))}, pixels())
+  )
   np.testing.assert_allclose(image({}, pixels()), output.image_embeddings, atol=1e-6)
   for position in ("front", "middle"):
     np.testing.assert_array_equal(text({"text": jnp.zeros((0, 8))}, (), position), seen)
@@ -113,7 +115,9 @@ def test_order_counts_for_texts_and_not_for_images():
 def test_deep_prompts_stand_where_the_first_ones_do():
   prompts = {"text": random(2, 8), "text_deep": random(1, 2, 8, seed=3)}
   for position in fpl.POSITIONS:
-    changed = text(prompts, (X,) * 2, position) - text({"text": prompts["text"]}, (X,) * 2, position)
+    changed = text(prompts, (X,) * 2, position) - text(
+      {"text": prompts["text"]}, (X,) * 2, position
+    )
     assert jnp.abs(changed).max() > 1e-3
   order = fpl.arrange(2, jnp.array([2]), 6, "front")
   hidden = fpl.replace_context(jnp.array([[1.0], [2.0]]), jnp.zeros((1, 6, 1)), order)

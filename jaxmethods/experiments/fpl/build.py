@@ -15,8 +15,9 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments.fpl import data as sources
 from jaxmethods.experiments.fpl import deal, figures, rounds
 from jaxmethods.experiments.fpl.config import Config
-from jaxmethods.experiments.fpl.learner import Frozen, Learner, hand_written, make_learner
+from jaxmethods.experiments.fpl.learner import Frozen, Learner, make_learner
 from jaxmethods.experiments.fpl.texts import prompt_texts
+from jaxmethods.experiments.fpl.towers import Towers, clip_towers, dual_towers, plain_texts
 from jaxmethods.federated import engine
 from jaxmethods.methods import fpl
 from jaxmethods.runtime import compiler, pictures
@@ -24,10 +25,7 @@ from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.testbeds.federated_images import clients
 from jaxmethods.testbeds.federated_images.figures import own_examples
 from jaxmethods.testbeds.vision_language import encoder
-from jaxmethods.testbeds.vision_language.encoder import Stage
 from jaxmethods.testbeds.vision_language.words import class_texts
-
-_CHUNK = 256  # pictures that are embedded at once
 
 
 def build(config: Config, mesh: Mesh | None = None) -> Experiment:
@@ -41,8 +39,12 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   if config.carry_momentum and mesh is not None:
     raise InputError("--mesh: carry_momentum trains one client after the other; leave it out")
   data = sources.load(config.data, config.size, config.held_out)
-  stage = encoder.load(config.model, config.clip)
-  parts = make_parts(config, data, stage, mesh)
+  towers = (
+    dual_towers()
+    if config.model == "dual"
+    else clip_towers(encoder.load(config.model, config.clip), config.behind_norm)
+  )
+  parts = make_parts(config, data, towers, mesh)
   return Experiment(
     init=functools.partial(rounds.init, parts),
     batches=lambda step: itertools.repeat(parts.work),
@@ -51,48 +53,43 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     test=parts.test,
     figures=functools.partial(draw_figures, parts),
     num_steps=config.steps,
-    about=f"{data.about}; model: {stage.source.name}, {stage.source.origin}",
+    about=f"{data.about}; model: {towers.about}",
   )
 
 
 def make_parts(
-  config: Config, data: sources.Data, stage: Stage, mesh: Mesh | None = None
+  config: Config, data: sources.Data, towers: Towers, mesh: Mesh | None = None
 ) -> rounds.Parts:
   """Puts a row together from data and model; embeds the pictures where no one trains the tower."""
   num_classes = len(data.classes)
   whole = data.train.y if config.skew != "labels" else data.train.y.reshape(1, -1)
   clients.check(config, whole, num_classes)
   names = clients.client_names(config, data.domains)
-  learner = make_learner(config, stage, num_classes)
+  learner = make_learner(config, towers, num_classes)
   count = config.text_prompts if config.trained in ("text", "both") else 0
-  texts = prompt_texts(data.classes, count, config.position, stage.tokens)
-  frozen = frozen_of(stage, texts, class_texts(data.classes, data.templates, stage.tokens)[:, 0])
+  texts = prompt_texts(data.classes, count, config.position, towers.tokens)
+  ids = jnp.asarray(class_texts(data.classes, data.templates, towers.tokens)[:, 0])
+  frozen = frozen_of(towers, texts, plain_texts(ids, towers.tokens))
   work, test = (
-    rounds.Work(frozen, _read(learner, stage, part), jnp.asarray(part.y.reshape(-1)))
+    rounds.Work(frozen, read(learner, towers, part), jnp.asarray(part.y.reshape(-1)))
     for part in (data.train, data.test)
   )
   size = deal.capacity(config, data.train.y, num_classes)
   return rounds.Parts(config, data, names, learner, work, test, size, mesh)
 
 
-def frozen_of(stage: Stage, texts: fpl.ClassTexts, ids: np.ndarray) -> Frozen:
+def frozen_of(towers: Towers, texts: fpl.ClassTexts, plain: fpl.ClassTexts) -> Frozen:
   """The frozen model, with the hand-written texts embedded once."""
-  params = jax.tree.map(jnp.asarray, stage.params)
-  embed = compiler.jit(functools.partial(hand_written, stage.model))
-  return Frozen(params, texts, jnp.asarray(ids), embed(params, jnp.asarray(ids)))
+  params = jax.tree.map(jnp.asarray, towers.params)
+  embed = compiler.jit(lambda params: towers.text(params, {}, plain))
+  return Frozen(params, texts, plain, embed(params))
 
 
-def _read(learner: Learner, stage: Stage, images: sources.Images) -> jax.Array:
+def read(learner: Learner, towers: Towers, images: sources.Images) -> jax.Array:
   """Pictures (D * n, h, w, 3), or their embeddings where those never change."""
-  x = images.x.reshape(-1, *images.x.shape[2:])
-  if not learner.reads_embeddings:
-    return jnp.asarray(x)
-  embed = compiler.jit(
-    lambda params, x: fpl.image_features(stage.model, params, {}, stage.pixels(x))
-  )
-  padded = np.pad(x, ((0, -len(x) % _CHUNK), *[(0, 0)] * (x.ndim - 1)))
-  parts = [embed(stage.params, part) for part in padded.reshape(-1, _CHUNK, *x.shape[1:])]
-  return jnp.concatenate(parts)[: len(x)]
+  if learner.reads_embeddings:
+    return towers.embed(images.x, images.y)
+  return jnp.asarray(images.x.reshape(-1, *images.x.shape[2:]))
 
 
 def draw_figures(parts: rounds.Parts, state: rounds.State) -> dict[str, Figure]:

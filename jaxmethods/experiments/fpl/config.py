@@ -4,8 +4,8 @@
   python -m eval.compare --method fpl
   python -m eval.compare --method fpl --study H1
 
-Clients share out one task (`skew: labels`) or one in several domains (`skew: domains`: a client a domain;
-`skew: both`: several clients a domain, which differ in labels too unless `alpha` is 0).
+Clients share out one task (`skew: labels`), or one in several domains: a client for each domain
+(`skew: domains`) or several (`skew: both`), which differ in labels too unless `alpha` is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmethods.runtime.studies import Study
 from jaxmethods.testbeds.federated_images.settings import ClientSettings, Skew
 from jaxmethods.testbeds.vision_language.settings import SmallClip, TaskSize
 
-# text: LPT; vision: VPT; both: IVLP; none: zero-shot; probe: a linear head; towers, image_tower: of CLIP.
+# text: LPT; vision: VPT; both: IVLP; none: zero-shot; probe: a linear head; the others: of CLIP.
 Trained = Literal["text", "vision", "both", "none", "probe", "towers", "image_tower"]
 Training = Literal["federated", "local", "centralised"]
 TRAINED: tuple[Trained, ...] = get_args(Trained)
@@ -76,9 +76,7 @@ class Config(ClientSettings):
     checks.at_least(self, 0, "fedprox_mu")
     checks.positive(self, "learning_rate", "tower_rate")
     checks.within(self, "(0, 1]", "participation")
-    checks.require(
-      self.min_per_class == 0, "min_per_class", "has no effect here, use min_examples"
-    )
+    checks.require(self.min_per_class == 0, "min_per_class", "has no effect here, use min_examples")
     checks.require(
       not self.carry_momentum
       or (self.training == "federated" and not self.fedprox_mu and self.participation == 1),

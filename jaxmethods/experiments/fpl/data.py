@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxmethods.errors import InputError
+from jaxmethods.data import files, sources
 from jaxmethods.testbeds.vision_language import tasks
 from jaxmethods.testbeds.vision_language.settings import TaskSize
 
 _VALIDATION = 0.25  # of the training examples
+_SIDE = 224  # of images of folders
+_TEMPLATE = "a photo of a {}."
 
 
 class Images(NamedTuple):
@@ -46,31 +48,54 @@ class Data(NamedTuple):
 
 
 def load(name: str, size: TaskSize, held_out: str) -> Data:
-  """Loads a set of domains or one task; `held_out: validation` tests on a part of training.
+  """Loads a set of domains, one task, or `folder:PATH` with domain/class/image.
+
+  Args:
+    name: of `tasks.DOMAIN_SETS` or of a task, or a folder.
+    size: of every domain; folders are taken whole.
+    held_out: `test`, or `validation` to test on a part of training.
 
   Raises:
-    InputError: an unknown name, data that are missing, a class without training examples.
+    InputError: an unknown name, or data that are missing.
   """
-  found = (
-    tasks.load_domains(name, size)
-    if name in tasks.DOMAIN_SETS
-    else {name: tasks.load_task(name, size)}
-  )
+  if name.startswith("folder:"):
+    found = _folder(name)
+  elif name in tasks.DOMAIN_SETS:
+    found = tasks.load_domains(name, size)
+  else:
+    found = {name: tasks.load_task(name, size)}
   first, *_ = found.values()
   parts = [_parts(task, held_out) for task in found.values()]
   train, test = (_stacked([pair[i] for pair in parts]) for i in (0, 1))
-  if missing := set(range(len(first.classes))) - set(train.y.ravel().tolist()):
-    raise InputError(f"{name}: class {min(missing)} has no training example")
   count = lambda images: int((images.y >= 0).sum())
-  sources = [task.source for task in found.values()]
+  origins = [task.source for task in found.values()]
   once = lambda values: ", ".join(dict.fromkeys(values))
-  kind = once("real" if source.real else "generated" for source in sources)
+  kind = once("real" if source.real else "generated" for source in origins)
   about = (
     f"{name} ({len(found)} domains: {', '.join(found)}; {len(first.classes)} classes; {count(train)} "
-    f"examples, {count(test)} for {held_out}); {kind} data; from {once(s.origin for s in sources)}; "
-    f"licence: {once(s.licence for s in sources)}"
+    f"examples, {count(test)} for {held_out}); {kind} data; from {once(s.origin for s in origins)}; "
+    f"licence: {once(s.licence for s in origins)}"
   )
   return Data(list(found), first.classes, first.templates[:1], train, test, about)
+
+
+def _folder(name: str) -> dict[str, tasks.Task]:
+  """Domains of a folder, by class and file name; of ten images in a row the last two are tests (code)."""
+  loaded = sources.load_arrays(name, image_size=_SIDE)
+  folder = files.local_path(name.removeprefix("folder:"))
+  nested = "all" not in loaded.splits
+  holders = [folder / split for split in loaded.splits] if nested else [folder]
+  names = sorted({
+    path.name for holder in holders for path in holder.iterdir()
+    if path.is_dir() and not path.name.startswith(".")
+  })  # fmt: skip
+  classes = tuple(each.replace("_", " ").lower() for each in names)
+  found = {}
+  for split, (x, y) in loaded.splits.items():
+    x, test = np.broadcast_to(x, (*x.shape[:3], 3)), np.arange(len(y)) % 10 > 7
+    pairs = (x[~test], y[~test]), (x[test], y[test])
+    found[split] = tasks.Task(split, classes, (_TEMPLATE,), *pairs, loaded.source)
+  return found
 
 
 def _parts(task: tasks.Task, held_out: str) -> tuple[tuple, tuple]:

@@ -175,9 +175,7 @@ def _owners(
     shares = clients.uniform_shares(
       share_key, num_classes, part.clients, settings.classes_per_client
     )
-    owner = partition.owner_by_proportions(
-      part.y, shares, order, min_per_class=0, cumulative=True
-    )
+    owner = partition.owner_by_proportions(part.y, shares, order, min_per_class=0, cumulative=True)
   elif not settings.alpha:
     # Equal parts; in a domain, equal parts of every class (code).
     labels = [jnp.where(y < 0, -1, 0 if settings.skew == "labels" else y)

@@ -1,4 +1,4 @@
-"""What a row trains of the model, and the logits it gives: the only module that knows the towers."""
+"""What a row trains of the model, and the logits it gives."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxmethods import trees
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.fpl.config import Config
 from jaxmethods.experiments.fpl.texts import phrase_ids
+from jaxmethods.experiments.fpl.towers import Towers
 from jaxmethods.images import views
 from jaxmethods.methods import fpl
 from jaxmethods.methods.fpl import ClassTexts
-from jaxmethods.models.clip import CLIP
-from jaxmethods.testbeds.vision_language.encoder import Stage
 from jaxmethods.trees import Params, Tree
 
-# Parts of the image tower by path; the temperature is frozen in all rows.
+# Of the image tower; the temperature is frozen in all rows.
 _IMAGE_TOWER = ("vision", "visual_projection")
 _SMALLEST_CROP = 0.08
-CHUNK = 100  # test pictures at once
 
 
 class Frozen(NamedTuple):
@@ -34,49 +32,49 @@ class Frozen(NamedTuple):
   Attributes:
     params: of the model.
     texts: of the classes, with places for prompts.
-    ids: hand-written texts of the classes, (K, T).
-    classes: their embeddings, (K, E).
+    plain: hand-written texts of the classes.
+    classes: embeddings of these, (K, E).
   """
 
   params: Tree
   texts: ClassTexts
-  ids: Int[Array, "K T"]
+  plain: ClassTexts
   classes: Float[Array, "K E"]
 
 
 class Learner(NamedTuple):
-  """A row's model.
+  """The model of a row.
 
   Attributes:
-    start: (key, frozen parameters) -> what is trained: {"prompts": ...}, {"clip": ...}, {"head": ...} or {}.
-    logits: (trained, frozen, x) -> (B, K); x as `pixels` gives it, or embeddings.
-    pixels: uint8 images (B, h, w, 3) -> what the image tower reads.
-    reads_embeddings: whether x is embeddings, which the frozen tower makes once for all.
+    start: key, frozen parameters -> {"prompts": ...}, {"clip": ...}, {"head": ...} or {}, to be trained.
+    logits: (trained, frozen, x) -> (B, K).
+    read: uint8 images (B, h, w, 3), a key to augment them or None -> x; embeddings stay what they are.
+    reads_embeddings: whether examples are embeddings, made once for all rounds.
   """
 
   start: Callable[[Array, Params], Tree]
   logits: Callable[[Params, Frozen, Array], Array]
-  pixels: Callable[[Array], Array]
+  read: Callable[[Array, Array | None], Array]
   reads_embeddings: bool
 
 
-def make_learner(config: Config, stage: Stage, num_classes: int) -> Learner:
+def make_learner(config: Config, towers: Towers, num_classes: int) -> Learner:
   """Returns the model of a row.
 
   Raises:
-    InputError: deeper prompts than the towers, or a phrase shorter than the prompts.
+    InputError: deeper prompts than the towers, a phrase shorter than the prompts, an image tower that
+      cannot be trained.
   """
-  check_depths(config, stage.model)
-  phrase = (
-    phrase_ids(config.initial_phrase, config.text_prompts, stage.tokens)
-    if config.initial_phrase
-    else None
+  _check(config, towers)
+  embedded = reads_embeddings(config)
+  phrase = config.initial_phrase and phrase_ids(
+    config.initial_phrase, config.text_prompts, towers.tokens
   )
   return Learner(
-    start=functools.partial(_start, config, stage.model, phrase, num_classes),
-    logits=functools.partial(_logits, config, stage.model),
-    pixels=stage.pixels,
-    reads_embeddings=reads_embeddings(config),
+    start=functools.partial(_start, config, towers, list(phrase), num_classes),
+    logits=functools.partial(_logits, config, towers),
+    read=(lambda x, key: x) if embedded else functools.partial(_pixels, towers),
+    reads_embeddings=embedded,
   )
 
 
@@ -85,48 +83,47 @@ def reads_embeddings(config: Config) -> bool:
   return config.trained in ("text", "probe", "none") and not config.augment
 
 
-def check_depths(config: Config, model: CLIP) -> None:
-  """Checks the depths of the prompts.
-
-  Raises:
-    InputError: deeper than the tower.
-  """
-  towers = {"text_depth": model.config.text.encoder, "vision_depth": model.config.vision.encoder}
-  for name, tower in towers.items():
-    if (depth := getattr(config, name)) > tower.num_layers:
-      raise InputError(f"{name}: must be at most {tower.num_layers}, got {depth}")
+def num_parameters(trained: Params) -> int:
+  """Counts the numbers of a tree: of what is trained, that is what travels."""
+  return sum(x.size for x in jax.tree.leaves(trained))
 
 
-def augmented(learner: Learner, key: Array, images: Array) -> Array:
-  """Random crops of uint8 images (B, h, w, 3), resized back and flipped, as the image tower reads them."""
+def _check(config: Config, towers: Towers) -> None:
+  if towers.image is None and not reads_embeddings(config):
+    raise InputError(
+      f"trained: {config.trained}{' with augment' * config.augment} needs the image tower, which "
+      f"{config.model} reads once; there are text, probe and none"
+    )
+  if towers.image is None and config.text_depth > 1:
+    raise InputError(f"text_depth: {config.model} has prompts in front of its first block alone")
+  layers = {"text_depth": towers.widths.text_layers, "vision_depth": towers.widths.vision_layers}
+  for name, most in layers.items():
+    if towers.image is not None and getattr(config, name) > most:
+      raise InputError(f"{name}: must be at most {most}, got {getattr(config, name)}")
+
+
+def _pixels(towers: Towers, images: Array, key: Array | None) -> Array:
+  """Images as the tower reads them; with a key, random crops that are resized back and flipped."""
+  if key is None:
+    return towers.pixels(images)
   crop_key, flip_key = jax.random.split(key)
-  side = images.shape[1]
-  crop = lambda key, image: views.resized_crop(key, image, side, _SMALLEST_CROP)
+  crop = lambda key, image: views.resized_crop(key, image, images.shape[1], _SMALLEST_CROP)
   crops = jax.vmap(crop)(jax.random.split(crop_key, len(images)), images)
   flipped = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
-  return learner.pixels(jnp.where(flipped, crops[:, :, ::-1], crops))
-
-
-def hand_written(model: CLIP, params: Params, ids: Array) -> Array:
-  """Embeddings (K, E) of one text for each class, ids (K, T)."""
-  place = jnp.arange(ids.shape[1], dtype=jnp.int32)
-  order = jnp.broadcast_to(place, ids.shape)
-  end = jnp.argmax(ids == model.config.text.eos, -1)
-  if model.config.text.eos == 2:  # of the first conversions: the largest id
-    end = jnp.argmax(ids, -1)
-  return fpl.text_features(model, params, {}, ClassTexts(ids, order, end))
+  return towers.pixels(jnp.where(flipped, crops[:, :, ::-1], crops))
 
 
 def _start(
-  config: Config, model: CLIP, phrase: list[int] | None, num_classes: int, key: Array, params: Params
+  config: Config, towers: Towers, phrase: list[int], num_classes: int, key: Array, params: Params
 ) -> Tree:
   """What a row trains, before the first round."""
+  widths = towers.widths
   match config.trained:
     case "none":
       return {}
     case "probe":
-      width = model.config.projection
-      return {"head": {"kernel": jnp.zeros((width, num_classes)), "bias": jnp.zeros(num_classes)}}
+      kernel = jnp.zeros((widths.embedding, num_classes))
+      return {"head": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}
     case "towers":
       return {"clip": {name: part for name, part in params.items() if name != "logit_scale"}}
     case "image_tower":
@@ -135,37 +132,35 @@ def _start(
   random = lambda key, *shape: fpl.STDDEV * jax.random.normal(key, shape)
   prompts: Tree = {}
   if config.trained in ("text", "both"):
-    width, m = model.config.text.encoder.width, config.text_prompts
+    m = config.text_prompts
     classes = (num_classes,) if config.class_specific else ()
-    prompts["text"] = random(text_key, *classes, m, width)
-    if phrase is not None:
-      table = params["text"]["token"]["embedding"]
-      prompts["text"] = jnp.asarray(table)[jnp.array(phrase, jnp.int32)].astype(jnp.float32)
+    prompts["text"] = random(text_key, *classes, m, widths.text)
+    if phrase:
+      table = jnp.asarray(towers.words(params))
+      prompts["text"] = table[jnp.array(phrase, jnp.int32)].astype(jnp.float32)
     if config.text_depth > 1:
-      prompts["text_deep"] = random(deep_key, config.text_depth - 1, m, width)
+      prompts["text_deep"] = random(deep_key, config.text_depth - 1, m, widths.text)
   if config.trained in ("vision", "both"):
-    width = model.config.vision.encoder.width
-    prompts["vision"] = random(vision_key, config.vision_depth, config.vision_prompts, width)
+    shape = config.vision_depth, config.vision_prompts, widths.vision
+    prompts["vision"] = random(vision_key, *shape)
   return {"prompts": prompts}
 
 
-def _logits(config: Config, model: CLIP, trained: Params, frozen: Frozen, x: Array) -> Array:
-  """Logits (B, K); texts are embedded once, whatever B is."""
-  prompts = trained.get("prompts", {})
-  params = frozen.params
+def _logits(config: Config, towers: Towers, trained: Params, frozen: Frozen, x: Array) -> Array:
+  """Logits (B, K); the texts are embedded once, whatever B is."""
+  prompts, params = trained.get("prompts", {}), frozen.params
   if "clip" in trained:
     params = trees.unflatten(trees.flatten(params) | trees.flatten(trained["clip"]))
-  embedded = x
+  embedded, scale = x, towers.scale(frozen.params)
   if not reads_embeddings(config):
-    embedded = fpl.image_features(model, params, prompts, x, behind_norm=config.behind_norm)
-  scale = jnp.exp(jnp.asarray(frozen.params["logit_scale"]))
+    embedded = cast(Callable, towers.image)(params, prompts, x)
   if "head" in trained:
     return scale * (embedded @ trained["head"]["kernel"] + trained["head"]["bias"])
   match config.trained:
     case "text" | "both":
-      classes = fpl.text_features(model, params, prompts, frozen.texts)
+      classes = towers.text(params, prompts, frozen.texts)
     case "towers":
-      classes = hand_written(model, params, frozen.ids)
+      classes = towers.text(params, {}, frozen.plain)
     case _:
       classes = frozen.classes
   return cast(Array, fpl.class_logits(embedded, classes, scale))

@@ -14,7 +14,6 @@ from jaxtyping import Int
 
 from jaxmethods import trees
 from jaxmethods.experiments.fpl import deal as dealing
-from jaxmethods.experiments.fpl import learner as learners
 from jaxmethods.experiments.fpl.config import Config
 from jaxmethods.experiments.fpl.data import Data
 from jaxmethods.experiments.fpl.learner import Frozen, Learner
@@ -24,6 +23,8 @@ from jaxmethods.federated.batching import shuffled
 from jaxmethods.methods import fpl
 from jaxmethods.methods.fpl import Drift
 from jaxmethods.stats import losses
+
+_CHUNK = 100  # test pictures at once
 
 
 class Parts(NamedTuple):
@@ -103,19 +104,12 @@ def make_loss(parts: Parts, work: Work) -> algorithms.Loss:
   """Returns the cross-entropy over a batch of rows of `work`, {"rows", "mask"} (B,)."""
 
   def loss(params, model_state, batch, key):
-    x = read(parts, work.x[batch["rows"]], key if parts.config.augment else None)
+    x = parts.learner.read(work.x[batch["rows"]], key if parts.config.augment else None)
     logits = parts.learner.logits(params, work.frozen, x)
     value = losses.cross_entropy(logits, work.y[batch["rows"]], batch["mask"])
     return value, (model_state, {})
 
   return loss
-
-
-def read(parts: Parts, x: Array, key: Array | None = None) -> Array:
-  """Examples as the model reads them; with a key, augmented."""
-  if parts.learner.reads_embeddings:
-    return x
-  return parts.learner.pixels(x) if key is None else learners.augmented(parts.learner, key, x)
 
 
 def make_algorithm(parts: Parts, work: Work) -> FederatedAlgorithm:
@@ -192,9 +186,7 @@ def step(parts: Parts, state: State, work: Work) -> tuple[State, dict[str, Array
   )
   summed = ("bytes_up", "bytes_down", "rejected")
   shown = {k: v.sum() if k in summed else v.mean() for k, v in metrics.items()}
-  state = state._replace(
-    server=server, clients=clients, moments=moments, round=state.round + 1
-  )
+  state = state._replace(server=server, clients=clients, moments=moments, round=state.round + 1)
   return state, shown | agreement(server)
 
 
@@ -281,9 +273,7 @@ def _carried_round(
   return server, state.clients, moments, metrics
 
 
-def _watched(
-  inner: FederatedAlgorithm, server: Server, uploads: Upload, weights: Array
-) -> Server:
+def _watched(inner: FederatedAlgorithm, server: Server, uploads: Upload, weights: Array) -> Server:
   """The server's part of a round, and how far the clients' changes of the prompts agree."""
   after = inner.server(server.inner, uploads, weights)
   taking_part = weights > 0
@@ -299,10 +289,11 @@ def _watched(
 
 def _predicted(parts: Parts, params: Params, test: Work) -> Array:
   """Classes that the model gives the tests, (n,)."""
-  if parts.learner.reads_embeddings:
-    return parts.learner.logits(params, test.frozen, test.x).argmax(-1)
-  part = lambda x: parts.learner.logits(params, test.frozen, read(parts, x)).argmax(-1)
-  size = min(learners.CHUNK, len(test.x))
+  learner = parts.learner
+  if learner.reads_embeddings:
+    return learner.logits(params, test.frozen, test.x).argmax(-1)
+  part = lambda x: learner.logits(params, test.frozen, learner.read(x, None)).argmax(-1)
+  size = min(_CHUNK, len(test.x))
   chunks = jnp.pad(test.x, ((0, -len(test.x) % size), *[(0, 0)] * (test.x.ndim - 1)))
   guesses = jax.lax.map(part, chunks.reshape(-1, size, *test.x.shape[1:]))
   return guesses.reshape(-1)[: len(test.x)]
