@@ -3,12 +3,12 @@
   python benchmarks/fpl.py --peer_python VENV/bin/python
   (VENV: python3 -m venv VENV && VENV/bin/pip install torch numpy)
 
-The small CLIP of the testbed with random weights, the same in both; --clients clients with one batch of 32
-digits each, five local epochs (PromptFL's number) of SGD with momentum, the mean of the prompts. Ours is
-one jitted round. PyTorch runs twice: as the published loop does it (every step embeds its images
-with the frozen tower, texts at the full context), and with both of our savings (images embedded once, texts
-trimmed). The prompts after the first round must agree. Every figure is a fresh process; the two take turns.
-Writes results/fpl_speed.json.
+The small CLIP of the testbed with random weights, the same in both; --clients clients with one batch of
+32 digits each, five local epochs (PromptFL's number) of SGD with momentum, the mean of the prompts.
+Ours is one jitted round. PyTorch runs twice: as the published loop does it (every step embeds its
+images with the frozen tower, and texts at the full context), and with two of our savings (images
+embedded once, texts trimmed). The prompts after the first round must agree. Every figure is a fresh
+process; the workers take turns. Writes results/fpl_speed.json.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def ours(args: argparse.Namespace, kind: str) -> dict:
   params = jax.tree.map(jnp.asarray, import_params(tensors, CLIP_TABLE, form))
   ids, ends = jnp.asarray(problem["ids"]), jnp.asarray(problem["ends"], jnp.int32)
   lengths = ends - PROMPTS - 2
-  texts = fpl.ClassTexts(ids, fpl.arrange(PROMPTS, lengths, ids.shape[1]), ends)
+  each = fpl.ClassTexts(ids, fpl.arrange(PROMPTS, lengths, ids.shape[1]), ends)
+  texts = fpl.share_prefix(each, PROMPTS)
   plain_ids = jnp.asarray(problem["plain"])
   order = jnp.broadcast_to(jnp.arange(plain_ids.shape[1], dtype=jnp.int32), plain_ids.shape)
   plain = fpl.ClassTexts(plain_ids, order, jnp.asarray(problem["plain_ends"], jnp.int32))
@@ -126,7 +127,9 @@ def ours(args: argparse.Namespace, kind: str) -> dict:
       image = batch["x"]
       if learn_image:
         image = fpl.image_features(model, params, prompts, image)
-      text = fpl.text_features(model, params, prompts, texts) if learn_text else fixed_text
+      text = fixed_text
+      if learn_text:
+        text = fpl.shared_text_features(model, params, prompts, texts)
       return fpl.prompt_loss(image, text, scale, batch["y"]), (state, {})
 
     algorithm = algorithms.fedavg(loss, optimizer, local_epochs=EPOCHS)
@@ -299,8 +302,8 @@ def process(args: argparse.Namespace, kind: str, worker: str, folder: str, core:
   """One figure in a process of its own, on one core."""
   python = sys.executable if worker == "ours" else args.peer_python
   command = [
-    "taskset", "-c", str(core), python, __file__, "--worker", worker, "--kinds", kind, "--shared", folder,
-    "--rounds", str(args.rounds), "--client_map", args.client_map,
+    "taskset", "-c", str(core), python, __file__, "--worker", worker, "--kinds", kind,
+    "--shared", folder, "--rounds", str(args.rounds), "--client_map", args.client_map,
   ]  # fmt: skip
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.models.clip import CLIP
@@ -45,6 +46,27 @@ class ClassTexts(NamedTuple):
 
   ids: Int[Array, "K T"]
   order: Int[Array, "K T"]
+  end: Int[Array, " K"]
+
+
+class SharedTexts(NamedTuple):
+  """All classes in one row of tokens: what they have in common once, then the rest of each.
+
+  The mask is causal and the common tokens come first, so that nothing changes but the work: K classes
+  with m prompts cost m + K n tokens in place of K (m + n).
+
+  Attributes:
+    ids: (1, T).
+    order: from which token each place takes its embedding, (1, T).
+    place: of every token in its own text, (T,).
+    visible: which tokens a token sees, (1, T, T).
+    end: places of the end tokens in the row, (K,).
+  """
+
+  ids: Int[Array, "1 T"]
+  order: Int[Array, "1 T"]
+  place: Int[Array, " T"]
+  visible: Bool[Array, "1 T T"]
   end: Int[Array, " K"]
 
 
@@ -108,6 +130,32 @@ def arrange(
   return jnp.where((place > 0) & (place <= before), place - 1, order).astype(jnp.int32)
 
 
+def share_prefix(texts: ClassTexts, num_prompts: int) -> SharedTexts:
+  """Writes the start token and the prompts once for all classes; for "end" and shared prompts alone.
+
+  Args:
+    texts: on the host, of position "end".
+    num_prompts: m.
+  """
+  ids, end = np.asarray(texts.ids), np.asarray(texts.end)
+  first = 1 + num_prompts
+  kept = [np.arange(first)] + [np.arange(first, stop + 1) for stop in end]
+  owner = np.concatenate([np.full(len(part), k - 1) for k, part in enumerate(kept)])
+  place = np.concatenate(kept)
+  row = ids[np.maximum(owner, 0), place][None]
+  alike = (owner[:, None] == owner) | (owner == -1)
+  visible = alike & (place[:, None] >= place)
+  here = np.arange(len(place))
+  order = np.where((here > 0) & (here < first), here - 1, num_prompts + here)
+  return SharedTexts(
+    jnp.asarray(row),
+    jnp.asarray(order[None], jnp.int32),
+    jnp.asarray(place, jnp.int32),
+    jnp.asarray(visible[None]),
+    jnp.asarray(np.cumsum([len(part) for part in kept])[1:] - 1, jnp.int32),
+  )
+
+
 def insert_context(
   context: Float[Array, "*K m D"], embedded: Float[Array, "K T D"], order: Int[Array, "K T"]
 ) -> Float[Array, "K T D"]:
@@ -157,6 +205,32 @@ def text_features(
     layers = per_layer(prompts["text_deep"], model.config.text.encoder.num_layers)
     hooks = {"edit": _text_edit(texts.order), "inputs": layers}
   return normalise(call("project_text", call("encode_text", hidden, **hooks).hidden, texts.end))
+
+
+def shared_text_features(
+  model: CLIP, params: Params, prompts: Prompts, texts: SharedTexts
+) -> Float[Array, "K E"]:
+  """Computes what `text_features` does, from one row of tokens.
+
+  Args:
+    model: CLIP.
+    params: frozen.
+    prompts: "text", (m, D), and "text_deep", if any.
+    texts: of the classes.
+  """
+  call = _caller(model, params)
+  hidden = insert_context(prompts["text"], call("embed_text", texts.ids), texts.order)
+  hooks = {}
+  if "text_deep" in prompts:
+    layers = per_layer(prompts["text_deep"], model.config.text.encoder.num_layers)
+    hooks = {"edit": _text_edit(texts.order), "inputs": layers}
+
+  def encode(clip: CLIP) -> Array:
+    placed = hidden + clip.text.position[texts.place].astype(hidden.dtype)
+    encoded = clip.text.encoder(placed, texts.visible, **hooks)
+    return clip.text_projection(clip.text.norm(encoded.hidden)[0, texts.end])
+
+  return normalise(call(encode))
 
 
 # --- vision prompts -------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_equal_clients_may_weigh_the_same():
 def test_one_client_in_a_round_gives_its_prompts():
   config = change(participation=0.3, random_participation=False, clients=3)
   _, state, _ = after_rounds(config)
-  first, alone, _ = after_rounds(change(training="local"))
+  _, alone, _ = after_rounds(change(training="local"))
   own = alone.clients.params["prompts"]["text"][0]
   np.testing.assert_allclose(state.server.inner.params["prompts"]["text"], own, atol=1e-6)
   assert state.server.drift["text"].to_global.shape == (1,)
@@ -294,8 +294,8 @@ def test_the_published_model_has_its_size_and_lowers():
   classes = tuple(chr(97 + k % 26) * (1 + k // 26) for k in range(65))
   shape, y = jax.ShapeDtypeStruct, np.tile(np.arange(64, dtype=np.int32), (4, 1))
   plain = plain_texts(jnp.asarray(words.pack(classes, towers.tokens)), towers.tokens)
-  texts = prompt_texts(classes, 16, "end", towers.tokens)
-  assert texts.ids.shape[1] == 22  # of 77
+  texts = build.texts_of(config, classes, towers)
+  assert texts.ids.shape[1] == 17 + sum(len(name) + 2 for name in classes)
   frozen = Frozen(towers.params, texts, plain, shape((65, 512), jnp.float32))
   pixels = lambda n: shape((n, 224, 224, 3), jnp.uint8)
   work = rounds.Work(frozen, pixels(256), jnp.asarray(y.reshape(-1)))
@@ -304,7 +304,9 @@ def test_the_published_model_has_its_size_and_lowers():
   )
   size = deal.capacity(config, y, 65)
   learner = make_learner(config, towers, 65)
-  parts = rounds.Parts(config, data, [""] * 8, learner, work, work, size, None)
+  parts = rounds.Parts(
+    config, data, [""] * 8, learner, rounds.sgd(0.1, 0.9, 0.0), work, work, size, None
+  )
   state = jax.eval_shape(functools.partial(rounds.init, parts), jax.random.key(0))
   assert num_parameters(state.server.inner.params) == 16 * 512 + 16 * 768
   for platform in ("tpu", "cuda"):

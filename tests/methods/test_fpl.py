@@ -101,6 +101,18 @@ def test_one_prompt_a_class(position):
   np.testing.assert_allclose(gradient(shared), gradient(each).sum(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_common_prefix_is_written_once(deep):
+  model, params = clip()
+  prompts = {"text": random(3, 8)} | ({"text_deep": random(1, 3, 8, seed=4)} if deep else {})
+  shared = fpl.share_prefix(texts([X] * 3), 3)
+  assert shared.ids.shape == (1, 4 + 3 + 4 + 5)
+  loss = lambda features: jax.jit(jax.value_and_grad(lambda v: (features(v) ** 3).sum()))(prompts)
+  found = loss(lambda v: fpl.shared_text_features(model, params, v, shared))
+  want = loss(lambda v: text(v, (X,) * 3))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, want)
+
+
 def test_order_counts_for_texts_and_not_for_images():
   vision = random(3, 4, 8)
   turned = vision[:, jnp.array([2, 0, 3, 1])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   if config.carry_momentum and mesh is not None:
     raise InputError("--mesh: carry_momentum trains one client after the other; leave it out")
   data = sources.load(config.data, config.size, config.held_out)
-  towers = (
-    dual_towers()
-    if config.model == "dual"
-    else clip_towers(encoder.load(config.model, config.clip), config.behind_norm)
-  )
+  towers = load_towers(config)
   parts = make_parts(config, data, towers, mesh)
   return Experiment(
     init=functools.partial(rounds.init, parts),
@@ -57,6 +54,17 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   )
 
 
+def load_towers(config: Config) -> Towers:
+  """Loads the model of a config.
+
+  Raises:
+    InputError: missing files or packages.
+  """
+  if config.model == "dual":
+    return dual_towers()
+  return clip_towers(encoder.load(config.model, config.clip), config.behind_norm)
+
+
 def make_parts(
   config: Config, data: sources.Data, towers: Towers, mesh: Mesh | None = None
 ) -> rounds.Parts:
@@ -66,8 +74,7 @@ def make_parts(
   clients.check(config, whole, num_classes)
   names = clients.client_names(config, data.domains)
   learner = make_learner(config, towers, num_classes)
-  count = config.text_prompts if config.trained in ("text", "both") else 0
-  texts = prompt_texts(data.classes, count, config.position, towers.tokens)
+  texts = texts_of(config, data.classes, towers)
   ids = jnp.asarray(class_texts(data.classes, data.templates, towers.tokens)[:, 0])
   frozen = frozen_of(towers, texts, plain_texts(ids, towers.tokens))
   work, test = (
@@ -75,10 +82,23 @@ def make_parts(
     for part in (data.train, data.test)
   )
   size = deal.capacity(config, data.train.y, num_classes)
-  return rounds.Parts(config, data, names, learner, work, test, size, mesh)
+  optimizer = rounds.sgd(config.learning_rate, config.momentum, config.weight_decay)
+  return rounds.Parts(config, data, names, learner, optimizer, work, test, size, mesh)
 
 
-def frozen_of(towers: Towers, texts: fpl.ClassTexts, plain: fpl.ClassTexts) -> Frozen:
+def texts_of(
+  config: Config, classes: Sequence[str], towers: Towers
+) -> fpl.ClassTexts | fpl.SharedTexts:
+  """The texts that a row puts prompts into; with what they have in common once, where they have."""
+  count = config.text_prompts if config.trained in ("text", "both") else 0
+  texts = prompt_texts(classes, count, config.position, towers.tokens)
+  common = count and config.position == "end" and not config.class_specific
+  return fpl.share_prefix(texts, count) if common and config.model != "dual" else texts
+
+
+def frozen_of(
+  towers: Towers, texts: fpl.ClassTexts | fpl.SharedTexts, plain: fpl.ClassTexts
+) -> Frozen:
   """The frozen model, with the hand-written texts embedded once."""
   params = jax.tree.map(jnp.asarray, towers.params)
   embed = compiler.jit(lambda params: towers.text(params, {}, plain))

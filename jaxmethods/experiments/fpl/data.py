@@ -80,7 +80,7 @@ def load(name: str, size: TaskSize, held_out: str) -> Data:
 
 
 def _folder(name: str) -> dict[str, tasks.Task]:
-  """Domains of a folder, by class and file name; of ten images in a row the last two are tests (code)."""
+  """Domains of a folder, by class and file name; of ten in a row the last two are tests (code)."""
   loaded = sources.load_arrays(name, image_size=_SIDE)
   folder = files.local_path(name.removeprefix("folder:"))
   nested = "all" not in loaded.splits

@@ -18,7 +18,7 @@ from jaxmethods.experiments.fpl.texts import phrase_ids
 from jaxmethods.experiments.fpl.towers import Towers
 from jaxmethods.images import views
 from jaxmethods.methods import fpl
-from jaxmethods.methods.fpl import ClassTexts
+from jaxmethods.methods.fpl import ClassTexts, SharedTexts
 from jaxmethods.trees import Params, Tree
 
 # Of the image tower; the temperature is frozen in all rows.
@@ -37,7 +37,7 @@ class Frozen(NamedTuple):
   """
 
   params: Tree
-  texts: ClassTexts
+  texts: ClassTexts | SharedTexts
   plain: ClassTexts
   classes: Float[Array, "K E"]
 

@@ -35,6 +35,7 @@ class Parts(NamedTuple):
     data: its pictures.
     names: of the clients.
     learner: its model.
+    optimizer: of the clients.
     work: what every step reads.
     test: what every evaluation reads.
     size: examples of a client at most.
@@ -45,6 +46,7 @@ class Parts(NamedTuple):
   data: Data
   names: list[str]
   learner: Learner
+  optimizer: optax.GradientTransformation
   work: Work
   test: Work
   size: int
@@ -94,10 +96,9 @@ class State(NamedTuple):
   round: Array
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformation:
+def sgd(rate: float | Array, momentum: float, decay: float) -> optax.GradientTransformation:
   """SGD as PyTorch does it: decay joins the gradient before the momentum."""
-  sgd = optax.sgd(config.learning_rate, config.momentum or None)
-  return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd)
+  return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum or None))
 
 
 def make_loss(parts: Parts, work: Work) -> algorithms.Loss:
@@ -117,7 +118,7 @@ def make_algorithm(parts: Parts, work: Work) -> FederatedAlgorithm:
   config = parts.config
   inner = algorithms.fedavg(
     make_loss(parts, work),
-    optimizer_of(config),
+    parts.optimizer,
     shared=trees.nothing if config.training == "local" else trees.everything,
     proximal=config.fedprox_mu,
     weighted=config.weighted,
@@ -153,7 +154,7 @@ def init(parts: Parts, key: Array) -> State:
     deal = dealing.Deal(rows, parts.work.y[rows] >= 0, deal.own.any(0, keepdims=True))
   start = parts.learner.start(start_key, parts.work.frozen.params)
   algorithm = make_algorithm(parts, parts.work)
-  local, optimizer = config.training == "local", optimizer_of(config)
+  local, optimizer = config.training == "local", parts.optimizer
   client = algorithms.init_client(
     start,
     shared=trees.nothing if local else trees.everything,
@@ -252,8 +253,7 @@ def _carried_round(
   parts: Parts, state: State, work: Work, key: Array
 ) -> tuple[Server, Any, Any, dict[str, Array]]:
   """A round in which momentum goes from client to client, as in the published code."""
-  config, loss = parts.config, make_loss(parts, work)
-  optimizer = optimizer_of(config)
+  config, loss, optimizer = parts.config, make_loss(parts, work), parts.optimizer
 
   def train(prompts: Params, moments: Any, client: tuple) -> tuple:
     data, key = client

@@ -12,9 +12,9 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jaxmethods.methods import fpl
-from jaxmethods.methods.fpl import ClassTexts, Prompts
+from jaxmethods.methods.fpl import ClassTexts, Prompts, SharedTexts
 from jaxmethods.models.bert import Bert
-from jaxmethods.models.clip import end_of_text
+from jaxmethods.models.clip import CLIP, end_of_text
 from jaxmethods.models.transformer import normalise
 from jaxmethods.runtime import compiler
 from jaxmethods.testbeds.vision_language import dual
@@ -56,7 +56,7 @@ class Towers(NamedTuple):
   params: Tree
   tokens: Tokens
   widths: Widths
-  text: Callable[[Params, Prompts, ClassTexts], Array]
+  text: Callable[[Params, Prompts, ClassTexts | SharedTexts], Array]
   image: Callable[[Params, Prompts, Array], Array] | None
   pixels: Callable[[Array], Array]
   words: Callable[[Params], Array]
@@ -73,7 +73,7 @@ def clip_towers(stage: Stage, behind_norm: bool = False) -> Towers:
     params=stage.params,
     tokens=stage.tokens,
     widths=Widths(text.width, text.num_layers, vision.width, vision.num_layers, config.projection),
-    text=functools.partial(fpl.text_features, model),
+    text=functools.partial(_clip_texts, model),
     image=functools.partial(fpl.image_features, model, behind_norm=behind_norm),
     pixels=stage.pixels,
     words=lambda params: params["text"]["token"]["embedding"],
@@ -112,6 +112,14 @@ def plain_texts(ids: Int[Array, "K T"], tokens: Tokens) -> ClassTexts:
   return ClassTexts(ids, order, end_of_text(ids, tokens.end).astype(jnp.int32))
 
 
+def _clip_texts(
+  model: CLIP, params: Params, prompts: Prompts, texts: ClassTexts | SharedTexts
+) -> Array:
+  if isinstance(texts, SharedTexts):
+    return fpl.shared_text_features(model, params, prompts, texts)
+  return fpl.text_features(model, params, prompts, texts)
+
+
 def _clip_embeddings(
   stage: Stage, images: UInt8[np.ndarray, "D n h w 3"], y: Int[np.ndarray, "D n"]
 ) -> Float[Array, "Dn E"]:
@@ -143,8 +151,11 @@ def _bert_words(params: Params) -> Array:
   return params["text"]["word"]["embedding"]
 
 
-def _dual_texts(text: Bert, pad: int, params: Params, prompts: Prompts, texts: ClassTexts) -> Array:
+def _dual_texts(
+  text: Bert, pad: int, params: Params, prompts: Prompts, texts: ClassTexts | SharedTexts
+) -> Array:
   """Embeddings of the classes; prompts stand among MiniLM's word embeddings."""
+  assert isinstance(texts, ClassTexts)  # MiniLM looks both ways: texts have nothing in common
   words = jnp.asarray(_bert_words(params))[texts.ids]
   if "text" in prompts:
     words = fpl.insert_context(prompts["text"], words, texts.order)
