@@ -89,6 +89,7 @@ class Ratio(NamedTuple):
 TASKS = {
   "fedssp": "federated graph classification, spectra shared",
   "ggeur": "federated embeddings, enlarged along class shapes",
+  "fpl": "prompts of a frozen CLIP, learnt by clients together",
   "rahfl": "federated clients, unlike networks, corrupted images",
   "acgkd": "distils a graph network without graphs (reconstruction)",
   "mllm_tuning": "39 ways to tune one multimodal model",
@@ -227,6 +228,24 @@ GGEUR_CLAIMS = (
       ("ggeur_steps_labels", "MNIST, label skew alone"),
     )
   ),
+)
+
+# --- FPL ------------------------------------------------------------------------------------------
+
+FPL_CLAIMS = tuple(
+  Claim(
+    "fpl",
+    text,
+    f"{name} photographs, domain shift, accuracy %",
+    Cell(f"fpl_{data}", "lpt", "test_accuracy"),
+    (rival,),
+    headline=data == "pacs",
+  )
+  for data, name in (("pacs", "PACS"), ("office", "Office-Caltech"))
+  for text, rival in (
+    ("text prompts above zero-shot", "zero_shot"),
+    ("together above alone", "lpt_local"),
+  )
 )
 
 # --- RAHFL ----------------------------------------------------------------------------------------
@@ -472,7 +491,13 @@ TRUST_CLAIMS = (
 )
 
 CLAIMS: tuple[Claim, ...] = (
-  FEDSSP_CLAIMS + GGEUR_CLAIMS + RAHFL_CLAIMS + ACGKD_CLAIMS + TUNING_CLAIMS + TRUST_CLAIMS
+  FEDSSP_CLAIMS
+  + GGEUR_CLAIMS
+  + FPL_CLAIMS
+  + RAHFL_CLAIMS
+  + ACGKD_CLAIMS
+  + TUNING_CLAIMS
+  + TRUST_CLAIMS
 )
 
 SPEED = (

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-TOWER_RATES = (1e-4, 1e-3, 1e-2, 3e-2)  # of rows that change the model's own weights
+RATES = (0.01, 0.03, 0.1, 0.3)
+TOWER_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of rows that change the model's own weights
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ No number of a table is typed. A table stands between two comments:
   <!-- end -->
 
 KIND is `methods` (README), `index` (a line a method), `verdicts METHOD`, `rows FILE METRIC ...` (every
-row of a results file, best first) or `speed`. The claims are `claims.py`; every interval is a 95 %
+row of a results file, best first), `studies FILE ...` (verdicts of `eval.compare --study`),
+`study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`; every interval is a 95 %
 interval over seeds (Student's t), unless the file gives bounds, and differences are paired by seed.
 
   python -m benchmarks.tables --check     # exit 1 and one line a page that differs from its JSON
@@ -368,6 +369,29 @@ def rows_table(file: str, *metrics: str) -> str:
   return markdown(("row", "seeds", *names, f"{names[0]}, each seed"), body)
 
 
+def studies_table(*files: str) -> str:
+  """The claims of studies and what came of them; differences in points."""
+  body = []
+  for file in files:
+    raw = json.loads((RESULTS / f"{file}.json").read_text())
+    for i, each in enumerate(raw["verdicts"]):
+      question = raw["question"].partition(":")[0] if i == 0 else ""
+      number = "-" if each["mean"] is None else f"{100 * each['mean']:+.1f}"
+      spread = "" if each["ci95"] is None else f" ± {100 * each['ci95']:.1f}"
+      body.append((question, each["claim"], number + spread, f"**{each['verdict']}**"))
+  return markdown(("", "claim", "difference, points", "verdict"), body)
+
+
+def study_table(file: str, metric: str) -> str:
+  """One metric of a study, arms down and levels across; names of rows are "ARM at FACTOR LEVEL"."""
+  rows = rows_of(file)
+  split = {name: name.split(" at ", 1) for name in rows}
+  arms, levels = (list(dict.fromkeys(pair[i] for pair in split.values())) for i in (0, 1))
+  cell = lambda arm, level: shown(rows.get(f"{arm} at {level}", {}).get(metric))
+  body = [(arm, *(cell(arm, level) for level in levels)) for arm in arms]
+  return markdown((metric.replace("_", " "), *levels), body)
+
+
 def speed_table() -> str:
   """Our CPU time divided by a peer's."""
   body = []
@@ -390,6 +414,8 @@ KINDS = {
   "index": index_table,
   "verdicts": verdicts_table,
   "rows": rows_table,
+  "studies": studies_table,
+  "study": study_table,
   "speed": speed_table,
 }
 

@@ -60,8 +60,8 @@ class Verdict(NamedTuple):
 
 
 def row_name(study: Study, cell: Cell) -> str:
-  """Returns the name of a cell's row: "lpt, alpha 0.1"."""
-  return f"{cell[0]}, {study.factor} {cell[1]}"
+  """Returns the name of a cell's row: "LPT at beta 0.1"."""
+  return f"{cell[0]} at {study.factor} {cell[1]}"
 
 
 def rows(study: Study) -> dict[str, RunConfig]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def test_verdicts():
   study = studies(TINY)["H2"]
   value = lambda *each: {"mean": float(np.mean(each)), "ci95": 0.1, "values": list(each)}
   result = lambda arm, *each: {
-    "name": f"{arm}, shift domains",
+    "name": f"{arm} at shift domains",
     "metrics": {"test_accuracy": value(*each), "worst_domain": value(*each[::-1])},
   }
   better = [result("VPT", 0.8, 0.81, 0.82), result("LPT", 0.5, 0.5, 0.5)]
@@ -223,6 +224,28 @@ def test_verdicts():
   header, lines = studies_lib.table(study, better, "test_accuracy")
   assert header == ["test_accuracy by shift", "domains"]
   assert lines[2] == ["VPT", "0.810 ± 0.1"]
+
+
+def test_a_study_is_one_command(cli, tmp_path):
+  done = cli(
+    "eval.compare", "--method", "fpl", "--study", "H2", "--short", "--seeds", 2, "--workdir", "run",
+    "--rows", "zero-shot at shift domains,LPT at shift domains",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "VPT is better than LPT" in done.stdout
+  assert "unclear" in done.stdout
+  assert (tmp_path / "run" / "study.png").stat().st_size > 1000
+  stored = json.loads((tmp_path / "run" / "compare.json").read_text())
+  assert [row["name"] for row in stored["rows"]][1] == "LPT at shift domains"
+  assert {"question", "verdicts"} <= set(stored)
+
+
+@pytest.mark.parametrize(("method", "message"), [("fpl", "the nearest is"), ("ggeur", "has none")])
+def test_unknown_studies(cli, method, message):
+  done = cli("eval.compare", "--method", method, "--study", "H9")
+  assert done.returncode == 2
+  assert "--study: unknown study 'H9'" in done.stderr
+  assert message in done.stderr
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Config(ClientSettings):
   local_epochs: int = 1
   batch_size: int = 32
   learning_rate: float = 1e-3
-  tower_rate: float = 1e-5  # of the rows that tune towers
+  vision_rate: float = 1e-3  # in place of `learning_rate` in the rows that have vision prompts
+  tower_rate: float = 1e-5  # the same in the rows that tune towers
   momentum: float = 0.9
   weight_decay: float = 5e-4
   carry_momentum: bool = False  # code: momentum goes from client to client
@@ -74,7 +75,7 @@ class Config(ClientSettings):
     )
     checks.at_least(self, 0, "text_prompts", "vision_prompts", "momentum", "weight_decay")
     checks.at_least(self, 0, "fedprox_mu")
-    checks.positive(self, "learning_rate", "tower_rate")
+    checks.positive(self, "learning_rate", "vision_rate", "tower_rate")
     checks.within(self, "(0, 1]", "participation")
     checks.require(self.min_per_class == 0, "min_per_class", "has no effect here, use min_examples")
     checks.require(
@@ -95,9 +96,12 @@ def untrained(config: Config) -> bool:
 
 def rows(config: Config) -> dict[str, Config]:
   """Prompts of both kinds, and what one would try before them."""
+  rates = dict.fromkeys(("vision", "both"), config.vision_rate)
+  rates |= dict.fromkeys(("towers", "image_tower"), config.tower_rate)
 
   def row(trained: Trained, **changes: Any) -> Config:
-    return dataclasses.replace(config, trained=trained, **changes)
+    rate = rates.get(trained, config.learning_rate)
+    return dataclasses.replace(config, trained=trained, learning_rate=rate, **changes)
 
   return {
     "zero_shot": row("none"),
@@ -114,11 +118,11 @@ def rows(config: Config) -> dict[str, Config]:
     "lpt_deep": row("text", text_depth=2),
     "vpt_deep": row("vision", vision_depth=config.clip.layers),
     "probe": row("probe"),
-    "fedavg_image_tower": row("image_tower", learning_rate=config.tower_rate),
-    "fedavg_towers": row("towers", learning_rate=config.tower_rate),
+    "fedavg_image_tower": row("image_tower"),
+    "fedavg_towers": row("towers"),
   }
 
 
 def studies(config: Config) -> dict[str, Study]:
   """The study's grid, one question a name."""
-  return grid.studies(config)
+  return grid.studies(rows(config))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxmethods.data import files, sources
+from jaxmethods.data import files, records, sources
+from jaxmethods.data.records import ArrayData
 from jaxmethods.testbeds.vision_language import tasks
 from jaxmethods.testbeds.vision_language.settings import TaskSize
 
@@ -67,15 +68,11 @@ def load(name: str, size: TaskSize, held_out: str) -> Data:
   first, *_ = found.values()
   parts = [_parts(task, held_out) for task in found.values()]
   train, test = (_stacked([pair[i] for pair in parts]) for i in (0, 1))
-  count = lambda images: int((images.y >= 0).sum())
-  origins = [task.source for task in found.values()]
-  once = lambda values: ", ".join(dict.fromkeys(values))
-  kind = once("real" if source.real else "generated" for source in origins)
-  about = (
-    f"{name} ({len(found)} domains: {', '.join(found)}; {len(first.classes)} classes; {count(train)} "
-    f"examples, {count(test)} for {held_out}); {kind} data; from {once(s.origin for s in origins)}; "
-    f"licence: {once(s.licence for s in origins)}"
-  )
+  sets = [
+    ArrayData({"train": one, "test": two}, len(task.classes), task.source)
+    for task, (one, two) in zip(found.values(), parts, strict=True)
+  ]
+  about = f"{records.describe(sets)}; tested on {held_out}"
   return Data(list(found), first.classes, first.templates[:1], train, test, about)
 
 

@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from jaxmethods.runtime.experiment import RunConfig
 from jaxmethods.runtime.studies import Cell, Claim, Study
 
-Config = TypeVar("Config", bound=RunConfig)
+Rows: TypeAlias = Mapping[str, RunConfig]
 
-_ARMS: Mapping[str, Mapping[str, Any]] = {
-  "LPT": {"trained": "text"},
-  "VPT": {"trained": "vision"},
-  "both": {"trained": "both"},
-  "zero-shot": {"trained": "none"},
-}
+_ARMS = {"LPT": "lpt", "VPT": "vpt", "both": "both", "zero-shot": "zero_shot"}
 _ACCURACY, _WORST, _DRIFT = "test_accuracy", "worst_domain", "agreement"
 
 
-def studies(config: Config) -> dict[str, Study]:
-  """Returns H1 .. H6 around a config, which has the data, the model and the budget."""
+def studies(rows: Rows) -> dict[str, Study]:
+  """Returns H1 .. H6 for rows that have the data, the model, the rates and the budget."""
   return {
-    "H1": _label_skew(config),
-    "H2": _domain_shift(config),
-    "H3": _both_skews(config),
-    "H4": _number_of_clients(config),
-    "H5": _aggregation(config),
-    "H6": _prompt_length(config),
+    "H1": _label_skew(rows),
+    "H2": _domain_shift(rows),
+    "H3": _both_skews(rows),
+    "H4": _number_of_clients(rows),
+    "H5": _aggregation(rows),
+    "H6": _prompt_length(rows),
   }
 
 
-def _label_skew(config: RunConfig) -> Study:
+def _label_skew(rows: Rows) -> Study:
   levels = {"0 (even)": {"alpha": 0.0}, "0.5": {"alpha": 0.5}, "0.1": {"alpha": 0.1}}
-  cells = _cells(config, ("LPT", "VPT", "both"), levels, skew="labels")
+  cells = _cells(rows, ("LPT", "VPT", "both"), levels, skew="labels")
   fall = lambda arm, sign=1.0: {(arm, "0 (even)"): sign, (arm, "0.1"): -sign}
   return Study(
     "H1: does LPT lose less than VPT under stronger label skew?", "beta", cells,
@@ -50,9 +45,9 @@ def _label_skew(config: RunConfig) -> Study:
   )  # fmt: skip
 
 
-def _domain_shift(config: RunConfig) -> Study:
+def _domain_shift(rows: Rows) -> Study:
   levels = {"domains": {"skew": "both", "alpha": 0.0}}
-  cells = _cells(config, ("zero-shot", "LPT", "VPT"), levels)
+  cells = _cells(rows, ("zero-shot", "LPT", "VPT"), levels)
   ahead = {("VPT", "domains"): 1.0, ("LPT", "domains"): -1.0}
   return Study(
     "H2: is VPT at least as good as LPT under domain shift?", "shift", cells,
@@ -64,9 +59,9 @@ def _domain_shift(config: RunConfig) -> Study:
   )  # fmt: skip
 
 
-def _both_skews(config: RunConfig) -> Study:
+def _both_skews(rows: Rows) -> Study:
   levels = {"0.5": {"alpha": 0.5}, "0.1": {"alpha": 0.1}}
-  cells = _cells(config, ("LPT", "VPT", "both"), levels, skew="both")
+  cells = _cells(rows, ("LPT", "VPT", "both"), levels, skew="both")
   claims = [
     Claim(f"both prompts are better than {arm}, beta {level}", _ACCURACY,
           {("both", level): 1.0, (arm, level): -1.0})
@@ -79,9 +74,9 @@ def _both_skews(config: RunConfig) -> Study:
   )  # fmt: skip
 
 
-def _number_of_clients(config: RunConfig) -> Study:
+def _number_of_clients(rows: Rows) -> Study:
   levels = {str(n): {"clients": n} for n in (4, 10, 25)}
-  cells = _cells(config, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
+  cells = _cells(rows, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
   fall = lambda arm, sign=1.0: {(arm, "4"): sign, (arm, "25"): -sign}
   return Study(
     "H4: does accuracy fall as the same data are spread over more clients?", "clients", cells,
@@ -94,13 +89,13 @@ def _number_of_clients(config: RunConfig) -> Study:
   )  # fmt: skip
 
 
-def _aggregation(config: RunConfig) -> Study:
+def _aggregation(rows: Rows) -> Study:
   # 0: equal sizes up to one example. Labels skewed by 0.1: sizes differ several times over.
   levels = {"equal sizes": {"alpha": 0.0}, "unequal sizes": {"alpha": 0.1}}
   cells: dict[Cell, RunConfig] = {}
   for arm in ("LPT", "VPT"):
     for how, weighted in (("weight", True), ("equal", False)):
-      made = _cells(config, (arm,), levels, skew="labels", weighted=weighted)
+      made = _cells(rows, (arm,), levels, skew="labels", weighted=weighted)
       cells |= {(f"{arm} {how}", level): cell for (_, level), cell in made.items()}
   claims = [
     Claim(f"{arm}: the two differ with {level}", _ACCURACY,
@@ -114,10 +109,10 @@ def _aggregation(config: RunConfig) -> Study:
   )  # fmt: skip
 
 
-def _prompt_length(config: RunConfig) -> Study:
+def _prompt_length(rows: Rows) -> Study:
   lengths = (1, 4, 16)
   levels = {str(n): {"text_prompts": n, "vision_prompts": n} for n in lengths}
-  cells = _cells(config, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
+  cells = _cells(rows, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
   more = lambda arm, a, b: {(arm, a): 1.0, (arm, b): -1.0}
   claims = []
   for arm in ("LPT", "VPT"):
@@ -132,11 +127,11 @@ def _prompt_length(config: RunConfig) -> Study:
 
 
 def _cells(
-  config: RunConfig, arms: Sequence[str], levels: Mapping[str, Mapping[str, Any]], **common: Any
+  rows: Rows, arms: Sequence[str], levels: Mapping[str, Mapping[str, Any]], **common: Any
 ) -> dict[Cell, RunConfig]:
   """A config for every arm at every level."""
   return {
-    (arm, level): dataclasses.replace(config, **{**common, **_ARMS[arm], **changes})
+    (arm, level): dataclasses.replace(rows[_ARMS[arm]], **{**common, **changes})
     for arm in arms
     for level, changes in levels.items()
   }
