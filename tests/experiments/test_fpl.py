@@ -90,7 +90,7 @@ def test_clients_share_the_examples_out(changes):
     deal.draw, num_classes=3, settings=config, min_examples=1,
     size=deal.capacity(config, data.train.y, 3),
   )  # fmt: skip
-  run = jax.jit(lambda key: draw(key, data.train.y, data.test.y))
+  run = jax.jit(lambda key: draw(key, jnp.asarray(data.train.y), jnp.asarray(data.test.y)))
   for seed in range(3):
     found = run(jax.random.key(seed))
     held = np.asarray(found.rows)[np.asarray(found.mask)]
@@ -101,7 +101,8 @@ def test_clients_share_the_examples_out(changes):
     if config.alpha == 0 and config.skew == "labels":
       assert np.ptp(sizes) <= 1
     if config.skew != "labels":
-      domains = [set(row[real] // 18) for row, real in zip(found.rows, found.mask, strict=True)]
+      pairs = zip(np.asarray(found.rows), np.asarray(found.mask), strict=True)
+      domains = [set((row[real] // 18).tolist()) for row, real in pairs]
       assert all(len(each) == 1 for each in domains)
 
 
