@@ -284,6 +284,7 @@ def test_prompts_that_do_not_fit_are_refused(changes, message):
     ({"participation": 0.0}, "participation: must be in"),
     ({"carry_momentum": True, "fedprox_mu": 0.1}, "carry_momentum: needs"),
     ({"min_per_class": 1}, "min_per_class: has no effect"),
+    ({"test_share": 0.5}, "test_share: has no effect here, use size.test"),
   ],
 )
 def test_settings_that_cannot_be(changes, message):
