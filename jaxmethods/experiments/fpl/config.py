@@ -77,7 +77,12 @@ class Config(ClientSettings):
     checks.at_least(self, 0, "fedprox_mu")
     checks.positive(self, "learning_rate", "vision_rate", "tower_rate")
     checks.within(self, "(0, 1]", "participation")
-    checks.require(self.min_per_class == 0, "min_per_class", "has no effect here, use min_examples")
+    for name, plain, instead in (
+      ("min_per_class", 0, "min_examples"),
+      ("split_seed", 0, "size.seed"),
+      ("test_share", 0.3, "size.test"),
+    ):
+      checks.require(getattr(self, name) == plain, name, f"has no effect here, use {instead}")
     checks.require(
       not self.carry_momentum
       or (self.training == "federated" and not self.fedprox_mu and self.participation == 1),
