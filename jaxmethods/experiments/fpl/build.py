@@ -83,7 +83,12 @@ def make_parts(
   )
   size = deal.capacity(config, data.train.y, num_classes)
   optimizer = rounds.sgd(config.learning_rate, config.momentum, config.weight_decay)
-  return rounds.Parts(config, data, names, learner, optimizer, work, test, size, mesh)
+  parts = rounds.Parts(config, data, names, learner, optimizer, work, test, size, mesh, _unbound)
+  return parts._replace(first=compiler.jit(functools.partial(rounds.first_state, parts)))
+
+
+def _unbound(key: jax.Array, work: rounds.Work) -> rounds.State:
+  raise AssertionError("replaced as soon as the parts are there")
 
 
 def texts_of(

@@ -89,18 +89,24 @@ def draw(
   """
   parts = _parts(settings, y, test_y)
   keys = jax.random.split(key, len(parts))
-  deals = [
-    _deal_part(each, part, num_classes, settings, size=size, min_examples=min_examples)
-    for each, part in zip(keys, parts, strict=True)
-  ]
-  rows = jnp.concatenate([deal.rows for deal in deals])
+  one = functools.partial(_deal_part, num_classes, settings, size=size, min_examples=min_examples)
+  deals: list[Deal] = []
+  # Pools of as many clients are dealt out in one program; the larger ones come first.
+  for count in sorted({part.clients for part in parts}, reverse=True):
+    alike = [k for k, part in enumerate(parts) if part.clients == count]
+    stack = lambda name, alike=alike: jnp.stack([getattr(parts[k], name) for k in alike])
+    several = jax.vmap(functools.partial(one, count))(
+      keys[jnp.array(alike)], stack("y"), stack("test_y")
+    )
+    deals += [jax.tree.map(lambda x, i=i: x[i], several) for i in range(len(alike))]
+  rows = [part.first + deal.rows for part, deal in zip(parts, deals, strict=True)]
   mask = jnp.concatenate([deal.mask for deal in deals])
-  own = jnp.zeros((len(rows), test_y.size), bool)
+  own = jnp.zeros((len(mask), test_y.size), bool)
   first = 0
   for part, deal in zip(parts, deals, strict=True):
     held = slice(first, first := first + part.clients)
     own = own.at[held, part.first_test : part.first_test + part.test_y.size].set(deal.own)
-  return Deal(rows, mask, own)
+  return Deal(jnp.where(mask, jnp.concatenate(rows), 0).astype(jnp.int32), mask, own)
 
 
 def check(deal: Deal, names: list[str], min_examples: int) -> None:
@@ -133,17 +139,19 @@ def _parts(settings: ClientSettings, y: np.ndarray | Array, test_y: np.ndarray |
 
 
 def _deal_part(
-  key: Array,
-  part: _Part,
   num_classes: int,
   settings: ClientSettings,
+  count: int,
+  key: Array,
+  y: Array,
+  test_y: Array,
   *,
   size: int,
   min_examples: int,
 ) -> Deal:
-  """The deal of one pool, drawn until every client has enough."""
-  owners = functools.partial(_owners, part, num_classes, settings)
-  least = lambda owner: (owner == jnp.arange(part.clients)[:, None]).sum(1).min()
+  """The deal of one pool to `count` clients, drawn until every client has enough."""
+  owners = functools.partial(_owners, num_classes, settings, count, y, test_y)
+  least = lambda owner: (owner == jnp.arange(count)[:, None]).sum(1).min()
 
   def again(state: tuple) -> Array:
     attempt, owner, _ = state
@@ -154,36 +162,30 @@ def _deal_part(
 
   attempts = (jnp.int32(1), *owners(jax.random.fold_in(key, 0)))
   _, owner, test_owner = jax.lax.while_loop(again, redraw, attempts)
-  held = owner == jnp.arange(part.clients)[:, None]
+  held = owner == jnp.arange(count)[:, None]
   rows = jnp.argsort(~held, axis=1, stable=True)[:, :size]
   rows = jnp.pad(rows, ((0, 0), (0, size - rows.shape[1])))
-  held = jnp.arange(size) < held.sum(1, keepdims=True)
-  own = test_owner == jnp.arange(part.clients)[:, None]
-  return Deal(jnp.where(held, part.first + rows, 0).astype(jnp.int32), held, own)
+  own = test_owner == jnp.arange(count)[:, None]
+  return Deal(rows, jnp.arange(size) < held.sum(1, keepdims=True), own)
 
 
 def _owners(
-  part: _Part, num_classes: int, settings: ClientSettings, key: Array
+  num_classes: int, settings: ClientSettings, count: int, y: Array, test_y: Array, key: Array
 ) -> tuple[Array, Array]:
   """Client of every training and test example, -1 for none."""
   share_key, order_key, test_key = jax.random.split(key, 3)
-  order, test_order = (
-    jax.random.permutation(k, labels.shape[0])
-    for k, labels in ((order_key, part.y), (test_key, part.test_y))
-  )
-  if settings.classes_per_client:
-    shares = clients.uniform_shares(
-      share_key, num_classes, part.clients, settings.classes_per_client
-    )
-    owner = partition.owner_by_proportions(part.y, shares, order, min_per_class=0, cumulative=True)
-  elif not settings.alpha:
-    # Equal parts; in a domain, equal parts of every class (code).
-    labels = [jnp.where(y < 0, -1, 0 if settings.skew == "labels" else y)
-              for y in (part.y, part.test_y)]  # fmt: skip
-    pairs = zip(labels, (order, test_order), strict=True)
-    even = [partition.owner_evenly(y, num_classes, part.clients, o) for y, o in pairs]
-    return even[0], even[1]
+  order = jax.random.permutation(order_key, y.shape[0])
+  test_order = jax.random.permutation(test_key, test_y.shape[0])
+  each = settings.classes_per_client
+  if each:
+    shares = clients.uniform_shares(share_key, num_classes, count, each)
+    owner = partition.owner_by_proportions(y, shares, order, min_per_class=0, cumulative=True)
+  elif settings.alpha:
+    shares = clients.dirichlet_shares(share_key, num_classes, count, settings.alpha)
+    owner, shares = partition.owner_below_even_share(y, shares, order)
   else:
-    shares = clients.dirichlet_shares(share_key, num_classes, part.clients, settings.alpha)
-    owner, shares = partition.owner_below_even_share(part.y, shares, order)
-  return owner, partition.owner_by_shares(part.test_y, shares, test_order)
+    # Equal parts; in a domain, equal parts of every class (code).
+    alike = lambda labels: jnp.where(labels < 0, -1, 0) if settings.skew == "labels" else labels
+    even = lambda labels, order: partition.owner_evenly(alike(labels), num_classes, count, order)
+    return even(y, order), even(test_y, test_order)
+  return owner, partition.owner_by_shares(test_y, shares, test_order)

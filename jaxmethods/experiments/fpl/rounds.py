@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -135,25 +136,38 @@ def make_algorithm(parts: Parts, work: Work) -> FederatedAlgorithm:
   )
 
 
-def init(parts: Parts, key: Array) -> State:
+def init(parts: Parts, key: Array, first: Callable[[Array, Work], State] | None = None) -> State:
   """Draws who holds what, and the first prompts.
+
+  Args:
+    parts: of the row.
+    key: of the run.
+    first: `first_state` of these parts, compiled.
 
   Raises:
     InputError: a client with too few examples.
   """
+  state = (first or functools.partial(first_state, parts))(key, parts.work)
+  held, config = state.deal.mask, parts.config
+  # Traced, there is no draw to look at.
+  if config.training != "centralised" and not isinstance(held, jax.core.Tracer):
+    dealing.check(state.deal, parts.names, config.min_examples)
+  return state
+
+
+def first_state(parts: Parts, key: Array, work: Work) -> State:
+  """The state before the first round; drawing a deal has many small steps, so compile it."""
   config, num_classes = parts.config, len(parts.data.classes)
   deal_key, start_key, round_key = jax.random.split(key, 3)
   deal = dealing.draw(
     deal_key, jnp.asarray(parts.data.train.y), jnp.asarray(parts.data.test.y), num_classes, config,
     size=parts.size, min_examples=config.min_examples,
   )  # fmt: skip
-  if not isinstance(key, jax.core.Tracer):  # traced, there is no draw to look at
-    dealing.check(deal, parts.names, config.min_examples)
   if config.training == "centralised":
-    rows = jnp.arange(len(parts.work.y), dtype=jnp.int32)[None]
-    deal = dealing.Deal(rows, parts.work.y[rows] >= 0, deal.own.any(0, keepdims=True))
-  start = parts.learner.start(start_key, parts.work.frozen.params)
-  algorithm = make_algorithm(parts, parts.work)
+    rows = jnp.arange(len(work.y), dtype=jnp.int32)[None]
+    deal = dealing.Deal(rows, work.y[rows] >= 0, deal.own.any(0, keepdims=True))
+  start = parts.learner.start(start_key, work.frozen.params)
+  algorithm = make_algorithm(parts, work)
   local, optimizer = config.training == "local", parts.optimizer
   client = algorithms.init_client(
     start,
