@@ -50,9 +50,10 @@ def main() -> None:
 
     step = compiler.jit(step)
     evaluate = compiler.jit(functools.partial(rounds.evaluate, parts))
+    first = compiler.jit(functools.partial(rounds.first_state, parts))
     result[name] = {}
     for rate in TOWER_RATES if "tower" in name else RATES:
-      state = rounds.init(parts, jax.random.key(config.seed))
+      state = rounds.init(parts, jax.random.key(config.seed), first)
       for _ in range(config.steps):
         state, metrics = step(rate, state, parts.work)
       accuracy = float(evaluate(state, parts.test)["test_accuracy"])

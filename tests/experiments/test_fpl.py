@@ -69,7 +69,8 @@ def parts_of(config):
 def after_rounds(config, count=1):
   """The first state, the last, and the metrics of the last round."""
   parts = parts_of(config)
-  first = rounds.init(parts, jax.random.key(0))
+  make = jax.jit(functools.partial(rounds.first_state, parts))
+  first = rounds.init(parts, jax.random.key(0), make)
   step = jax.jit(functools.partial(rounds.step, parts))
   state, metrics = first, {}
   for _ in range(count):

@@ -42,8 +42,9 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   data = sources.load(config.data, config.size, config.held_out)
   towers = load_towers(config)
   parts = make_parts(config, data, towers, mesh)
+  first = compiler.jit(functools.partial(rounds.first_state, parts))
   return Experiment(
-    init=functools.partial(rounds.init, parts),
+    init=functools.partial(rounds.init, parts, first=first),
     batches=lambda step: itertools.repeat(parts.work),
     step=functools.partial(rounds.step, parts),
     evaluate=functools.partial(rounds.evaluate, parts),
@@ -83,12 +84,7 @@ def make_parts(
   )
   size = deal.capacity(config, data.train.y, num_classes)
   optimizer = rounds.sgd(config.learning_rate, config.momentum, config.weight_decay)
-  parts = rounds.Parts(config, data, names, learner, optimizer, work, test, size, mesh, _unbound)
-  return parts._replace(first=compiler.jit(functools.partial(rounds.first_state, parts)))
-
-
-def _unbound(key: jax.Array, work: rounds.Work) -> rounds.State:
-  raise AssertionError("replaced as soon as the parts are there")
+  return rounds.Parts(config, data, names, learner, optimizer, work, test, size, mesh)
 
 
 def texts_of(
