@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.01, 0.1, 1.0)
 TOWER_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of rows that change the model's own weights
 
 

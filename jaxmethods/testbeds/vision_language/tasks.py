@@ -100,7 +100,9 @@ _PACS = ("art", "cartoon", "photo", "sketch")
 _OFFICE = ("amazon", "caltech", "dslr", "webcam")
 
 # Sets of domains with the same classes.
-DOMAIN_SETS = ("rendered-shapes", "rendered-letters", "digit-domains", "pacs", "office")
+DOMAIN_SETS = (
+  "rendered-pairs", "rendered-shapes", "rendered-letters", "digit-domains", "pacs", "office",
+)  # fmt: skip
 
 
 def load_task(name: str, size: TaskSize) -> Task:
@@ -142,7 +144,7 @@ def load_domains(name: str, size: TaskSize) -> dict[str, Task]:
     InputError: an unknown set, or data that are not there.
   """
   styles = (*scenes.STYLES, *scenes.TASK_STYLES)
-  if name in ("rendered-shapes", "rendered-letters"):
+  if name in DOMAIN_SETS and name.startswith("rendered-"):
     task = name.removeprefix("rendered-")
     look = _RENDERED[task]
     return {s: _rendered(f"{task}-{s}", look._replace(style=s), size) for s in styles}
