@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxmethods.federated.batching import shuffled
 from jaxmethods.methods import fpl
 from jaxmethods.methods.fpl import Drift
 from jaxmethods.stats import losses
+from jaxmethods.trees import PyTree
 
 _CHUNK = 100  # test pictures at once
 
@@ -71,7 +72,7 @@ class Work(NamedTuple):
 class Server(NamedTuple):
   """The state of the algorithm, and the drift of the last round by the prompts' names."""
 
-  inner: Any  # as the algorithm has it
+  inner: PyTree  # as the algorithm has it
   drift: dict[str, Drift]
 
 
@@ -89,8 +90,8 @@ class State(NamedTuple):
   """
 
   server: Server
-  clients: Any  # as the algorithm has them
-  moments: Any  # as the optimiser has them
+  clients: PyTree  # as the algorithm has them
+  moments: PyTree  # as the optimiser has them
   deal: dealing.Deal
   weights: Array
   key: Array
@@ -245,7 +246,7 @@ def evaluate(parts: Parts, state: State, test: Work) -> dict[str, Array]:
 
 def _round(
   parts: Parts, state: State, work: Work, key: Array
-) -> tuple[Server, Any, Any, dict[str, Array]]:
+) -> tuple[Server, PyTree, PyTree, dict[str, Array]]:
   config, size = parts.config, state.weights.shape[0]
   count = size if config.training != "federated" else participants(config, size)
   cohort = None
@@ -265,11 +266,11 @@ def _round(
 
 def _carried_round(
   parts: Parts, state: State, work: Work, key: Array
-) -> tuple[Server, Any, Any, dict[str, Array]]:
+) -> tuple[Server, PyTree, PyTree, dict[str, Array]]:
   """A round in which momentum goes from client to client, as in the published code."""
   config, loss, optimizer = parts.config, make_loss(parts, work), parts.optimizer
 
-  def train(prompts: Params, moments: Any, client: tuple) -> tuple:
+  def train(prompts: Params, moments: PyTree, client: tuple) -> tuple:
     data, key = client
     (prompts, _, moments), metrics = algorithms.local_sgd(
       loss, optimizer, (prompts, (), moments), data, key,
