@@ -54,6 +54,11 @@ def _domain_shift(rows: Rows) -> Study:
     [
       Claim("VPT is better than LPT, mean of the domains", _ACCURACY, ahead),
       Claim("VPT is better than LPT in the worst domain", _WORST, ahead),
+      *(
+        Claim(f"{arm} is better than zero-shot", _ACCURACY,
+              {(arm, "domains"): 1.0, ("zero-shot", "domains"): -1.0})
+        for arm in ("LPT", "VPT")
+      ),
     ],
     (_ACCURACY, _WORST, _DRIFT),
   )  # fmt: skip
