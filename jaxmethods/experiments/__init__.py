@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     title="FPL",
     paper="Wang et al., IJCAI 2025, arXiv 2505.23024",
     summary="prompts of a frozen CLIP, for texts, images or both, learnt by clients together",
-    embedded_run="~1 min, after 4 min of pretraining once",
+    embedded_run="~2 min, after ~15 min of pretraining once",
   ),
   "ggeur": Method(
     title="GGEUR",
