@@ -1,7 +1,6 @@
 """A round of federated prompt learning beside a loop of PyTorch clients, on one pinned core.
 
-  python benchmarks/fpl.py --peer_python VENV/bin/python
-  (VENV: python3 -m venv VENV && VENV/bin/pip install torch numpy)
+  python benchmarks/fpl.py --peer_python $(python -m benchmarks.peers fpl)
 
 The small CLIP of the testbed with random weights, the same in both; --clients clients with one batch of
 32 digits each, five local epochs (PromptFL's number) of SGD with momentum, the mean of the prompts.

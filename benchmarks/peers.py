@@ -16,6 +16,7 @@ FOLDER = Path(".peers")
 # Benchmark -> what its peer's script imports.
 PEERS = {
   "fedavg": ("fedjax>=0.0.17", "scikit-learn>=1.6"),
+  "fpl": ("torch", "numpy"),
   "gin": ("torch", "torch_geometric"),
   "lora": ("torch", "peft", "transformers"),
 }
