@@ -502,14 +502,8 @@ CLAIMS: tuple[Claim, ...] = (
 
 SPEED = (
   *(
-    Ratio(
-      f"a round of 100 clients' {name} prompts, small CLIP",
-      peer,
-      "fpl_speed",
-      ("results", kind, "ours"),
-      ("results", kind, worker),
-    )
-    for kind, name in (("text", "text"), ("vision", "vision"))
+    Ratio("a round of 100 clients' text prompts, small CLIP", peer, "fpl_speed",
+          ("results", "text", "ours"), ("results", "text", worker))
     for worker, peer in (
       ("torch", "PyTorch, client by client, as published"),
       ("torch_saving", "the same, images embedded once"),
