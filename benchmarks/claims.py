@@ -97,6 +97,7 @@ TASKS = {
   "spider": "tunes the weights that the task needs most",
   "thanora": "one low-rank update for several tasks (inferred)",
   "bye": "finds poisoned tuning data by attention collapse",
+  "gift": "a vision-language model, one task after another",
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
 }
 
@@ -106,6 +107,7 @@ SOURCES = {
   "rahfl": "tables 5 to 7 as the official repository reproduces them; whole CIFAR-10",
   "lorasculpt": "table 1 as a third-party reproduction quotes it; LLaVA-1.5-7B on IconQA",
   "spider": "table 1 of Model-Dowser (arXiv 2602.04509), as a public summary gives it; NVILA-Lite 2B",
+  "gift": "ZSCL's published matrices; GIFT's own row from two third-party summaries; CLIP ViT-B/16",
   "bye": "tables 1, 2 and 7 of the paper; LLaVA on ScienceQA",
 }
 
@@ -490,6 +492,39 @@ TRUST_CLAIMS = (
   ),
 )
 
+# --- continual learning ---------------------------------------------------------------------------
+
+_FORGETS = Need(
+  "continual fine-tuning forgets: on average it falls below the model that was never tuned",
+  "zero-shot - tuned",
+  Cell("gift", "zero_shot", "average"),
+  minus=Cell("gift", "finetune", "average"),
+  least=2.0,
+)
+
+
+def _continual(text: str, metric: str, rivals: tuple[str, ...], published: str) -> Claim:
+  """GIFT against some rows of its run."""
+  return Claim(
+    "gift",
+    text,
+    f"8 small tasks, {metric} %",
+    Cell("gift", "gift", metric),
+    rivals,
+    published,
+    needs=(_FORGETS,),
+    headline=metric == "average" and rivals == ("zscl",),
+  )
+
+
+GIFT_CLAIMS = (
+  _continual("above ZSCL", "average", ("zscl",), "77.3; zscl 75.4"),
+  _continual("above ZSCL", "last", ("zscl",), "86.0; zscl 83.6"),
+  _continual("above continual fine-tuning", "average", ("finetune",), "77.3; finetune 55.9"),
+  _continual("above continual fine-tuning", "last", ("finetune",), "86.0; finetune 77.3"),
+  _continual("keeps more zero-shot ability than ZSCL", "transfer", ("zscl",), "69.3; zscl 68.1"),
+)
+
 CLAIMS: tuple[Claim, ...] = (
   FEDSSP_CLAIMS
   + GGEUR_CLAIMS
@@ -497,6 +532,7 @@ CLAIMS: tuple[Claim, ...] = (
   + RAHFL_CLAIMS
   + ACGKD_CLAIMS
   + TUNING_CLAIMS
+  + GIFT_CLAIMS
   + TRUST_CLAIMS
 )
 
