@@ -168,7 +168,7 @@ def save_checkpoint(
     InputError: the folder cannot be written, or holds files of something else that readers would take as
       part of this model.
   """
-  _refuse_companions(folder, origin)
+  _refuse_companions(folder, origin, config)
   shards: list[dict[str, np.ndarray]] = [{}]
   size = 0
   for name, tensor in tensors.items():
@@ -201,13 +201,20 @@ def save_checkpoint(
     raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
-def _refuse_companions(folder: Path, origin: Path | None) -> None:
+def _refuse_companions(folder: Path, origin: Path | None, config: Json) -> None:
   """Raises for a file that would be read with the saved weights and is not the model's own.
 
-  Its own are those that are the same, byte by byte, in the folder it came from.
+  Its own are those that are the same, byte by byte, in the folder it came from. A model from no folder
+  owns the files beside a checkpoint of the same config, but for adapters.
   """
+  old = folder / "config.json"
+  homeless = origin is None or not origin.is_dir()
+  same = homeless and old.is_file() and read_json(old) == json.loads(json.dumps(dict(config)))
   for file in sorted({found for pattern in _COMPANIONS for found in folder.glob(pattern)}):
-    own = origin / file.name if origin and not file.name.startswith("adapter_") else None
+    adapter = file.name.startswith("adapter_")
+    if same and not adapter:
+      continue
+    own = origin / file.name if origin and not adapter else None
     if own is None or not own.is_file() or own.read_bytes() != file.read_bytes():
       raise InputError(
         f"{file}: would be read as a part of the saved model, and is of another: choose an empty "

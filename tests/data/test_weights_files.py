@@ -169,6 +169,17 @@ def test_a_folder_with_files_of_another_model_is_refused(tmp_path, name):
   assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_a_model_of_no_folder_owns_the_files_beside_its_config(tmp_path):
+  save_checkpoint(tmp_path, TENSORS, {"a": 1})
+  (tmp_path / "generation_config.json").write_text("{}")
+  save_checkpoint(tmp_path, TENSORS, {"a": 1})
+  with pytest.raises(InputError, match="generation_config"):
+    save_checkpoint(tmp_path, TENSORS, {"a": 2})
+  (tmp_path / "adapter_config.json").write_text("{}")
+  with pytest.raises(InputError, match="adapter_config"):
+    save_checkpoint(tmp_path, TENSORS, {"a": 1})
+
+
 def test_a_model_keeps_its_own_tokenizer(tmp_path):
   origin, copy = tmp_path / "origin", tmp_path / "copy"
   for folder in (origin, copy):
