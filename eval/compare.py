@@ -131,7 +131,7 @@ def _show(
 
   args = given.args
   verdicts = studies.judge(study, results) if study else []
-  contents = {"rows": results}
+  contents: Values = {"rows": results}
   if study:
     contents |= {"question": study.question, "verdicts": [v._asdict() for v in verdicts]}
   for target in filter(None, (workdir / "compare.json", args.json)):

@@ -200,7 +200,7 @@ def text_features(
   hidden = call("embed_text", texts.ids)
   if "text" in prompts:
     hidden = insert_context(prompts["text"], hidden, texts.order)
-  hooks = {}
+  hooks: dict[str, PyTree] = {}
   if "text_deep" in prompts:
     layers = per_layer(prompts["text_deep"], model.config.text.encoder.num_layers)
     hooks = {"edit": _text_edit(texts.order), "inputs": layers}
@@ -220,7 +220,7 @@ def shared_text_features(
   """
   call = _caller(model, params)
   hidden = insert_context(prompts["text"], call("embed_text", texts.ids), texts.order)
-  hooks = {}
+  hooks: dict[str, PyTree] = {}
   if "text_deep" in prompts:
     layers = per_layer(prompts["text_deep"], model.config.text.encoder.num_layers)
     hooks = {"edit": _text_edit(texts.order), "inputs": layers}
@@ -270,7 +270,8 @@ def image_features(
   shapes.check(vision=(vision, "J p W"))
   # Behind the norm: places are kept for the prompts, which then come before block 0 like the deep ones.
   first = jnp.zeros_like(vision[0]) if behind_norm else vision[0]
-  tokens, hooks = append_prompts(tokens, first), {}
+  tokens = append_prompts(tokens, first)
+  hooks: dict[str, PyTree] = {}
   deep, start = (vision, 0) if behind_norm else (vision[1:], 1)
   if len(deep):
     layers = per_layer(deep, model.config.vision.encoder.num_layers, start)
@@ -360,8 +361,8 @@ def carried(train: Train, prompts: Prompts, moments: PyTree, clients: PyTree) ->
     new, moments, metrics = train(prompts, moments, client)
     return moments, (new, metrics)
 
-  moments, (uploads, metrics) = jax.lax.scan(one, moments, clients)
-  return uploads, moments, metrics
+  moments, each = jax.lax.scan(one, moments, clients)
+  return each[0], moments, each[1]
 
 
 def _text_edit(order: Int[Array, "K T"]) -> Edit:

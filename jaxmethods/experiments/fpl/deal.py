@@ -40,8 +40,8 @@ class Deal(NamedTuple):
 class _Part(NamedTuple):
   """A pool and the clients that share it out: `first` of all examples, and of the tests."""
 
-  y: Array
-  test_y: Array
+  y: Array | np.ndarray
+  test_y: Array | np.ndarray
   clients: int
   first: int
   first_test: int

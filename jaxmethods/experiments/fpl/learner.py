@@ -67,11 +67,11 @@ def make_learner(config: Config, towers: Towers, num_classes: int) -> Learner:
   """
   _check(config, towers)
   embedded = reads_embeddings(config)
-  phrase = config.initial_phrase and phrase_ids(
-    config.initial_phrase, config.text_prompts, towers.tokens
-  )
+  phrase: list[int] = []
+  if config.initial_phrase:
+    phrase = phrase_ids(config.initial_phrase, config.text_prompts, towers.tokens)
   return Learner(
-    start=functools.partial(_start, config, towers, list(phrase), num_classes),
+    start=functools.partial(_start, config, towers, phrase, num_classes),
     logits=functools.partial(_logits, config, towers),
     read=(lambda x, key: x) if embedded else functools.partial(_pixels, towers),
     reads_embeddings=embedded,
