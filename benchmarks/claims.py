@@ -99,9 +99,11 @@ TASKS = {
   "bye": "finds poisoned tuning data by attention collapse",
   "gift": "a vision-language model, one task after another",
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
+  "adafreq": "individual animals found again by their coats",
 }
 
 SOURCES = {
+  "adafreq": "a public note on the paper's tables; other species, a pretrained ViT, selection too",
   "fedssp": "table 1 of the follow-up FedIGL, which reprints FedSSP's settings",
   "ggeur": "secondary reports of the paper's tables, CLIP embeddings; not our data",
   "rahfl": "tables 5 to 7 as the official repository reproduces them; whole CIFAR-10",
@@ -525,6 +527,21 @@ GIFT_CLAIMS = (
   _continual("keeps more zero-shot ability than ZSCL", "transfer", ("zscl",), "69.3; zscl 68.1"),
 )
 
+# --- AdaFreq --------------------------------------------------------------------------------------
+
+ADAFREQ_CLAIMS = tuple(
+  Claim(
+    "adafreq",
+    "mixed frequencies add to the plain twin",
+    f"nyala, frozen trunk, {text}, top-1 %",
+    Cell("adafreq_nyala_closed", "pooled adafreq", metric),
+    ("pooled plain",),
+    "panda mAP: 44.5; ViT 40.8",
+    headline=metric == "top1_noss",
+  )
+  for metric, text in (("top1", "all"), ("top1_noss", "other sightings"))
+)
+
 CLAIMS: tuple[Claim, ...] = (
   FEDSSP_CLAIMS
   + GGEUR_CLAIMS
@@ -534,6 +551,7 @@ CLAIMS: tuple[Claim, ...] = (
   + TUNING_CLAIMS
   + GIFT_CLAIMS
   + TRUST_CLAIMS
+  + ADAFREQ_CLAIMS
 )
 
 SPEED = (
