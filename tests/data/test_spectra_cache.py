@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmethods.data import array_cache, spectra_cache
+from jaxmethods import folders
+from jaxmethods.data import spectra_cache
 from jaxmethods.errors import InputError
 from jaxmethods.graphs import spectral
 from tests.graphs.random_graphs import random_data
@@ -38,11 +39,11 @@ def assert_same(got, want):
 
 def test_folder_from_the_environment(monkeypatch, tmp_path):
   monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path / "elsewhere"))
-  assert array_cache.cache_folder() == tmp_path / "elsewhere"
+  assert folders.cache() == tmp_path / "elsewhere"
   for nothing in (lambda: monkeypatch.setenv("JAXMETHODS_CACHE", ""),
                   lambda: monkeypatch.delenv("JAXMETHODS_CACHE")):  # fmt: skip
     nothing()
-    assert array_cache.cache_folder() == Path.home() / ".cache/jaxmethods"
+    assert folders.cache() == Path.home() / ".cache/jaxmethods"
 
 
 def test_second_time_comes_from_disk(folder, computed):
