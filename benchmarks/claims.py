@@ -98,11 +98,13 @@ TASKS = {
   "thanora": "one low-rank update for several tasks (inferred)",
   "bye": "finds poisoned tuning data by attention collapse",
   "gift": "a vision-language model, one task after another",
+  "epeagent": "agents that tell no more than they need",
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
   "adafreq": "individual animals found again by their coats",
 }
 
 SOURCES = {
+  "epeagent": "table 1 of the paper, GPT-o1 with EPEAgents; without",
   "adafreq": "a public note on the paper's tables; other species, a pretrained ViT, selection too",
   "fedssp": "table 1 of the follow-up FedIGL, which reprints FedSSP's settings",
   "ggeur": "secondary reports of the paper's tables, CLIP embeddings; not our data",
@@ -542,6 +544,38 @@ ADAFREQ_CLAIMS = tuple(
   for metric, text in (("top1", "all"), ("top1_noss", "other sightings"))
 )
 
+# --- EPEAgent ---------------------------------------------------------------------------------------
+
+_UNPROTECTED = ("none", "masking", "laplace", "views_only", "messages_only", "memory_only")
+_CHECK = "check of the protocol"
+
+
+def _epeagent(data: str, setting: str, headline: bool = False) -> tuple[Claim, ...]:
+  """Leaks, privacy and utility on one set of profiles, agents by rule."""
+  cell = lambda metric: Cell(f"epeagent_{data}", "epe", metric)
+  return (
+    Claim(
+      "epeagent", "tells less of what is barred", f"{setting}, taint leak %", cell("taint_leak"),
+      _UNPROTECTED, lower=True, headline=headline,
+    ),
+    Claim(
+      "epeagent", "agents without a right refuse", f"{setting}, privacy, choice %",
+      cell("privacy_choice"), ("none",), "GPT-o1, finance: 97.6; 15.9", no_verdict=_CHECK,
+    ),
+    Claim(
+      "epeagent", "more useful than noise and masks", f"{setting}, utility %", cell("utility"),
+      ("masking", "laplace"),
+    ),
+  )  # fmt: skip
+
+
+EPEAGENT_CLAIMS = (
+  *_epeagent("authors_finance", "authors' finance profiles", headline=True),
+  *_epeagent("authors_medicine", "authors' medicine profiles"),
+  *_epeagent("finance", "generated finance profiles"),
+  *_epeagent("medicine", "generated medicine profiles"),
+)
+
 CLAIMS: tuple[Claim, ...] = (
   FEDSSP_CLAIMS
   + GGEUR_CLAIMS
@@ -552,6 +586,7 @@ CLAIMS: tuple[Claim, ...] = (
   + GIFT_CLAIMS
   + TRUST_CLAIMS
   + ADAFREQ_CLAIMS
+  + EPEAGENT_CLAIMS
 )
 
 SPEED = (

@@ -59,6 +59,12 @@ METHODS: dict[str, Method] = {
     summary="which answers of a reasoning model to trust, from its layers (a reconstruction)",
     embedded_run="~5 min",
   ),
+  "epeagent": Method(
+    title="EPEAgent",
+    paper="Shi et al., 2025, arXiv 2503.08175",
+    summary="agents that work together without telling each other what they need not",
+    embedded_run="~1 min",
+  ),
   "fedssp": Method(
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",

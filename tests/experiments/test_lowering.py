@@ -33,6 +33,7 @@ SMALLER = {
     "num_problems": 12, "calibration": 6, "operations": 1, "width": 16, "layers": 2, "samples": 2,
     "temperatures": [1.0],
   },
+  "epeagent": {"users": 4, "batch_size": 16},
   "ggeur": {"encoder_epochs": 1},
   "lorasculpt": DESK,
   "mllm_tuning": DESK,

@@ -1,0 +1,1 @@
+"""EPEAgent: profiles, questions, conversations of agents, and what of it leaks."""

@@ -1,0 +1,63 @@
+"""Settings of what answers for an agent; starts without jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from urllib.parse import urlsplit
+
+from jaxmethods.runtime import checks
+
+RULE = "rule"
+_SCHEMES = ("http://", "https://")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+  """An OpenAI-compatible endpoint, or a local model.
+
+  The key is read from the environment when a request is made and is kept nowhere else.
+  """
+
+  model: str = "gpt-4o-mini"  # name the endpoint knows it by
+  key_variable: str = "OPENAI_API_KEY"  # environment variable; unset: no key is sent
+  temperature: float = 0.7  # (code)
+  max_tokens: int = 512  # (code: 5500)
+  timeout: float = 60.0  # seconds for one try, its body included
+  tries: int = 6  # of one request; (code: without end)
+  longest_wait: float = 60.0  # seconds between two tries, Retry-After included
+  concurrency: int = 4  # requests under way at a time
+  max_reply_bytes: int = 1 << 20
+  batch_size: int = 8  # texts that a local model reads together
+
+  def __post_init__(self) -> None:
+    checks.positive(self, "timeout", prefix="chat.")
+    checks.at_least(self, 0, "temperature", "longest_wait", prefix="chat.")
+    names = ("max_tokens", "tries", "concurrency", "max_reply_bytes", "batch_size")
+    checks.at_least(self, 1, *names, prefix="chat.")
+    if not self.model or not self.key_variable:
+      raise ValueError("chat.model and chat.key_variable must not be empty")
+
+
+def check_backend(name: str) -> None:
+  """Refuses an unknown kind of back end.
+
+  Raises:
+    ValueError: it is neither `rule`, an http address, nor a local model; or an address holds a password.
+  """
+  if name.startswith(_SCHEMES):
+    parts = urlsplit(name)
+    if not parts.hostname:
+      raise ValueError("backend: the address names no host")
+    if parts.username or parts.password or parts.query:
+      raise ValueError(
+        "backend: the address must hold no key; name its variable in chat.key_variable"
+      )
+  elif name != RULE and not name.startswith(("wheel:", "hf:", "gguf:", "tiny:", "random:")):
+    raise ValueError(
+      f"backend: {name!r} is none of rule, http://..., wheel:NAME, hf:PATH, gguf:PATH, tiny:stories260k"
+    )
+
+
+def is_endpoint(name: str) -> bool:
+  """Whether a back end is asked over the network."""
+  return name.startswith(_SCHEMES)
