@@ -184,7 +184,7 @@ def _study(given: Given) -> Study | None:
   if name not in (known := given.method.studies(given.config)):
     advice = hint(name, known, "studies") if known else f"{given.args.method} has none"
     raise InputError(f"--study: unknown study {name!r}; {advice}")
-  return known[name]
+  return studies.Study(*known[name])
 
 
 def _chosen(rows: Mapping[str, RunConfig], names: str | None) -> dict[str, RunConfig]:

@@ -127,7 +127,7 @@ BAD = {
   "nothing_to_evaluate": ("eval.run", [*TINY, "--workdir", "nowhere"], ["nowhere", "checkpoint"]),
   "unknown_row": ("eval.compare", [*TINY, "--rows", "sgd,adm"], ["'adm'", "nearest is adam"]),
   "far_row": ("eval.compare", [*TINY, "--rows", "x"], ["unknown row 'x'; rows are sgd, adam"]),
-  "far_method": ("train.run", ["--method", "x"], ["methods are acgkd, bye,", "--list"]),
+  "far_method": ("train.run", ["--method", "x"], ["methods are acgkd, adafreq, bye,", "--list"]),
   "zero_seeds": ("eval.compare", [*TINY, "--seeds", "0"], ["--seeds", "at least 1"]),
   "json_nowhere": ("eval.compare", [*TINY, "--json", "no/where.json"], ["no/where.json"]),
   "seed_map": ("eval.compare", [*TINY, "--seed_map", "pmap"], ["seed_map", "vmap", "scan"]),

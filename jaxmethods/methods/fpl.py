@@ -357,12 +357,12 @@ def carried(train: Train, prompts: Prompts, moments: PyTree, clients: PyTree) ->
     Prompts of every client, stacked; moments; metrics, stacked.
   """
 
-  def one(moments: PyTree, client: PyTree) -> tuple:
+  def one(moments: PyTree, client: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
     new, moments, metrics = train(prompts, moments, client)
     return moments, (new, metrics)
 
-  moments, each = jax.lax.scan(one, moments, clients)
-  return each[0], moments, each[1]
+  moments, (new, metrics) = jax.lax.scan(one, moments, clients)
+  return new, moments, metrics
 
 
 def _text_edit(order: Int[Array, "K T"]) -> Edit:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
   from jax.sharding import Mesh
   from matplotlib.figure import Figure
 
-  from jaxmethods.runtime.studies import Study
 
 # `trees.PyTree` without jax.
 State: TypeAlias = Any
@@ -117,7 +116,7 @@ class Room(NamedTuple):
     build: (config, mesh or None) -> Experiment.
     untrained: config -> whether there is nothing to train.
     comparison: rows of the JSON of eval.compare -> {name: figure}.
-    studies: config -> {name: study}, questions that a comparison of other rows answers.
+    studies: config -> {name: `runtime.studies.Study`}, questions that other rows answer.
   """
 
   Config: type[RunConfig]
@@ -125,4 +124,4 @@ class Room(NamedTuple):
   build: Callable[[RunConfig, Mesh | None], Experiment]
   untrained: Callable[[RunConfig], bool]
   comparison: Callable[[list[Values]], dict[str, Figure]]
-  studies: Callable[[RunConfig], Mapping[str, Study]] = lambda config: {}
+  studies: Callable[[RunConfig], Mapping[str, tuple]] = lambda config: {}

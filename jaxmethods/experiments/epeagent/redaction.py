@@ -76,13 +76,10 @@ def _outside(text: str, pattern: re.Pattern[str], mark: str) -> str:
 
 def restorer(atoms: Atoms) -> Callable[[str], str]:
   """Makes the function that undoes `hider`, up to capitals and punctuation inside of values."""
-  words = _vocabulary(atoms)
+  word = functools.partial(_word, _vocabulary(atoms))
+  return lambda text: _MARK.sub(word, text)
 
-  def restore(text: str) -> str:
-    def word(mark: re.Match[str]) -> str:
-      number = int(mark[1])
-      return words[number] if number < len(words) else minimise.CUT
 
-    return _MARK.sub(word, text)
-
-  return restore
+def _word(words: Sequence[str], mark: re.Match[str]) -> str:
+  number = int(mark[1])
+  return words[number] if number < len(words) else minimise.CUT
