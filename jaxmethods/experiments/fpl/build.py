@@ -42,7 +42,8 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   data = sources.load(config.data, config.size, config.held_out)
   towers = load_towers(config)
   parts = make_parts(config, data, towers, mesh)
-  first = compiler.jit(functools.partial(rounds.first_state, parts))
+  # Not `compiler.jit`: a traced start takes no options of the compiler.
+  first = jax.jit(functools.partial(rounds.first_state, parts))
   return Experiment(
     init=functools.partial(rounds.init, parts, first=first),
     batches=lambda step: itertools.repeat(parts.work),
