@@ -52,29 +52,50 @@ def update_step(
       lambda trained, part, key: loss(params, join(trained, rest), part, key), has_aux=True
     )
 
-    def add(sums, inputs):
-      part, index = inputs
-      part_key = None if key is None else jax.random.fold_in(key, index)
-      return jax.tree.map(jnp.add, sums, of_part(trained, part, part_key)), None
-
-    if accumulate == 1:
-      (total, weight), gradients = of_part(trained, batch, key)
-    else:
-      every = parts(batch, accumulate)
-      first = jax.tree.map(lambda x: x[0], every)
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, trained, first, key)
-      )
-      ((total, weight), gradients), _ = jax.lax.scan(add, zeros, (every, jnp.arange(accumulate)))
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
+    loss_mean, gradients = mean_of_parts(of_part, trained, batch, key, accumulate)
     updates, state = optimiser.update(gradients, state, trained)
-    metrics = {
-      "loss": total / jnp.maximum(weight, 1),
-      "grad_norm": optax.tree.norm(gradients),
-    }
+    metrics = {"loss": loss_mean, "grad_norm": optax.tree.norm(gradients)}
     return join(optax.apply_updates(trained, updates), rest), state, metrics
 
   return step
+
+
+def mean_of_parts(
+  of_part: Callable[..., tuple[tuple[jax.Array, jax.Array], Tree]],
+  trained: Tree,
+  batch: Batch,
+  key: jax.Array | None,
+  count: int,
+) -> tuple[jax.Array, Tree]:
+  """Computes the mean loss and its gradient over a batch that is worked off in parts.
+
+  Args:
+    of_part: (trained, part, key) -> ((sum, how much counts), gradient of the sum).
+    trained: what the gradient is of.
+    batch: arrays (B, ...).
+    key: of dropout; None: none.
+    count: parts, a divisor of B.
+
+  Returns:
+    (mean, gradient of the mean).
+  """
+
+  def add(sums, inputs):
+    part, index = inputs
+    part_key = None if key is None else jax.random.fold_in(key, index)
+    return jax.tree.map(jnp.add, sums, of_part(trained, part, part_key)), None
+
+  if count == 1:
+    (total, weight), gradients = of_part(trained, batch, key)
+  else:
+    every = parts(batch, count)
+    first = jax.tree.map(lambda x: x[0], every)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, trained, first, key)
+    )
+    ((total, weight), gradients), _ = jax.lax.scan(add, zeros, (every, jnp.arange(count)))
+  weight = jnp.maximum(weight, 1)
+  return total / weight, jax.tree.map(lambda g: g / weight, gradients)
 
 
 def parts(batch: Batch, count: int) -> dict[str, jax.Array]:

@@ -21,7 +21,8 @@ from jaxmethods import trees
 from jaxmethods.adapters import adapter as adapters
 from jaxmethods.adapters.adapter import Adapter, Params, Tree
 from jaxmethods.adapters.targets import ATTENTION, BLOCK, matching
-from jaxmethods.adapters.training import token_cross_entropy
+from jaxmethods.adapters.training import mean_of_parts, token_cross_entropy
+from jaxmethods.errors import InputError
 from jaxmethods.trees import PyTree, flatten, unflatten
 
 Batch = Mapping[str, jax.Array]
@@ -65,6 +66,12 @@ class Run(Protocol):
 Loss = Callable[[Run, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
+# (trained part, batch, key) -> (sum over what counts, how much counts); the frozen part is bound.
+TaskLoss = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+# (loss, trained part, batch, key) -> (mean loss, gradient like the trained part).
+GradientRule = Callable[[TaskLoss, Tree, Batch, jax.Array], tuple[jax.Array, Tree]]
+
+
 def no_penalty(trainable: Tree, frozen: Tree, extra: Tree) -> jax.Array:
   del trainable, frozen, extra
   return jnp.zeros(())
@@ -95,6 +102,8 @@ class Tuner(NamedTuple):
     pre_step: (step, trainable, frozen, extra) -> (trainable, extra), before the forward pass.
     post_step: (step, gradients, before, trainable, frozen, extra) -> (trainable, extra), after the
       optimiser; `before` is the trainable part that the gradients were taken at.
+    gradient: how the gradient of the task is computed, e.g. in parts (`accumulated`) or privately;
+      the penalty's own gradient is added to it. None: of the mean over the batch, in one piece.
   """
 
   init: Callable[[jax.Array, Params, Batch], TunerState]
@@ -104,6 +113,7 @@ class Tuner(NamedTuple):
   penalty: Callable[[Tree, Tree, Tree], jax.Array] = no_penalty
   pre_step: Callable[..., tuple[Tree, Tree]] = nothing_before
   post_step: Callable[..., tuple[Tree, Tree]] = nothing_after
+  gradient: GradientRule | None = None
 
 
 class TuningState(NamedTuple):
@@ -149,8 +159,10 @@ def tuning_step(
     trainable, frozen, extra = state.tuner
     trainable, extra = tuner.pre_step(state.step, trainable, frozen, extra)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    objective = functools.partial(_objective, tuner, model, loss, batch, key)
-    (whole, task), raw = jax.value_and_grad(objective, has_aux=True)(trainable, frozen, extra)
+    differentiate = _in_one_piece if tuner.gradient is None else _by_rule
+    (whole, task), raw = differentiate(
+      tuner, model, loss, batch, key, state.tuner._replace(trainable=trainable, extra=extra)
+    )
     norm = optax.tree.norm(raw)
     clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), raw)
     updates, opt_state = optimiser.update(clipped, state.opt_state, trainable)
@@ -162,6 +174,45 @@ def tuning_step(
     ), metrics
 
   return step
+
+
+def accumulated(tuner: Tuner, count: int) -> Tuner:
+  """Works a batch off in `count` parts, one after the other; the sum is that of the whole batch.
+
+  Only one part's activations are in memory at a time.
+
+  Raises:
+    InputError: fewer than one part.
+  """
+  if count < 1:
+    raise InputError(f"accumulate: must be at least 1, got {count}")
+  if count == 1:
+    return tuner
+
+  def gradient(loss: TaskLoss, trainable: Tree, batch: Batch, key: jax.Array):
+    of_part = jax.value_and_grad(loss, has_aux=True)
+    return mean_of_parts(of_part, trainable, batch, key, count)
+
+  return tuner._replace(gradient=gradient)
+
+
+def _in_one_piece(tuner, model, loss, batch, key, state: TunerState):
+  """Differentiates loss and penalty together."""
+  objective = functools.partial(_objective, tuner, model, loss, batch, key)
+  return jax.value_and_grad(objective, has_aux=True)(*state)
+
+
+def _by_rule(tuner, model, loss, batch, key, state: TunerState):
+  """Takes the gradient of the task as the tuner does, and adds that of the penalty."""
+  trainable, frozen, extra = state
+
+  def task_loss(trainable: Tree, batch: Batch, key: jax.Array):
+    run = lambda *args, **kwargs: tuner.apply(model, trainable, frozen, extra, *args, **kwargs)
+    return loss(run, batch, key)
+
+  task, gradient = tuner.gradient(task_loss, trainable, batch, key)
+  penalty, pull = jax.value_and_grad(tuner.penalty)(trainable, frozen, extra)
+  return (task + penalty, task), jax.tree.map(jnp.add, gradient, pull)
 
 
 def _objective(

@@ -8,6 +8,7 @@ run for the golden file, (known) stated from knowledge of the paper, (inferred) 
 likelihood     log-probabilities of labelled tokens, which the others take
 memorisation   exposure, membership inference, Min-K%
 privacy        DP-SGD and its accountant
+private_tuning DP-LoRA: any `Tuner`, with the gradients of DP-SGD
 preferences    DPO, conservative DPO, IPO
 editing        ROME
 unlearning     gradient ascent, GradDiff, KL, NPO, SimNPO, RMU; forget quality, model utility

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 from urllib.parse import urlsplit
 
 from jaxmethods.runtime import checks
@@ -61,3 +62,33 @@ def check_backend(name: str) -> None:
 def is_endpoint(name: str) -> bool:
   """Whether a back end is asked over the network."""
   return name.startswith(_SCHEMES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+  """DP-SGD for a method's Config to inherit: off, or an epsilon, or a noise whose epsilon is stated."""
+
+  dp_epsilon: float = (
+    0.0  # of the whole run, the noise follows from it; 0: not private, or dp_noise
+  )
+  dp_noise: float = 0.0  # sigma; 0: not private, or dp_epsilon
+  dp_delta: float = 0.0  # 0: n^-1.1 of n training examples (known: a common choice)
+  dp_clip: float = 1.0  # C, of one example's gradient over all that is trained
+  dp_microbatch: int = 0  # examples whose gradients are in memory at once; 0: all of a batch
+  dp_accountant: Literal["rdp", "pld"] = "rdp"  # pld: dp-accounting, tighter; extra `privacy`
+
+  def __post_init__(self) -> None:
+    super().__post_init__()  # type: ignore[misc]  # that of RunConfig, which comes behind
+    checks.at_least(self, 0, "dp_epsilon", "dp_noise", "dp_microbatch")
+    checks.positive(self, "dp_clip")
+    checks.within(self, "[0, 1)", "dp_delta")
+    checks.require(
+      not (self.dp_epsilon and self.dp_noise),
+      "dp_noise",
+      "follows from dp_epsilon: give one of them",
+    )
+
+  @property
+  def is_private(self) -> bool:
+    """Whether a run is private at all."""
+    return bool(self.dp_epsilon or self.dp_noise)
