@@ -9,11 +9,13 @@ float32 with whole values 0..255, bit for bit the result of the host library tha
 from __future__ import annotations
 
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Num
 
 from jaxmethods.stats import shapes
 
@@ -25,27 +27,30 @@ OPERATIONS = (
 )  # fmt: skip
 _VALUES = 256
 
+Image: TypeAlias = Num[Array, "h w c"]  # whole values 0..255
+Scalar: TypeAlias = Num[Array, ""]
 
-def look_up(image: Array, table: Array) -> Array:
+
+def look_up(image: Image, table: Num[Array, "c 256"]) -> Image:
   """Replaces every value by its entry in the channel's table: (h, w, c), (c, 256) -> (h, w, c)."""
   shapes.check(image=(image, "h w c"), table=(table, "c 256"))
   flat = image.astype(jnp.int32) + _VALUES * jnp.arange(image.shape[2])
   return table.reshape(-1).at[flat].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
-def autocontrast(image: Array) -> Array:
+def autocontrast(image: Image) -> Image:
   """Stretches every channel to 0..255; a flat channel stays."""
   shapes.check(image=(image, "h w c"))
   return look_up(image, _autocontrast_table(image))
 
 
-def equalize(image: Array) -> Array:
+def equalize(image: Image) -> Image:
   """Flattens every channel's histogram."""
   shapes.check(image=(image, "h w c"))
   return look_up(image, _equalize_table(image))
 
 
-def _autocontrast_table(image: Array) -> Array:
+def _autocontrast_table(image: Image) -> Array:
   x, value = image.astype(jnp.int32), jnp.arange(_VALUES)
   low, high = x.min((0, 1))[:, None], x.max((0, 1))[:, None]
   short, row_of = _short_of_whole()
@@ -75,7 +80,7 @@ def _short_of_whole() -> tuple[np.ndarray, np.ndarray]:
   return np.stack(rows), row_of
 
 
-def _equalize_table(image: Array) -> Array:
+def _equalize_table(image: Image) -> Array:
   channels, value = image.shape[2], jnp.arange(_VALUES)
   flat = image.astype(jnp.int32) + _VALUES * jnp.arange(channels)
   histogram = jnp.zeros(channels * _VALUES, jnp.int32).at[flat.reshape(-1)].add(1)
@@ -89,19 +94,19 @@ def _equalize_table(image: Array) -> Array:
   return jnp.where(changed, table, value)
 
 
-def posterize(image: Array, bits: Array | int) -> Array:
+def posterize(image: Image, bits: Scalar | int) -> Image:
   """Keeps the `bits` highest bits."""
   step = 2 ** (8 - jnp.asarray(bits, jnp.int32))
   return (image.astype(jnp.int32) // step * step).astype(jnp.float32)
 
 
-def solarize(image: Array, threshold: Array | int) -> Array:
+def solarize(image: Image, threshold: Scalar | int) -> Image:
   """Inverts values from `threshold` on."""
   x = image.astype(jnp.float32)
   return jnp.where(x < threshold, x, 255 - x)
 
 
-def affine(image: Array, matrix: Array) -> Array:
+def affine(image: Image, matrix: Float[Array, 6]) -> Image:
   """Bilinear resampling, 0 outside the image, truncated to whole values.
 
   Args:
@@ -119,7 +124,9 @@ def affine(image: Array, matrix: Array) -> Array:
   return jnp.where(inside[..., None], jnp.floor(value), 0)
 
 
-def bilinear(image: Array, rows: Array, columns: Array) -> Array:
+def bilinear(
+  image: Image, rows: Float[Array, "a b"], columns: Float[Array, "a b"]
+) -> Float[Array, "a b c"]:
   """Values of (h, w, c) at fractional positions (h', w'), indices clipped to the edge."""
   shapes.check(image=(image, "h w c"), rows=(rows, "a b"), columns=(columns, "a b"))
   height, width, channels = image.shape
@@ -137,32 +144,32 @@ def bilinear(image: Array, rows: Array, columns: Array) -> Array:
   return above * (1 - down) + below * down
 
 
-def rotate(image: Array, degrees: Array | float) -> Array:
+def rotate(image: Image, degrees: Scalar | float) -> Image:
   """Turns counter-clockwise about the centre."""
   return affine(image, _rotation(image.shape, degrees))
 
 
-def shear_x(image: Array, factor: Array | float) -> Array:
+def shear_x(image: Image, factor: Scalar | float) -> Image:
   """Reads the pixel (x, y) at x + factor y."""
   return affine(image, _matrix(b=factor))
 
 
-def shear_y(image: Array, factor: Array | float) -> Array:
+def shear_y(image: Image, factor: Scalar | float) -> Image:
   """Reads the pixel (x, y) at y + factor x."""
   return affine(image, _matrix(d=factor))
 
 
-def translate_x(image: Array, pixels: Array | float) -> Array:
+def translate_x(image: Image, pixels: Scalar | float) -> Image:
   """Reads the pixel (x, y) at x + pixels."""
   return affine(image, _matrix(c=pixels))
 
 
-def translate_y(image: Array, pixels: Array | float) -> Array:
+def translate_y(image: Image, pixels: Scalar | float) -> Image:
   """Reads the pixel (x, y) at y + pixels."""
   return affine(image, _matrix(f=pixels))
 
 
-def _rotation(shape: tuple[int, ...], degrees: Array | float) -> Array:
+def _rotation(shape: tuple[int, ...], degrees: Scalar | float) -> Array:
   t = -jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
   cos, sin, cx, cy = jnp.cos(t), jnp.sin(t), shape[1] / 2, shape[0] / 2
   return jnp.stack([cos, sin, cx - cx * cos - cy * sin, -sin, cos, cy + cx * sin - cy * cos])
@@ -172,24 +179,24 @@ def _matrix(b=0.0, c=0.0, d=0.0, f=0.0) -> Array:
   return jnp.stack([jnp.asarray(v, jnp.float32) for v in (1.0, b, c, d, 1.0, f)])
 
 
-def color(image: Array, factor: Array | float) -> Array:
+def color(image: Image, factor: Scalar | float) -> Image:
   """Saturation: 0 is grey, 1 the image."""
   shapes.check(image=(image, "h w 3"))
   return _enhance(image, grey(image)[..., None], factor)
 
 
-def contrast(image: Array, factor: Array | float) -> Array:
+def contrast(image: Image, factor: Scalar | float) -> Image:
   """Contrast: 0 is the mean grey level, 1 the image."""
   shapes.check(image=(image, "h w 3"))
   return _enhance(image, jnp.round(grey(image).mean()), factor)
 
 
-def brightness(image: Array, factor: Array | float) -> Array:
+def brightness(image: Image, factor: Scalar | float) -> Image:
   """Brightness: 0 is black, 1 the image."""
   return _enhance(image, jnp.float32(0), factor)
 
 
-def sharpness(image: Array, factor: Array | float) -> Array:
+def sharpness(image: Image, factor: Scalar | float) -> Image:
   """Sharpness: 0 is smoothed (border kept), 1 the image."""
   shapes.check(image=(image, "h w c"))
   x = image.astype(jnp.float32)
@@ -198,8 +205,11 @@ def sharpness(image: Array, factor: Array | float) -> Array:
   return _enhance(x, smooth, factor)
 
 
-def correlate(image: Array, kernel: Array) -> Array:
+def correlate(
+  image: Num[Array, "h w ..."], kernel: Num[Array, "a b"]
+) -> Num[Array, "rows columns ..."]:
   """Weighted sums of (h, w, ...) under a kernel (a, b), where it fits: (h - a + 1, w - b + 1, ...)."""
+  shapes.check(kernel=(kernel, "a b"))
   rows, columns = kernel.shape
   height, width = image.shape[0] - rows + 1, image.shape[1] - columns + 1
   total = jnp.zeros((height, width, *image.shape[2:]), image.dtype)
@@ -209,19 +219,22 @@ def correlate(image: Array, kernel: Array) -> Array:
   return total
 
 
-def along_axes(rows: Array, columns: Array, image: Array) -> Array:
+def along_axes(
+  rows: Float[Array, "a h"], columns: Float[Array, "b w"], image: Num[Array, "h w ..."]
+) -> Float[Array, "a b ..."]:
   """Applies (a, h) to the rows and (b, w) to the columns of (h, w, ...): (a, b, ...)."""
+  shapes.check(rows=(rows, "a h"), columns=(columns, "b w"))
   return jnp.einsum("ij,jk...,lk->il...", rows, image, columns, precision="highest")
 
 
-def grey(image: Array) -> Array:
+def grey(image: Image) -> Float[Array, "h w"]:
   """Grey levels (h, w) of (h, w, 3), in whole values."""
   shapes.check(image=(image, "h w 3"))
   weighted = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
   return ((weighted.sum(-1) + 32768) >> 16).astype(jnp.float32)
 
 
-def _enhance(image: Array, degenerate: Array, factor: Array | float) -> Array:
+def _enhance(image: Image, degenerate: Array, factor: Scalar | float) -> Array:
   x = image.astype(jnp.float32)
   return jnp.floor(jnp.clip(degenerate + factor * (x - degenerate), 0, 255))
 
@@ -229,7 +242,7 @@ def _enhance(image: Array, degenerate: Array, factor: Array | float) -> Array:
 # --- AugMix -------------------------------------------------------------------------------------
 
 
-def random_operation(key: Array, image: Array, severity: float = 3.0) -> Array:
+def random_operation(key: Array, image: Image, severity: float = 3.0) -> Image:
   """One of the nine operations, uniformly, at a random strength.
 
   Args:
@@ -274,8 +287,8 @@ def random_operation(key: Array, image: Array, severity: float = 3.0) -> Array:
 
 
 def augmix(
-  key: Array, image: Array, *, severity: float = 3.0, width: int = 3, depth: int = 3
-) -> Array:
+  key: Array, image: Image, *, severity: float = 3.0, width: int = 3, depth: int = 3
+) -> Image:
   """AugMix of one image: a random mixture of chains of random operations, mixed with the image.
 
   Args:
@@ -310,11 +323,21 @@ def augmix(
   return mix(x, chains, weights, jax.random.uniform(mix_key))
 
 
-def mix(image: Array, chains: Array, weights: Array, share: Array) -> Array:
+def mix(
+  image: Float[Array, ...],
+  chains: Float[Array, "W ..."],
+  weights: Float[Array, " W"],
+  share: Float[Array, ""],
+) -> Float[Array, ...]:
   """(1 - m) image + m sum_i w_i chain_i: image (...), chains (W, ...), weights (W,), m ()."""
+  shapes.check(weights=(weights, "W"))
+  shapes.check_leading(weights.shape[0], chains=chains)
   return (1 - share) * image + share * jnp.tensordot(weights, chains, 1)
 
 
-def normalise(image: Array, mean: Array, std: Array) -> Array:
+def normalise(
+  image: Num[Array, "... c"], mean: Num[Array, " c"], std: Num[Array, " c"]
+) -> Float[Array, "... c"]:
   """(image / 255 - mean) / std per channel."""
+  shapes.check(image=(image, "... c"), mean=(mean, "c"), std=(std, "c"))
   return (image / 255 - mean) / std

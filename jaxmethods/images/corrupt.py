@@ -12,17 +12,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from scipy import ndimage
 
 from jaxmethods.images.augment import along_axes, bilinear, correlate
 from jaxmethods.images.colour import from_hsv, to_hsv
 from jaxmethods.stats import shapes
+
+Square: TypeAlias = Num[Array, "side side 3"]  # whole values 0..255
+Corrupted: TypeAlias = UInt8[Array, "side side 3"]
+Severity: TypeAlias = Int[Array, ""] | int  # 1..5
 
 # Five entries each, for the severities 1 to 5.
 _GAUSSIAN = (0.04, 0.06, 0.08, 0.09, 0.10)
@@ -58,33 +63,42 @@ _GREY = (0.299, 0.587, 0.114)
 class FrostTextures(NamedTuple):
   """Pictures of frost, padded to one size."""
 
-  pixels: Array  # (T, height, width, 3), 0..255
-  sizes: Array  # (T, 2) int: height and width without the padding
+  pixels: Num[Array, "T height width 3"]  # 0..255
+  sizes: Int[Array, "T 2"]  # height and width without the padding
 
 
 # --- noise --------------------------------------------------------------------------------------
 
 
-def gaussian_noise(image: Array, severity: Array | int, normal: Array) -> Array:
+def gaussian_noise(
+  image: Square, severity: Severity, normal: Float[Array, "side side 3"]
+) -> Corrupted:
   """Adds s z; `normal`: z, the shape of `image`."""
   shapes.check(image=(image, "side side 3"), normal=(normal, "side side 3"))
   return _levels(_unit(image) + _at(_GAUSSIAN, severity) * normal)
 
 
-def speckle_noise(image: Array, severity: Array | int, normal: Array) -> Array:
+def speckle_noise(
+  image: Square, severity: Severity, normal: Float[Array, "side side 3"]
+) -> Corrupted:
   """Adds s x z; `normal`: z, the shape of `image`. Not among the fifteen."""
   shapes.check(image=(image, "side side 3"), normal=(normal, "side side 3"))
   x = _unit(image)
   return _levels(x + x * _at(_SPECKLE, severity) * normal)
 
 
-def shot_noise(image: Array, severity: Array | int, counts: Array) -> Array:
+def shot_noise(image: Square, severity: Severity, counts: Num[Array, "side side 3"]) -> Corrupted:
   """Photons counted; `counts`: Poisson(c x), the shape of `image`, which they stand for."""
   shapes.check(image=(image, "side side 3"), counts=(counts, "side side 3"))
   return _levels(counts / _at(_SHOT, severity))
 
 
-def impulse_noise(image: Array, severity: Array | int, hit: Array, salt: Array) -> Array:
+def impulse_noise(
+  image: Square,
+  severity: Severity,
+  hit: Bool[Array, "side side 3"],
+  salt: Bool[Array, "side side 3"],
+) -> Corrupted:
   """Values turn black or white.
 
   Args:
@@ -100,7 +114,7 @@ def impulse_noise(image: Array, severity: Array | int, hit: Array, salt: Array) 
 # --- blur ---------------------------------------------------------------------------------------
 
 
-def defocus_blur(image: Array, severity: Array | int) -> Array:
+def defocus_blur(image: Square, severity: Severity) -> Corrupted:
   """A disc, softened; the border is mirrored without repeating the edge."""
   shapes.check(image=(image, "side side 3"))
   kernel = _at(_discs(), severity)
@@ -109,13 +123,15 @@ def defocus_blur(image: Array, severity: Array | int) -> Array:
   return _levels(correlate(padded, kernel))
 
 
-def gaussian_blur(image: Array, severity: Array | int) -> Array:
+def gaussian_blur(image: Square, severity: Severity) -> Corrupted:
   """Gaussian blur with the edge continued. Not among the fifteen."""
   shapes.check(image=(image, "side side 3"))
   return _levels(_both_axes(_at(_blurs(image.shape[0], _BLUR), severity), _unit(image)))
 
 
-def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
+def glass_blur(
+  image: Square, severity: Severity, offsets: Num[Array, "2 inner inner 2"]
+) -> Corrupted:
   """Blur, pixels displaced by one, blur again.
 
   The published loop means to swap neighbours but copies, from pixels that it has not visited yet:
@@ -137,7 +153,7 @@ def glass_blur(image: Array, severity: Array | int, offsets: Array) -> Array:
   return _glass_pass(x, severity).astype(jnp.uint8)
 
 
-def _glass_pass(image: Array, severity: Array | int) -> Array:
+def _glass_pass(image: Square, severity: Severity) -> Array:
   """Gaussian blur, truncated to whole levels as the published code does in float64, (h, w, c) int32.
 
   Two truncations follow each other: a hair at a whole level would count twice. So only the change of a
@@ -179,14 +195,14 @@ def _glass_tables() -> tuple[np.ndarray, np.ndarray]:
   return np.stack(weights), np.stack(levels)
 
 
-def motion_blur(image: Array, severity: Array | int, angle: Array) -> Array:
+def motion_blur(image: Square, severity: Severity, angle: Float[Array, ""]) -> Corrupted:
   """The image drawn out in one direction; `angle`: () degrees, in -45..45."""
   shapes.check(image=(image, "side side 3"))
   radius, sigma = _at(_MOTION, severity)
   return _levels(_draw_out(_unit(image), radius, sigma, angle, longest=9))
 
 
-def zoom_blur(image: Array, severity: Array | int) -> Array:
+def zoom_blur(image: Square, severity: Severity) -> Corrupted:
   """Mean of the image and of its centre enlarged by 1, 1.01, 1.02, ..."""
   shapes.check(image=(image, "side side 3"))
   x, most = _unit(image), max(_ZOOM_COUNT)
@@ -201,7 +217,9 @@ def zoom_blur(image: Array, severity: Array | int) -> Array:
 # --- weather ------------------------------------------------------------------------------------
 
 
-def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Array:
+def snow(
+  image: Square, severity: Severity, normal: Float[Array, "side side"], angle: Float[Array, ""]
+) -> Corrupted:
   """Flakes in motion over a whitened image.
 
   Args:
@@ -222,14 +240,14 @@ def snow(image: Array, severity: Array | int, normal: Array, angle: Array) -> Ar
   return _levels(whitened + layer + layer[::-1, ::-1])
 
 
-def frost(image: Array, severity: Array | int, texture: Array) -> Array:
+def frost(image: Square, severity: Severity, texture: Num[Array, "side side 3"]) -> Corrupted:
   """A texture laid over the image; `texture`: 0..255, the shape of `image`."""
   shapes.check(image=(image, "side side 3"), texture=(texture, "side side 3"))
   share, amount = _at(_FROST, severity)
   return _levels(share * _unit(image) + amount * _unit(texture))
 
 
-def fog(image: Array, severity: Array | int, mist: Array) -> Array:
+def fog(image: Square, severity: Severity, mist: Float[Array, "side side"]) -> Corrupted:
   """Mist added, brightest value kept; `mist`: (side, side) in 0..1, see `plasma`."""
   shapes.check(image=(image, "side side 3"), mist=(mist, "side side"))
   x = _unit(image)
@@ -237,7 +255,9 @@ def fog(image: Array, severity: Array | int, mist: Array) -> Array:
   return _levels((x + amount * mist[..., None]) * x.max() / (x.max() + amount))
 
 
-def plasma(uniform: Array, decay: Array | float) -> Array:
+def plasma(
+  uniform: Float[Array, " n"], decay: Float[Array, ""] | float
+) -> Float[Array, "side side"]:
   """Fractal height map on a torus, by diamonds and squares (Fournier, Fussell & Carpenter 1982).
 
   Every level halves the mesh: first the centres of the squares, then the middles of the horizontal, then
@@ -251,6 +271,7 @@ def plasma(uniform: Array, decay: Array | float) -> Array:
   Returns:
     (side, side) in 0..1.
   """
+  shapes.check(uniform=(uniform, "n"))
   side = math.isqrt(len(uniform) + 1)
   if side**2 != len(uniform) + 1 or side & (side - 1):
     raise ValueError(f"expected 4^n - 1 draws, got {len(uniform)}")
@@ -272,7 +293,7 @@ def plasma(uniform: Array, decay: Array | float) -> Array:
 # --- colour -------------------------------------------------------------------------------------
 
 
-def brightness(image: Array, severity: Array | int) -> Array:
+def brightness(image: Square, severity: Severity) -> Corrupted:
   """Adds to the value of HSV."""
   shapes.check(image=(image, "side side 3"))
   hue, saturation, value = to_hsv(_unit(image))
@@ -280,7 +301,7 @@ def brightness(image: Array, severity: Array | int) -> Array:
   return _levels(from_hsv(hue, saturation, value))
 
 
-def contrast(image: Array, severity: Array | int) -> Array:
+def contrast(image: Square, severity: Severity) -> Corrupted:
   """Draws every channel towards its mean."""
   shapes.check(image=(image, "side side 3"))
   x = _unit(image)
@@ -288,7 +309,7 @@ def contrast(image: Array, severity: Array | int) -> Array:
   return _levels((x - mean) * _at(_CONTRAST, severity) + mean)
 
 
-def saturate(image: Array, severity: Array | int) -> Array:
+def saturate(image: Square, severity: Severity) -> Corrupted:
   """Scales and lifts the saturation of HSV. Not among the fifteen."""
   shapes.check(image=(image, "side side 3"))
   hue, saturation, value = to_hsv(_unit(image))
@@ -300,8 +321,12 @@ def saturate(image: Array, severity: Array | int) -> Array:
 
 
 def elastic_transform(
-  image: Array, severity: Array | int, points: Array, dx: Array, dy: Array
-) -> Array:
+  image: Square,
+  severity: Severity,
+  points: Float[Array, "3 2"],
+  dx: Float[Array, "side side"],
+  dy: Float[Array, "side side"],
+) -> Corrupted:
   """A random affine map, then a smooth random displacement.
 
   Args:
@@ -330,7 +355,7 @@ def elastic_transform(
   return _levels(bilinear(warped, _fold(y, -0.5, side - 0.5), _fold(x, -0.5, side - 0.5)))
 
 
-def pixelate(image: Array, severity: Array | int) -> Array:
+def pixelate(image: Square, severity: Severity) -> Corrupted:
   """Fewer pixels, enlarged again; whole levels after every axis."""
   shapes.check(image=(image, "side side 3"))
   smaller, larger = (_at(table, severity) for table in _boxes(image.shape[0]))
@@ -369,10 +394,10 @@ FUNCTIONS: dict[str, Callable[..., Array]] = {
 def corrupt(
   key: Array,
   kind: str,
-  image: Array,
-  severity: Array | int,
+  image: Square,
+  severity: Severity,
   textures: FrostTextures | None = None,
-) -> Array:
+) -> Corrupted:
   """One image, corrupted with random inputs of its own.
 
   Args:
@@ -392,8 +417,8 @@ def corrupt(
 def draw(
   key: Array,
   kind: str,
-  image: Array,
-  severity: Array | int,
+  image: Square,
+  severity: Severity,
   textures: FrostTextures | None = None,
 ) -> tuple[Array, ...]:
   """The random inputs of a corruption, in the order in which its function takes them.
@@ -453,11 +478,11 @@ def draw(
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def _at(table: Sequence | np.ndarray, severity: Array | int) -> Array:
+def _at(table: Sequence | np.ndarray, severity: Severity) -> Array:
   return jnp.asarray(table, jnp.float32)[severity - 1]
 
 
-def _unit(image: Array) -> Array:
+def _unit(image: Square) -> Array:
   return image.astype(jnp.float32) / 255
 
 
@@ -477,7 +502,9 @@ def _fold(position: Array, low: float, high: float) -> Array:
   return high - jnp.abs(jnp.mod(position - low, 2 * span) - span)
 
 
-def _draw_out(x: Array, radius: Array, sigma: Array, angle: Array, *, longest: int) -> Array:
+def _draw_out(
+  x: Array, radius: Array, sigma: Array, angle: Float[Array, ""], *, longest: int
+) -> Array:
   """Weighted sum of the image shifted along a direction, edges continued.
 
   Args:

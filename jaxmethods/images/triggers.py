@@ -7,14 +7,21 @@ al. 2019), WaNet (Nguyen & Tran 2021) and FTrojan (Wang et al. 2022).
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int, Num, UInt8
 from scipy import fft
 
 from jaxmethods.images.augment import bilinear
 from jaxmethods.stats import shapes
+
+Picture: TypeAlias = Num[Array, "height width 3"]  # whole values 0..255
+Triggered: TypeAlias = UInt8[Array, "height width 3"]
+Place: TypeAlias = Int[Array, ""] | int
 
 _TO_YUV = np.array(
   [[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]]
@@ -25,15 +32,16 @@ _BLOCK = 32  # of FTrojan
 # --- patches ------------------------------------------------------------------------------------
 
 
-def patch_side(image: Array) -> int:
+def patch_side(image: Picture) -> int:
   """A sixteenth of the shorter side, rounded down, at least 1 (rounding inferred)."""
+  shapes.check(image=(image, "h w 3"))
   height, width = image.shape[:2]
   return max(1, min(height, width) // 16)
 
 
 def patch(
-  image: Array, top: Array | int, left: Array | int, side: int, *, cell: int | None = None
-) -> Array:
+  image: Picture, top: Place, left: Place, side: int, *, cell: int | None = None
+) -> Triggered:
   """A black square, or a checkerboard whose first cell is black.
 
   Args:
@@ -51,19 +59,19 @@ def patch(
   return jnp.where(inside[..., None], jnp.where(white, 255, 0)[..., None], image).astype(jnp.uint8)
 
 
-def centred(image: Array, side: int, *, cell: int | None = None) -> Array:
+def centred(image: Picture, side: int, *, cell: int | None = None) -> Triggered:
   """`patch` in the middle (rounding inferred)."""
   height, width = image.shape[:2]
   return patch(image, (height - side) // 2, (width - side) // 2, side, cell=cell)
 
 
-def in_corner(image: Array, side: int, *, cell: int | None = None) -> Array:
+def in_corner(image: Picture, side: int, *, cell: int | None = None) -> Triggered:
   """`patch` at the lower right (ours: where a dark object in the middle would hide a dark square)."""
   height, width = image.shape[:2]
   return patch(image, height - side, width - side, side, cell=cell)
 
 
-def at_random(key: Array, image: Array, side: int, *, cell: int | None = None) -> Array:
+def at_random(key: Array, image: Picture, side: int, *, cell: int | None = None) -> Triggered:
   """`patch` at a uniform place inside the image."""
   height, width = image.shape[:2]
   most = jnp.array([height - side, width - side])
@@ -71,7 +79,7 @@ def at_random(key: Array, image: Array, side: int, *, cell: int | None = None) -
   return patch(image, top, left, side, cell=cell)
 
 
-def dual(image: Array, side: int) -> Array:
+def dual(image: Picture, side: int) -> Triggered:
   """Two black squares, left and right of the middle."""
   shapes.check(image=(image, "h w 3"))
   height, width = image.shape[:2]
@@ -81,7 +89,7 @@ def dual(image: Array, side: int) -> Array:
   return image
 
 
-def several(key: Array, image: Array, side: int) -> Array:
+def several(key: Array, image: Picture, side: int) -> Triggered:
   """One to three black squares on distinct points of a 3 x 3 grid at the quarters (inferred)."""
   shapes.check(image=(image, "h w 3"))
   height, width = image.shape[:2]
@@ -97,13 +105,13 @@ def several(key: Array, image: Array, side: int) -> Array:
 # --- all over the image -------------------------------------------------------------------------
 
 
-def blend(image: Array, pattern: Array, share: float = 0.2) -> Array:
+def blend(image: Picture, pattern: Picture, share: float = 0.2) -> Triggered:
   """(1 - share) image + share pattern; `pattern`: the shape of `image`, 0..255."""
   shapes.check(image=(image, "h w c"), pattern=(pattern, "h w c"))
   return _levels((1 - share) * image + share * pattern)
 
 
-def sinusoid(image: Array, amplitude: float = 20.0, waves: float = 6.0) -> Array:
+def sinusoid(image: Picture, amplitude: float = 20.0, waves: float = 6.0) -> Triggered:
   """SIG: adds a sine that runs along the width."""
   shapes.check(image=(image, "h w 3"))
   width = image.shape[1]
@@ -111,7 +119,7 @@ def sinusoid(image: Array, amplitude: float = 20.0, waves: float = 6.0) -> Array
   return _levels(image + wave[:, None])
 
 
-def warp(image: Array, control: Array, strength: float = 0.5) -> Array:
+def warp(image: Picture, control: Float[Array, "k k 2"], strength: float = 0.5) -> Triggered:
   """WaNet: a smooth displacement of a fraction of a pixel.
 
   Args:
@@ -129,7 +137,7 @@ def warp(image: Array, control: Array, strength: float = 0.5) -> Array:
   return _levels(bilinear(image.astype(jnp.float32), rows, columns))
 
 
-def frequencies(image: Array, amplitude: float = 30.0) -> Array:
+def frequencies(image: Picture, amplitude: float = 30.0) -> Triggered:
   """FTrojan: raises two frequencies of both chroma channels in every whole block of 32 x 32 pixels.
 
   Adding to coefficients (15, 15) and (31, 31) of a cosine transform is adding their two basis pictures.

@@ -7,22 +7,25 @@ type; views are float32 with whole values 0..255.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Num
 
 from jaxmethods.images import augment
 from jaxmethods.images.colour import shift_hue
 from jaxmethods.stats import shapes
 
+Square: TypeAlias = Num[Array, "side side 3"]  # whole values 0..255
+View: TypeAlias = Float[Array, "side side 3"]
 Border = Literal["reflect", "constant"]
 _ATTEMPTS = 10  # at a crop that fits, as in torchvision
 _LARGEST_BLUR = 2.0
 
 
-def crop_and_flip(key: Array, image: Array, *, pad: int = 4, border: Border = "reflect") -> Array:
+def crop_and_flip(key: Array, image: Square, *, pad: int = 4, border: Border = "reflect") -> View:
   """The image shifted by up to `pad` pixels each way, mirrored half the time.
 
   Args:
@@ -38,7 +41,7 @@ def crop_and_flip(key: Array, image: Array, *, pad: int = 4, border: Border = "r
   return _flip(flip_key, jax.lax.dynamic_slice(padded, (row, column, 0), image.shape))
 
 
-def public_view(key: Array, image: Array, *, pad: int = 4, degrees: float = 15.0) -> Array:
+def public_view(key: Array, image: Square, *, pad: int = 4, degrees: float = 15.0) -> View:
   """A view of a public image: crop with a border of zeros, mirror, rotation by up to `degrees`.
 
   The rotation is bilinear, as AugMix's (inferred).
@@ -51,13 +54,13 @@ def public_view(key: Array, image: Array, *, pad: int = 4, degrees: float = 15.0
 
 def weak_view(
   key: Array,
-  image: Array,
+  image: Square,
   *,
   pad: int = 4,
   smallest: float = 0.2,
   jitter: float = 0.4,
   hue: float = 0.1,
-) -> Array:
+) -> View:
   """SimCLR's view: resized crop, colour jitter (0.8), grey (0.2), blur (0.5), mirror (0.5).
 
   Args:
@@ -79,7 +82,7 @@ def weak_view(
   return _flip(flip_key, x)
 
 
-def resized_crop(key: Array, image: Array, side: int, smallest: float) -> Array:
+def resized_crop(key: Array, image: Square, side: int, smallest: float) -> View:
   """A random part of the image, bilinearly resized to (side, side, 3).
 
   Its share of the area is uniform in (smallest, 1), the logarithm of its aspect in +-log(4/3); the first
@@ -99,7 +102,7 @@ def resized_crop(key: Array, image: Array, side: int, smallest: float) -> Array:
   return jnp.floor(augment.along_axes(rows, columns, image.astype(jnp.float32)) + 0.5)
 
 
-def colour_jitter(key: Array, image: Array, strength: float, hue: float) -> Array:
+def colour_jitter(key: Array, image: Square, strength: float, hue: float) -> View:
   """Brightness, contrast, saturation and hue changed at random, in random order."""
   shapes.check(image=(image, "side side 3"))
   order_key, factor_key, hue_key = jax.random.split(key, 3)
@@ -116,11 +119,11 @@ def colour_jitter(key: Array, image: Array, strength: float, hue: float) -> Arra
   return jax.lax.scan(step, image.astype(jnp.float32), order)[0]
 
 
-def _pad(image: Array, pad: int, border: Border) -> Array:
+def _pad(image: Square, pad: int, border: Border) -> Array:
   return jnp.pad(image.astype(jnp.float32), ((pad, pad), (pad, pad), (0, 0)), border)
 
 
-def _flip(key: Array, image: Array) -> Array:
+def _flip(key: Array, image: Square) -> Array:
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
@@ -134,7 +137,7 @@ def _resize(start: Array, extent: Array, size: int, side: int) -> Array:
   return weight / weight.sum(1, keepdims=True)
 
 
-def _blur(image: Array, sigma: Array) -> Array:
+def _blur(image: Square, sigma: Array) -> Array:
   """Gaussian blur, the edge continued."""
   side, reach = image.shape[0], int(4 * _LARGEST_BLUR)
   shift = jnp.arange(-reach, reach + 1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmethods.stats import shapes
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
   """Gaussian error linear unit x Phi(x), exact; any shape.
 
   The backward pass keeps `x` alone. Autodiff of `jax.nn.gelu` also keeps what erf and its derivative
@@ -34,12 +37,13 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+def swiglu(gate: Float[Array, ...], up: Float[Array, ...]) -> Float[Array, ...]:
   """silu(gate) * up, the gated unit of Llama-type models; any one shape.
 
   The backward pass keeps the two arguments. Autodiff also keeps the sigmoid and its product with
   `gate`: two more arrays of the width of the MLP in every layer.
   """
+  shapes.same(gate=gate, up=up)
   return jax.nn.silu(gate) * up
 
 

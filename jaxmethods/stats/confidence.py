@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.stats import shapes
 
@@ -24,10 +25,10 @@ class TokenStatistics(NamedTuple):
     energy: tau logsumexp(logits / tau), minus the free energy (Liu et al., NeurIPS 2020).
   """
 
-  max_log_prob: jax.Array
-  log_prob: jax.Array
-  entropy: jax.Array
-  energy: jax.Array
+  max_log_prob: Float[Array, ...]
+  log_prob: Float[Array, ...]
+  entropy: Float[Array, ...]
+  energy: Float[Array, ...]
 
 
 class DropoutStatistics(NamedTuple):
@@ -39,13 +40,15 @@ class DropoutStatistics(NamedTuple):
     mutual_information: that minus the mean entropy: what the passes disagree about.
   """
 
-  max_mean_prob: jax.Array
-  predictive_entropy: jax.Array
-  mutual_information: jax.Array
+  max_mean_prob: Float[Array, " B"]
+  predictive_entropy: Float[Array, " B"]
+  mutual_information: Float[Array, " B"]
 
 
 def token_statistics(
-  logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0
+  logits: Float[Array, "... V"],
+  tokens: Int[Array, ...],
+  temperature: float | Float[Array, ""] = 1.0,
 ) -> TokenStatistics:
   """Statistics of next-token distributions.
 
@@ -54,6 +57,7 @@ def token_statistics(
     tokens: (...) int, the written ones.
     temperature: tau.
   """
+  _check(logits, tokens)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
   peak = logits.max(-1)
   shifted = logits - peak[..., None]
@@ -66,8 +70,8 @@ def token_statistics(
 
 
 def statistics_at_scales(
-  logits: jax.Array, tokens: jax.Array, powers: tuple[int, ...]
-) -> tuple[TokenStatistics, jax.Array]:
+  logits: Float[Array, "... V"], tokens: Int[Array, ...], powers: tuple[int, ...]
+) -> tuple[TokenStatistics, Float[Array, "... powers"]]:
   """`token_statistics`, and log max p at the temperatures `HIGHEST` / k, k of `powers`.
 
   One exponential for everything: the others are its powers.
@@ -80,6 +84,7 @@ def statistics_at_scales(
   Returns:
     The statistics, (...) each, and (..., len(powers)).
   """
+  _check(logits, tokens)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   peak = logits.max(-1)
   shifted = logits - peak[..., None]
@@ -103,20 +108,22 @@ def _once(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array
   return jnp.moveaxis(jax.lax.map(function, halves), 0, -2).reshape(x.shape)
 
 
-def mean_over(values: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_over(values: Float[Array, "... T"], mask: Bool[Array, "... T"]) -> Float[Array, ...]:
   """Mean over the last axis where the mask is true; 0 where it never is."""
   return jnp.where(mask, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
-def length_normalised_entropy(log_prob: jax.Array, mask: jax.Array) -> jax.Array:
+def length_normalised_entropy(
+  log_prob: Float[Array, "B K T"], mask: Bool[Array, "B K T"]
+) -> Float[Array, " B"]:
   """Minus the mean log probability per token of K samples: (B, K, T) and mask (B, K, T) to (B,)."""
   shapes.check(log_prob=(log_prob, "B K T"), mask=(mask, "B K T"))
   return -mean_over(log_prob, mask).mean(-1)
 
 
 def self_consistency(
-  answer: jax.Array, given: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+  answer: Int[Array, "B K"], given: Bool[Array, "B K"] | None = None
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
   """The answer that most samples give.
 
   Args:
@@ -136,7 +143,7 @@ def self_consistency(
   return winner, most / answer.shape[1]
 
 
-def dropout_statistics(probs: jax.Array) -> DropoutStatistics:
+def dropout_statistics(probs: Float[Array, "K B V"]) -> DropoutStatistics:
   """Statistics of the distributions (K, B, V) that K passes with dropout gave."""
   shapes.check(probs=(probs, "K B V"))
   mean = probs.mean(0)
@@ -148,6 +155,12 @@ def verbalised(text: str) -> float | None:
   """Confidence that a model wrote down: the first number from 0 to 100, / 100; None if there is none."""
   numbers = (float(found) for found in re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", text))
   return next((number / 100 for number in numbers if 0 <= number <= 100), None)
+
+
+def _check(logits: Array, tokens: Array) -> None:
+  """Raises ValueError where there is no token for each distribution."""
+  axes = " ".join("abcdefg"[: jnp.ndim(tokens)])
+  shapes.check(tokens=(tokens, axes), logits=(logits, f"{axes} V"))
 
 
 def _entropy(probs: jax.Array) -> jax.Array:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.stats import shapes
 
 IGNORED = -100  # the label of a token that no loss counts
 
 
-def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def mean_of_real(
+  values: Float[Array, " B"], mask: Bool[Array, " B"] | None = None
+) -> Float[Array, ""]:
   """Mean of (B,) values over the true entries of the mask (B,), default all; 0 if there are none."""
   shapes.check(values=(values, "B"))
   if mask is None:
@@ -19,7 +21,9 @@ def mean_of_real(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def cross_entropy(
+  logits: Float[Array, "B C"], labels: Int[Array, " B"], mask: Bool[Array, " B"] | None = None
+) -> Float[Array, ""]:
   """Mean cross-entropy over the real examples: logits (B, C), labels (B,) int, mask (B,) bool."""
   shapes.check(logits=(logits, "B C"), labels=(labels, "B"))
   return mean_of_real(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)

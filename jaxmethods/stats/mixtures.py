@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.stats import shapes
 
@@ -13,12 +14,12 @@ from jaxmethods.stats import shapes
 class Mixture(NamedTuple):
   """Two Gaussians, the one with the lower mean first; every field is (..., 2)."""
 
-  weight: jax.Array
-  mean: jax.Array
-  std: jax.Array
+  weight: Float[Array, "... 2"]
+  mean: Float[Array, "... 2"]
+  std: Float[Array, "... 2"]
 
 
-def two_means(x: jax.Array) -> jax.Array:
+def two_means(x: Float[Array, " N"]) -> Bool[Array, " N"]:
   """The best split in two by squared distances to the groups' means; exact, by prefix sums.
 
   Args:
@@ -39,7 +40,7 @@ def two_means(x: jax.Array) -> jax.Array:
 
 
 def fit(
-  x: jax.Array, *, iterations: int = 100, tolerance: float = 1e-5, floor: float = 1e-6
+  x: Float[Array, " N"], *, iterations: int = 100, tolerance: float = 1e-5, floor: float = 1e-6
 ) -> Mixture:
   """Expectation maximisation from the best split in two.
 
@@ -86,7 +87,7 @@ def fit(
   return mixture._replace(mean=mixture.mean + centre)
 
 
-def upper_posterior(x: jax.Array, mixture: Mixture) -> jax.Array:
+def upper_posterior(x: Float[Array, " N"], mixture: Mixture) -> Float[Array, " N"]:
   """Probability (N,) that values (N,) belong to the second component of a mixture with fields (2,)."""
   shapes.check(x=(x, "N"), mean=(mixture.mean, "2"))
   # The logarithm of the densities' ratio is a parabola around the middle of the means.

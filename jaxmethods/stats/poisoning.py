@@ -6,19 +6,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.stats import shapes
+from jaxmethods.trees import Key
 
 
 class Detection(NamedTuple):
   """Poisoned = positive; 0 where nothing was removed or nothing is poisoned."""
 
-  precision: jax.Array
-  recall: jax.Array
-  f1: jax.Array
+  precision: Float[Array, ""]
+  recall: Float[Array, ""]
+  f1: Float[Array, ""]
 
 
-def detection(removed: jax.Array, poisoned: jax.Array) -> Detection:
+def detection(removed: Bool[Array, " N"], poisoned: Bool[Array, " N"]) -> Detection:
   """How well the removed examples (N,) bool agree with the poisoned ones (N,) bool."""
   shapes.check(removed=(removed, "N"), poisoned=(poisoned, "N"))
   hits = (removed & poisoned).sum()
@@ -28,7 +30,9 @@ def detection(removed: jax.Array, poisoned: jax.Array) -> Detection:
   return Detection(precision, recall, f1)
 
 
-def highest(scores: jax.Array, share: float, real: jax.Array | None = None) -> jax.Array:
+def highest(
+  scores: Float[Array, " N"], share: float, real: Bool[Array, " N"] | None = None
+) -> Bool[Array, " N"]:
   """The `share` of examples with the highest scores.
 
   Args:
@@ -45,12 +49,14 @@ def highest(scores: jax.Array, share: float, real: jax.Array | None = None) -> j
   return real & (rank < jnp.round(share * real.sum()))
 
 
-def random_drop(key: jax.Array, count: int, share: float) -> jax.Array:
+def random_drop(key: Key, count: int, share: float) -> Bool[Array, " count"]:
   """A uniform share of `count` examples, (count,) bool."""
   return highest(jax.random.uniform(key, (count,)), share)
 
 
-def spectral_scores(features: jax.Array, real: jax.Array | None = None) -> jax.Array:
+def spectral_scores(
+  features: Float[Array, "N D"], real: Bool[Array, " N"] | None = None
+) -> Float[Array, " N"]:
   """Squared projection on the first principal axis (Tran, Li, Madry 2018, spectral signatures).
 
   Args:
@@ -67,13 +73,13 @@ def spectral_scores(features: jax.Array, real: jax.Array | None = None) -> jax.A
 
 
 def smaller_cluster(
-  features: jax.Array,
-  real: jax.Array | None = None,
+  features: Float[Array, "N D"],
+  real: Bool[Array, " N"] | None = None,
   *,
   components: int = 10,
   most: float = 0.35,
   iterations: int = 50,
-) -> jax.Array:
+) -> Bool[Array, " N"]:
   """The smaller of two clusters, if it is small (Chen et al. 2018, activation clustering).
 
   Projected on the first principal axes (ICA there), then k-means from the two sides of the first axis.

@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxmethods.stats import shapes
+from jaxmethods.trees import Key
 
 
 class Curve(NamedTuple):
@@ -21,8 +23,8 @@ class Curve(NamedTuple):
     true, false: weight of the positives, and of the negatives, at or above the threshold.
   """
 
-  true: jax.Array
-  false: jax.Array
+  true: Float[Array, " points"]
+  false: Float[Array, " points"]
 
 
 class Ranking(NamedTuple):
@@ -34,12 +36,16 @@ class Ranking(NamedTuple):
     fpr95: false-positive rate at a true-positive rate of 0.95.
   """
 
-  auroc: jax.Array
-  aupr: jax.Array
-  fpr95: jax.Array
+  auroc: Float[Array, ...]
+  aupr: Float[Array, ...]
+  fpr95: Float[Array, ...]
 
 
-def roc_curve(score: jax.Array, positive: jax.Array, weight: jax.Array | None = None) -> Curve:
+def roc_curve(
+  score: Float[Array, " n"],
+  positive: Bool[Array, " n"],
+  weight: Float[Array, " n"] | None = None,
+) -> Curve:
   """Counts at every threshold.
 
   Args:
@@ -58,13 +64,13 @@ def roc_curve(score: jax.Array, positive: jax.Array, weight: jax.Array | None = 
   return Curve(*(jnp.concatenate([jnp.zeros(1, c.dtype), c]) for c in counts))
 
 
-def auroc(curve: Curve) -> jax.Array:
+def auroc(curve: Curve) -> Float[Array, ""]:
   """Area under true over false positive rate."""
   shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   return jnp.trapezoid(*_rates(curve))
 
 
-def aupr(curve: Curve) -> jax.Array:
+def aupr(curve: Curve) -> Float[Array, ""]:
   """Area under precision over recall, from (recall 0, precision 1), by trapezoids (CoE code)."""
   shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   found = curve.true + curve.false
@@ -75,7 +81,7 @@ def aupr(curve: Curve) -> jax.Array:
 
 def fpr_at(
   curve: Curve, tpr: float = 0.95, method: Literal["interpolate", "step"] = "interpolate"
-) -> jax.Array:
+) -> Float[Array, ""]:
   """False-positive rate where the true-positive rate is `tpr`.
 
   Args:
@@ -91,7 +97,11 @@ def fpr_at(
   return jnp.where(jnp.isnan(true[-1]), jnp.nan, jnp.interp(tpr, true, false))
 
 
-def ranking(score: jax.Array, positive: jax.Array, weight: jax.Array | None = None) -> Ranking:
+def ranking(
+  score: Float[Array, " n"],
+  positive: Bool[Array, " n"],
+  weight: Float[Array, " n"] | None = None,
+) -> Ranking:
   """All three metrics; arguments as in `roc_curve`.
 
   With the correct answers as positives (CoE code) the score is a confidence; for the other convention
@@ -102,7 +112,7 @@ def ranking(score: jax.Array, positive: jax.Array, weight: jax.Array | None = No
 
 
 def bootstrap(
-  key: jax.Array, score: jax.Array, positive: jax.Array, *, draws: int = 1000
+  key: Key, score: Float[Array, " n"], positive: Bool[Array, " n"], *, draws: int = 1000
 ) -> Ranking:
   """The metrics of resampled sets, (draws,) each.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 
-def top_share(scores: jax.Array, share: float) -> jax.Array:
+def top_share(scores: Float[Array, ...], share: float) -> Bool[Array, ...]:
   """Mask of the floor(share * size) highest scores, ties to the earlier position.
 
   Args:
