@@ -44,10 +44,11 @@ def assert_trained_and_evaluated(cli, method: str, row: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", experiments.METHODS)
-def test_every_row(cli, method):
-  for row in commands(method):
-    assert_trained_and_evaluated(cli, method, row)
+@pytest.mark.parametrize(
+  ("method", "row"), [(method, row) for method in experiments.METHODS for row in commands(method)]
+)
+def test_every_row(cli, method, row):
+  assert_trained_and_evaluated(cli, method, row)
 
 
 @pytest.mark.parametrize("method", experiments.METHODS)
