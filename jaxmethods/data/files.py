@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import importlib.metadata
@@ -29,6 +30,40 @@ def local_path(name: str) -> Path:
   path = folders.expanded(name)
   inside = data_dir() / path
   return inside if not path.exists() and inside.exists() else path
+
+
+def digest(*paths: Path) -> str:
+  """Returns one sha256 of files; that of each is remembered while its size and time stay.
+
+  Args:
+    *paths: files, and folders, of which every file counts that is not hidden.
+
+  Raises:
+    InputError: a file cannot be read.
+  """
+  whole = hashlib.sha256()
+  for path in paths:
+    try:
+      files = (
+        sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+      )
+      for file in files:
+        name = file.relative_to(path)
+        if not any(part.startswith(".") for part in name.parts):
+          seen = file.stat()
+          contents = _digest(file, seen.st_size, seen.st_mtime_ns)
+          whole.update(f"{name} {contents}\n".encode(errors="surrogateescape"))
+    except OSError as error:
+      raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+  return whole.hexdigest()
+
+
+@functools.cache
+def _digest(file: Path, size: int, time: int) -> str:
+  """Digest of a file that had this size at this time."""
+  del size, time
+  with file.open("rb") as stream:  # some are of gigabytes: not as one bytes object
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def wheel_file(package: str, path: str, sha256: str, extra: str = "data") -> tuple[bytes, str]:

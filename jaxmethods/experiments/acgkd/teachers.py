@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxmethods import folders
-from jaxmethods.data import gfkd, records, sources
+from jaxmethods.data import files, gfkd, records, sources
 from jaxmethods.data.array_cache import cached
 from jaxmethods.data.records import GraphData
 from jaxmethods.errors import InputError
@@ -72,13 +73,16 @@ def load(settings: TeacherSettings) -> Material:
   data, train, test = _graphs(settings)
   if empty := np.flatnonzero(np.asarray(data.graphs.n_node) == 0).tolist():
     raise InputError(f"{data.source.name}: graph {empty[0]} has no nodes")
+  named = settings.teacher
   if settings.teacher == "trained":
     encoder, teacher = _trained(settings, data, train)
   else:
-    encoder, teacher = _read(settings, data)
+    file = _file_of(settings)
+    encoder, teacher = _read(file, data)
+    named = records.sealed(settings.teacher, files.digest(file))
   about = (
     f"{records.describe([data])}; {len(train)} train the teacher, {len(test)} test; teacher "
-    f"{settings.teacher} {encoder.kind.upper()}-{encoder.layers}-{encoder.width}"
+    f"{named} {encoder.kind.upper()}-{encoder.layers}-{encoder.width}"
   )
   if not encoder.batch_norm:
     about += " without batch normalisation: that term of the generation is dropped"
@@ -147,7 +151,7 @@ def _graphs(settings: TeacherSettings) -> tuple[GraphData, np.ndarray, np.ndarra
   """Loads the real graphs and their split."""
   if settings.data == gfkd.NAME:
     published = gfkd.load()
-    return published.data, published.train, published.test
+    return records.signed(published.data), published.train, published.test
   found = sources.load_graphs(settings.data, max_degree=settings.max_degree or None)
   if len(found) != 1:
     raise InputError(f"data: {settings.data}: expected one set of graphs, got {len(found)}")
@@ -155,17 +159,20 @@ def _graphs(settings: TeacherSettings) -> tuple[GraphData, np.ndarray, np.ndarra
   return data, *split(len(data.labels), settings.train_share, settings.split_seed)
 
 
-def _read(settings: TeacherSettings, data: GraphData) -> tuple[GraphEncoder, Classifier]:
-  """Reads a teacher under the published names, and checks that it fits the data."""
+def _file_of(settings: TeacherSettings) -> Path:
+  """Finds the file of a teacher."""
   if settings.teacher != "published":
-    path = folders.expanded(settings.teacher.removeprefix("npz:"))
-  elif settings.data == gfkd.NAME:
-    path = gfkd.archive_path()
-  else:
-    raise InputError(
-      f"teacher: the published one belongs to --data {gfkd.NAME}, got {settings.data}; "
-      "--teacher trained trains one"
-    )
+    return folders.expanded(settings.teacher.removeprefix("npz:"))
+  if settings.data == gfkd.NAME:
+    return gfkd.archive_path()
+  raise InputError(
+    f"teacher: the published one belongs to --data {gfkd.NAME}, got {settings.data}; "
+    "--teacher trained trains one"
+  )
+
+
+def _read(path: Path, data: GraphData) -> tuple[GraphEncoder, Classifier]:
+  """Reads a teacher under the published names, and checks that it fits the data."""
   try:
     encoder, teacher = from_published(gfkd.teacher_weights(path))
   except ValueError as error:

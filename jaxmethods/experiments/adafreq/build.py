@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmethods.data import vision_sources
+from jaxmethods.data.model_sources import open_model
+from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.adafreq import data as data_lib
 from jaxmethods.experiments.adafreq import networks, pages, training
@@ -67,7 +69,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     test=_test(data.test, test),
     figures=functools.partial(pages.figures, show),
     num_steps=config.steps,
-    about=data.about,
+    about=data.about + _weights(config),
     files=functools.partial(pages.files, show),
   )
 
@@ -119,6 +121,14 @@ def _objective(config: Config) -> Objective:
     weights, config.reduce, 1 if config.loss == "code" else 0,
     None if config.view == "none" else config.select, config.share,
   )  # fmt: skip
+
+
+def _weights(config: Config) -> str:
+  """Names the given weights for reports."""
+  if not config.weights:
+    return ""
+  source = open_model(config.weights).source
+  return f"; weights: {sealed(source.name, source.digest)}"
 
 
 def vit_of(config: Config, shape: tuple[int, ...]) -> tuple[ViT, Params | None]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from jaxmethods.data import problems as problem_sources
 from jaxmethods.data.model_sources import LoadedLM, load_causal_lm
 from jaxmethods.data.problems import Problem
-from jaxmethods.data.records import Source
+from jaxmethods.data.records import Source, sealed
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.cot_kinetics import evidence, figures, report
 from jaxmethods.experiments.cot_kinetics.config import Config, Passes, Trial, passes, trial
@@ -87,7 +87,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   answered = answer(writer, problems, asking, functools.partial(print, flush=True))
   compared = trial(config)._replace(calibration=calibration)
   reader = Reader(loaded.model, passes(config), config.problem_seed)
-  about = _about(answered, origin, calibration, loaded.files.source.origin, config.model)
+  about = _about(answered, origin, calibration, loaded.files.source)
   results = Results(compared, answered, config.model, about)
   batch = functools.partial(make_batch, writer.params, answered, config.max_new_tokens, batch_size)
   count = -(-len(problems) // batch_size)
@@ -126,14 +126,15 @@ def _readable(loaded: LoadedLM, name: str) -> LoadedLM:
   return loaded
 
 
-def _about(answered: Answered, origin: Source, calibration: int, files: str, model: str) -> str:
+def _about(answered: Answered, origin: Source, calibration: int, model: Source) -> str:
   """The line about data and model for reports."""
   known = answered.problems[0].answer is not None
+  kind = "yours" if origin.own else "real" if origin.real else "generated"
+  problems = sealed(origin.name, origin.digest, f"{len(answered.problems)} problems")
   return (
-    f"{len(answered.problems)} problems ({origin.name}, {'real' if origin.real else 'generated'}, from "
-    f"{origin.origin}), the first {calibration} for calibration"
+    f"{problems}, {kind}, from {origin.origin}, the first {calibration} for calibration"
     f"{'' if known else ', without known answers: nothing can be judged'}; answered greedily by "
-    f"{model} (from {files}); CoT-Kinetics is our reconstruction"
+    f"{sealed(model.name, model.digest)} from {model.origin}; CoT-Kinetics is our reconstruction"
   )
 
 

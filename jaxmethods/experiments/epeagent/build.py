@@ -14,9 +14,12 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from jaxmethods import folders
+from jaxmethods.data.files import digest, local_path
+from jaxmethods.data.model_sources import open_model
+from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.epeagent import conversation, judging, page, profiles, questions, server
-from jaxmethods.experiments.epeagent.config import Config, pair
+from jaxmethods.experiments.epeagent.config import GENERATED, HASHED, Config, pair
 from jaxmethods.experiments.epeagent.conversation import CHANNELS, Held, Stage
 from jaxmethods.experiments.epeagent.figures import leak_bars, scores_bars, table, trade
 from jaxmethods.experiments.epeagent.judging import Facts, Likeness, Results
@@ -113,7 +116,7 @@ def comparison(rows: list[Values]) -> dict[str, Figure]:
 
 
 def _people(config: Config) -> tuple[Profiles, list[Case]]:
-  if config.profiles == "generated":
+  if config.profiles == GENERATED:
     people = profiles.generate(config.seed, config.users, config.domain)
   else:
     people = profiles.read(config.profiles, config.users)
@@ -196,7 +199,7 @@ def _edges(config: Config, people: Profiles) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _embedder(config: Config) -> Embedder:
-  if config.embedding != "hashed":
+  if config.embedding != HASHED:
     return bert(config.embedding)
   return lambda texts: retrieval.embed(texts, config.width).astype(np.float32)
 
@@ -232,12 +235,28 @@ def _user_texts(stage: Stage) -> list[str]:
   return [" ".join(atom for atoms in own for atom in atoms) for own in stage.server.atoms]
 
 
+def _asked(config: Config) -> str:
+  """Names the file of questions for reports."""
+  if config.questions == GENERATED:
+    return ""
+  return f" from {sealed(config.questions, digest(local_path(config.questions)))}"
+
+
+def _model(name: str) -> str:
+  """Names a model for reports; what is none stands for itself."""
+  if name in (RULE, HASHED) or is_endpoint(name):
+    return name
+  source = open_model(name).source
+  return sealed(source.name, source.digest)
+
+
 def _about(config: Config, people: Profiles, cases: list[Case]) -> str:
   kind = "from a file" if people.real else "generated, nobody in them exists"
   check = " (a check of the protocol, no measure of a model)" if config.backend == RULE else ""
   settings = dataclasses.asdict(config)
   shown = ", ".join(f"{name} {settings[name]}" for name in ("mode", "deliver", "matching"))
   return (
-    f"{len(people.users)} profiles ({kind}: {people.origin}), {len(cases)} questions, domain "
-    f"{people.domain}; agents answered by {config.backend}{check}; {shown}{profiles.unseen(people)}"
+    f"{len(people.users)} profiles ({kind}: {people.origin}), {len(cases)} questions{_asked(config)}, "
+    f"domain {people.domain}; agents answered by {_model(config.backend)}{check}; "
+    f"vectors: {_model(config.embedding)}; {shown}{profiles.unseen(people)}"
   )

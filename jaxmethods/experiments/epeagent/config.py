@@ -23,7 +23,7 @@ Mode = Literal[
 ]
 Domain = Literal["finance", "medicine", "combined"]
 Injection = Literal["none", "direct", "relayed", "encoded", "split"]
-GENERATED = "generated"
+GENERATED, HASHED = "generated", "hashed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Config(RunConfig):
     str, ...
   ] = ()  # from one round to the next; default: the last one to the others
   k: int = 4  # profile entries, and memory items, that an agent gets (ours); 0: all it may see
-  embedding: str = "hashed"  # or wheel:all-minilm-l6-v2, hf:PATH of a BERT
+  embedding: str = HASHED  # or wheel:all-minilm-l6-v2, hf:PATH of a BERT
   width: int = 256  # of the hashed embedding (ours)
   epsilon: float = 1.0  # of laplace
   consent: float = 0.0  # share of users who grant a permission that is asked for

@@ -9,7 +9,8 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from jaxmethods.data.files import local_path
+from jaxmethods.data.files import digest, local_path
+from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
 from jaxmethods.methods.epeagent import policy
 from jaxmethods.methods.epeagent.minimise import Value
@@ -85,7 +86,7 @@ def read(name: str, most: int) -> Profiles:
   """
   path = local_path(name)
   try:
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text(encoding="utf-8-sig"))
   except OSError as error:
     raise InputError(f"profiles: {path}: cannot be read: {error.strerror}") from None
   except (ValueError, RecursionError):
@@ -95,7 +96,7 @@ def read(name: str, most: int) -> Profiles:
   users = [_user(entry, i, path) for i, entry in enumerate(raw)]
   _check_names(users, path)
   users = users[:most]
-  return collect(users, str(path), real=True)
+  return collect(users, sealed(str(path), digest(path)), real=True)
 
 
 def _user(raw: object, number: int, path: Path) -> dict[str, Entry]:

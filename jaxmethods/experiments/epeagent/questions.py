@@ -148,7 +148,7 @@ def _domain(profiles: Profiles, place: int) -> str:
 def _read(name: str, profiles: Profiles) -> list[_Asked]:
   path = local_path(name)
   try:
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text(encoding="utf-8-sig"))
   except OSError as error:
     raise InputError(f"questions: {path}: cannot be read: {error.strerror}") from None
   except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
+from jaxmethods.data.records import sealed
 from jaxmethods.methods import fpl
 from jaxmethods.methods.fpl import ClassTexts, Prompts, SharedTexts
 from jaxmethods.models.bert import Bert
@@ -79,7 +80,7 @@ def clip_towers(stage: Stage, behind_norm: bool = False) -> Towers:
     words=lambda params: params["text"]["token"]["embedding"],
     scale=lambda params: jnp.exp(jnp.asarray(params["logit_scale"])),
     embed=functools.partial(_clip_embeddings, stage),
-    about=f"{stage.source.name}, {stage.source.origin}",
+    about=f"{sealed(stage.source.name, stage.source.digest)}, {stage.source.origin}",
   )
 
 

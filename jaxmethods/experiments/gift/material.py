@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmethods.data import scenes
+from jaxmethods.data import records, scenes
 from jaxmethods.data.array_cache import cached, described
 from jaxmethods.data.image_text import FILE, read_image_texts
 from jaxmethods.errors import InputError
@@ -103,15 +103,30 @@ def load(config: Config) -> Material:
   pairs = synthetic_pairs(stage, stages, config)
   arrays = data_of(stage, stages, pairs, config, split)
   shown = pairs[-1]
-  sets = ", ".join(f"{task.name} ({len(task.classes)} classes)" for task in stages)
+  sets = ", ".join(
+    records.sealed(task.name, task.source.digest, f"{len(task.classes)} classes") for task in stages
+  )
   kinds = sorted({"real" if task.source.real else "rendered" for task in stages})
   left_out = "; ".join(pair.left_out for pair in pairs if pair.left_out)
+  model = records.sealed(stage.source.name, stage.source.digest)
   about = (
-    f"{stage.source.name} ({stage.source.origin}); {len(stages)} tasks, {' and '.join(kinds)}: {sets}"
+    f"{model}, {stage.source.origin}; {len(stages)} tasks, {' and '.join(kinds)}: {sets}"
+    + _pairs_named(config, pairs, arrays)
     + (f"; synthetic pairs left out: {left_out}" if left_out else "")
   )
   painted = (shown.prompts[:24], shown.images[:24])
   return Material(stage, [task.name for task in stages], arrays, about, painted)
+
+
+def _pairs_named(config: Config, pairs: Sequence[Pairs], arrays: Data) -> str:
+  """Names a folder of pairs for reports."""
+  if not config.synthetic.startswith("folder:"):
+    return ""
+  prompts = [prompt for pair in pairs for prompt in pair.prompts]
+  images = [*(pair.images for pair in pairs), np.asarray(arrays.reference_x)]
+  captions = np.asarray(arrays.reference_texts)
+  seal = records.digest_of([*images, captions], prompts)
+  return f"; pairs of {records.sealed(config.synthetic, seal)}"
 
 
 # A fixed shuffle: what the fractional parts of multiples of the golden ratio sort like.

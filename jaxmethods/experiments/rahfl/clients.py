@@ -103,8 +103,10 @@ def load(config: Config) -> Data:
   made = _corrupted(x, test_x, config)
   scale = np.stack([_scale(made["train"]), _scale(shown)])
   about = (
-    f"{records.describe([private])}; {config.corruption:.0%} of the training images corrupted by us; "
-    f"public, labels unread: {records.describe([public])}"
+    f"{records.describe([private])}; {len(y)} to train on, at most {sum(_widths(y, config))} for each "
+    f"of {len(client_names(config))} clients, {config.corruption:.0%} of them corrupted by us; "
+    f"{len(test_y)} to test on; "
+    f"public, labels unread: {len(shown)} of {records.describe([public])}"
   )
   test = {"clean": test_x, "corrupted": made["test"], "y": test_y}
   return Data(

@@ -38,17 +38,19 @@ class Material(NamedTuple):
   """Model and questions of a run.
 
   Attributes:
-    model, params: the checkpoint.
     train: training questions of every task, in the order of the tasks.
     tests: test questions of the tasks, and of what must not be forgotten.
+    model, params: the checkpoint.
     batch: maps questions to {"features", "ids", "labels"}.
+    named: the checkpoint in reports.
   """
 
-  model: Answering
-  params: Params
   train: dict[str, list[Question]]
   tests: dict[str, list[Question]]
+  model: Answering
+  params: Params
   batch: Reader
+  named: str
 
 
 class Order(NamedTuple):
@@ -99,8 +101,7 @@ def load(config: Config, mesh: Mesh | None = None) -> Material:
   for name, questions in tests.items():
     for trained in train.values():
       check_disjoint(trained, questions, name)
-  model, params, batch = checkpoint_tuning.open_model(config.checkpoint, mesh)
-  return Material(model, params, train, tests, batch)
+  return Material(train, tests, *checkpoint_tuning.open_model(config.checkpoint, mesh))
 
 
 def build(config: Config, mesh: Mesh | None = None, material: Material | None = None) -> Experiment:
@@ -151,7 +152,7 @@ def _about(config: Config, material: Material) -> str:
     for name, q in material.tests.items()
   ]
   return (
-    f"{config.checkpoint.model}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
+    f"{material.named}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
     f"tested on {', '.join(tested)}"
   )
 

@@ -75,13 +75,11 @@ def load(desk: Desk, targets: Sequence[str] = ("digits",)) -> Benchmark:
   source = limited(sets["easy-vqa"], desk.limit)
   params = pretraining.pretrained(model, source, vocabulary, desk)
   upstream = task_of(model, params, vocabulary, source, multimodal.FAMILIES)
-  chosen = {
-    name: task_of(model, params, vocabulary, limited(sets[name], desk.limit), (name,))
-    for name in targets
-  }
+  parts = {name: limited(sets[name], desk.limit) for name in targets}
+  chosen = {name: task_of(model, params, vocabulary, part, (name,)) for name, part in parts.items()}
   about = "; ".join(
     [f"pretrained on {records.describe([source])}"]
-    + [f"target {records.describe([sets[name]])}" for name in targets]
+    + [f"target {records.describe([part])}" for part in parts.values()]
   )
   return Benchmark(model, params, vocabulary, upstream, chosen, about)
 

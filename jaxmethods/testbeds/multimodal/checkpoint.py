@@ -23,6 +23,7 @@ from jaxmethods.data.question_files import (
   open_square,
   read_questions,
 )
+from jaxmethods.data.records import sealed
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import Output
@@ -102,20 +103,20 @@ def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
   tests = {name: read_questions(folders.expanded(file)) for name, file in files.items()}
   for name, questions in tests.items():
     check_disjoint(train, questions, name)
-  model, params, batch = open_model(checkpoint, mesh)
+  model, params, batch, named = open_model(checkpoint, mesh)
   tested = ", ".join(
     f"{name}: {described(files[name], questions, checkpoint.test_questions)}"
     for name, questions in tests.items()
   )
   trained = described(checkpoint.train, train)
-  about = f"{checkpoint.model}; data of yours; trained on {trained}; tested on {tested}"
+  about = f"{named}; data of yours; trained on {trained}; tested on {tested}"
   return Material(model, params, train, tests, batch, about)
 
 
 def open_model(
   checkpoint: Checkpoint, mesh: Mesh | None = None
-) -> tuple[Answering, Params, Reader]:
-  """Opens a checkpoint: the model, its parameters, and the function from questions to batches.
+) -> tuple[Answering, Params, Reader, str]:
+  """Opens a checkpoint: the model, its parameters, the function from questions to batches, its name.
 
   Raises:
     InputError: missing or malformed files, or no LLaVA-style model.
@@ -132,7 +133,8 @@ def open_model(
   old = loaded.model
   model = Answering(old.config, old.scan_layers, old.dtype, old.param_dtype, old.remat)
   batch = reader(model, loaded.files.tokenizer(), image_processor(loaded.files), checkpoint)
-  return model, loaded.params, batch
+  source = loaded.files.source
+  return model, loaded.params, batch, sealed(source.name, source.digest)
 
 
 class Texts(NamedTuple):

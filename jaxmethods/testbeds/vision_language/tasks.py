@@ -22,9 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from jaxmethods.data import embedded, scenes
+from jaxmethods.data import embedded, files, scenes
 from jaxmethods.data.array_cache import cached, described
-from jaxmethods.data.files import data_dir
 from jaxmethods.data.records import Source
 from jaxmethods.data.splits import stratified_split
 from jaxmethods.errors import InputError, hint
@@ -273,7 +272,7 @@ def decoded(content: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _npz(folder: str, file: str) -> tuple[dict[str, np.ndarray], Source]:
-  path = data_dir() / folder / file
+  path = files.data_dir() / folder / file
   try:
     with np.load(path) as stored:
       arrays = dict(stored)
@@ -281,7 +280,10 @@ def _npz(folder: str, file: str) -> tuple[dict[str, np.ndarray], Source]:
     raise InputError(
       f"{path} cannot be read; let JAXMETHODS_DATA name a folder that has {folder}/{file}"
     ) from None
-  return arrays, Source(folder, str(path), "none stated; research use", folder, real=True)
+  source = Source(
+    folder, str(path), "none stated; research use", folder, real=True, digest=files.digest(path)
+  )
+  return arrays, source
 
 
 def resized(images: np.ndarray, side: int = scenes.SIZE) -> np.ndarray:
