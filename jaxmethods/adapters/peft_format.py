@@ -11,8 +11,9 @@ LoRA-GA): their B A belongs to a base model that the files do not have.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -260,13 +261,22 @@ _OPTIONS = {
 _NEUTRAL = {
   "bias": ("none",),
   "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+  "num_transformer_submodules": (1,),
 }
 
 
-def _check_options(config: Json, kind: str) -> None:
-  """Raises for an option that may change what the adapter computes."""
+def check_options(config: Json, own: Collection[str]) -> None:
+  """Raises for an option that may change what the adapter computes.
+
+  Args:
+    config: contents of adapter_config.json.
+    own: options of its kind that are read, or that change nothing.
+
+  Raises:
+    InputError: an option that is neither, with a value that is not empty.
+  """
   for name, value in config.items():
-    known = name in _COMMON or name in _OPTIONS[kind]
+    known = name in _COMMON or name in own
     empty = value is None or value is False or value in ("", [], {})
     if not (known or empty or value in _NEUTRAL.get(name, ())):
       changed = ": it changes the base model" if name == "init_lora_weights" else ""
@@ -274,17 +284,18 @@ def _check_options(config: Json, kind: str) -> None:
 
 
 def _whole(config: Json, name: str) -> int:
-  """An option that must be there and be a whole number."""
+  """An option that must be there and be a positive whole number."""
   value = config.get(name)
-  if isinstance(value, bool) or not isinstance(value, int):
-    raise InputError(f"{name}: expected a whole number in the PEFT config, got {value!r}")
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise InputError(f"{name}: expected a positive whole number in the PEFT config, got {value!r}")
   return value
 
 
 def _number(config: Json, name: str, default: float | None = None) -> float:
   """An option that must be a number, and be there unless it has a default."""
   value = config.get(name, default)
-  if isinstance(value, bool) or not isinstance(value, int | float):
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not math.isfinite(value):
     raise InputError(f"{name}: expected a number in the PEFT config, got {value!r}")
   return value
 
@@ -352,7 +363,7 @@ def _reader(config: Json) -> _Reader:
   kind = config.get("peft_type")
   if kind not in _READERS:
     raise InputError(f"peft_type {kind!r} cannot be read")
-  _check_options(config, kind)
+  check_options(config, _OPTIONS[kind])
   return _READERS[kind](config)
 
 

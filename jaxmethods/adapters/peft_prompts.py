@@ -14,11 +14,24 @@ import jax
 import numpy as np
 
 from jaxmethods.adapters.adapter import Tree
+from jaxmethods.adapters.peft_format import check_options
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm_config import CausalLMConfig
 from jaxmethods.trees import Json
 
 _TENSOR = "prompt_embeddings"
+# Options that have no say in what a trained prompt computes: the tensor is what encoders gave, and its
+# shape says the rest.
+_SHARED = {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"}
+_OPTIONS = {
+  "PROMPT_TUNING": {
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+  },
+  "P_TUNING": {
+    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+  },
+  "PREFIX_TUNING": {"encoder_hidden_size", "prefix_projection"},
+}  # fmt: skip
 
 
 def prompt_to_peft(
@@ -76,11 +89,12 @@ def prompt_from_peft(
     A tree as `prompts.init_prompt` or `prompts.init_prefix` makes it.
 
   Raises:
-    InputError: another kind of adapter, or tensors that do not fit the model.
+    InputError: another kind of adapter, an option that is not known, or tensors that do not fit the model.
   """
   kind = settings.get("peft_type")
-  if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+  if kind not in _OPTIONS:
     raise InputError(f"peft_type {kind!r}: is no prompt or prefix")
+  check_options(settings, _SHARED | _OPTIONS[kind])
   if odd := sorted(set(tensors) ^ {_TENSOR}):
     raise InputError(f"{odd[0]}: a PEFT prompt has the tensor {_TENSOR} and no other")
   flat = np.asarray(tensors[_TENSOR])

@@ -91,7 +91,7 @@ Data = TypeVar("Data", GraphData, ArrayData)
 def signed(data: Data) -> Data:
   """Returns the record with the digest of all its arrays."""
   if isinstance(data, GraphData):
-    arrays, names = [*data.graphs, data.labels], []
+    arrays, names = [*data.graphs, data.labels], list[str]()
   else:
     arrays, names = [a for pair in data.splits.values() for a in pair], list(data.splits)
   return data._replace(source=data.source._replace(digest=digest_of(arrays, names)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from jaxmethods.runtime import checks
 
@@ -30,11 +30,6 @@ Config = TypeVar("Config", bound="RunConfig")
 class RunConfig:
   """Settings that every method's config inherits; all can be set from YAML or the command line."""
 
-  # For eval.compare: what differs from seed to seed, and which fields count on with `seed` because the
-  # published repeats do.
-  seeds_vary: ClassVar[str] = "initialisation"
-  counted: ClassVar[tuple[str, ...]] = ()
-
   seed: int = 1  # of the initialisation and the order of batches; eval.compare counts up from it
   steps: int = 100  # training steps; communication rounds for federated methods
   log_every: int = 1  # steps between two lines of metrics.jsonl
@@ -42,6 +37,16 @@ class RunConfig:
   checkpoint_every: int = 10  # steps between two checkpoints
   keep_checkpoints: int = 3  # the newest that stay on disk
   average_last: int = 1  # eval.compare reports the mean of this many last evaluations
+
+  @property
+  def seeds_vary(self) -> str:
+    """For eval.compare: which parts of a run differ from seed to seed."""
+    return "initialisation"
+
+  @property
+  def counted(self) -> tuple[str, ...]:
+    """For eval.compare: fields that count on from seed to seed, for which data are made anew."""
+    return ()
 
   def __post_init__(self) -> None:
     checks.sound(self)

@@ -13,5 +13,5 @@ def test_joined():
 
 
 def test_the_split_of_fedssp_counts_on():
-  assert Config.counted == ("split_seed",)
-  assert "split" in Config.seeds_vary
+  assert Config().counted == ("split_seed",)
+  assert "split" in Config().seeds_vary

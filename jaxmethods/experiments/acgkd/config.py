@@ -109,6 +109,11 @@ class Config(StudentSettings, GenerationSettings, TeacherSettings, RunConfig):
   eval_every: int = 10
   checkpoint_every: int = 50
 
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "noise of the generation; initialisation and batches of the student"
+
   def __post_init__(self) -> None:
     super().__post_init__()
     checks.at_least(

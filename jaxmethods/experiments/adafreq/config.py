@@ -83,6 +83,11 @@ class Config(RunConfig):
   weight_decay: float = 1e-4
   warmup_epochs: int = 5
 
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "initialisation, order and views of the photographs"
+
   def __post_init__(self) -> None:
     super().__post_init__()
     checks.at_least(

@@ -67,6 +67,11 @@ class Config(TuningConfig):
   alpha: float = 64.0
   dropout: float = 0.05
 
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "poisoned examples, initialisation and order of the data"
+
   def __post_init__(self) -> None:
     super().__post_init__()
     need = checks.require

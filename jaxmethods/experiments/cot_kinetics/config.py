@@ -84,6 +84,19 @@ class Config(RunConfig):
   end_of_thinking: str = "</think>"
   verbalised: bool = True  # ask the model how sure it is
 
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`; a given model answers the same problems in the same words."""
+    if self.model == "trained":
+      return "initialisation"
+    return "problems" if self.counted else "nothing"
+
+  @property
+  def counted(self) -> tuple[str, ...]:
+    """See `RunConfig`; problems of a file are those of the file."""
+    fixed = self.model == "trained" or self.problems.endswith(".jsonl")
+    return () if fixed else ("problem_seed",)
+
   def __post_init__(self) -> None:
     super().__post_init__()
     need = checks.require

@@ -5,8 +5,7 @@ Nothing is trained. A step holds the conversations of some questions and scores 
   python -m eval.run --method epeagent
   python -m eval.run --method epeagent --profiles FILE --questions FILE --backend http://HOST/v1
 
-Seeds of `eval.compare` share profiles, questions and answers: compare with `--seeds 1`. The seed of the
-config draws generated profiles, the order of options, consent and noise.
+The seed draws generated profiles, the order of options, consent and noise.
 """
 
 from __future__ import annotations
@@ -70,6 +69,17 @@ class Config(RunConfig):
   reveal: bool = False  # show values in the page of messages
 
   batch_size: int = 64  # questions of a step
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    drawn = "profiles, " if self.profiles == GENERATED else ""
+    return f"{drawn}order of options, consent and noise"
+
+  @property
+  def counted(self) -> tuple[str, ...]:
+    """See `RunConfig`; `seed` itself: nothing is drawn while the method runs."""
+    return ("seed",)
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from jaxmethods.runtime.checks import at_least, positive, require, within
 from jaxmethods.runtime.experiment import RunConfig
@@ -35,9 +35,6 @@ OURS = ("fedssp", "gsks", "pgpa", "share_extractor")  # FedSSP and its ablations
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
-
-  seeds_vary: ClassVar[str] = "initialisation and split"
-  counted: ClassVar[tuple[str, ...]] = ("split_seed",)
 
   steps: int = 200  # communication rounds
   average_last: int = 20
@@ -82,6 +79,16 @@ class Config(RunConfig):
   # Data sets share a shape, which is compiled once, while their padding adds at most this share of
   # the work. 0: the fastest round.
   padding_slack: float = 0.08
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "initialisation and split"
+
+  @property
+  def counted(self) -> tuple[str, ...]:
+    """See `RunConfig`."""
+    return ("split_seed",)
 
   def __post_init__(self) -> None:
     super().__post_init__()

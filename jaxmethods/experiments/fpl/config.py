@@ -11,7 +11,7 @@ Clients share out one task (`skew: labels`), or one in several domains: a client
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxmethods.experiments.fpl import grid
 from jaxmethods.runtime import checks
@@ -28,8 +28,6 @@ TRAINED: tuple[Trained, ...] = get_args(Trained)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ClientSettings):
   """Defaults are the published settings (code) unless a comment says otherwise."""
-
-  seeds_vary: ClassVar[str] = "initialisation and the clients' shares"
 
   steps: int = 50  # communication rounds
   average_last: int = 5

@@ -10,7 +10,7 @@ which weights are kept at the end of a task.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import checks
@@ -59,8 +59,6 @@ class Painter:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
-
-  seeds_vary: ClassVar[str] = "order and crops of the batches"
 
   steps: int = 240  # of all tasks together; published: 1000 a task
   log_every: int = 10
@@ -113,6 +111,11 @@ class Config(RunConfig):
   ensemble_every: int = 3  # steps between two terms of ZSCL's mean; published: 100 of 1000
   memory: int = 400  # images that iCaRL keeps; published: 10,000
   wise_share: float = 0.8  # of the tuned weights
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "order and crops of the batches"
 
   def __post_init__(self) -> None:
     super().__post_init__()

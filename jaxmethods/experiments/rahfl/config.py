@@ -8,7 +8,7 @@ from their own images follow.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
@@ -20,8 +20,6 @@ Exchange = Literal["none", "hfl", "asym", "fedmd", "feddf", "rhfl", "aughfl", "f
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
   """Defaults are the published settings (code) unless a comment says otherwise."""
-
-  seeds_vary: ClassVar[str] = "initialisation and the clients' shares"
 
   steps: int = 40  # communication rounds; `pretrain` more steps come before them
   pretrain: int = 40  # epochs of plain cross-entropy, each a step of the run
@@ -64,6 +62,11 @@ class Config(RunConfig):
   rhfl_eta: float = 0.5
   fedproto_lambda: float = 1.0
   fedproto_width: int = 64  # common width of the projected features (ours)
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "initialisation, the clients' shares and their batches"
 
   def __post_init__(self) -> None:
     super().__post_init__()

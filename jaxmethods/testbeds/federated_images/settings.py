@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
@@ -17,8 +17,6 @@ Skew = Literal["domains", "labels", "both"]
 class ClientSettings(RunConfig):
   """Which data there are, which part is the test, and who holds what."""
 
-  seeds_vary: ClassVar[str] = "initialisation and the clients' shares"
-
   data: str = "embedded:digit-domains"  # or any source of arrays; its splits are the domains
   split_seed: int = 0  # of the test split; the partition follows `seed`
   test_share: float = 0.3
@@ -29,6 +27,11 @@ class ClientSettings(RunConfig):
   # With `skew: labels`: every client holds this many classes, each class in even parts, in place of
   # `alpha` and `min_per_class`; 0: off (ours).
   classes_per_client: int = 0
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`."""
+    return "initialisation, the clients' shares and their batches"
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import checks
@@ -74,8 +74,6 @@ class Checkpoint:
 class BudgetConfig(RunConfig):
   """The model, the budget and its schedule, the same for all rows."""
 
-  seeds_vary: ClassVar[str] = "initialisation and order of the data"
-
   steps: int = 350  # of the verified recipe: 9.6 epochs of the digits
   log_every: int = 10
   eval_every: int = 350
@@ -89,6 +87,11 @@ class BudgetConfig(RunConfig):
   warmup: float = 0.03
   clip: float = 1.0
   probe_size: int = 128  # target training images for methods that need statistics
+
+  @property
+  def seeds_vary(self) -> str:
+    """See `RunConfig`; all seeds of a comparison on a checkpoint read the same batches."""
+    return "initialisation" if self.checkpoint.model else "initialisation and order of the data"
 
   def __post_init__(self) -> None:
     super().__post_init__()
