@@ -89,7 +89,7 @@ def prompt_from_peft(
     A tree as `prompts.init_prompt` or `prompts.init_prefix` makes it.
 
   Raises:
-    InputError: another kind of adapter, an option that is not known, or tensors that do not fit the model.
+    InputError: another kind of adapter, an unknown option, or tensors that do not fit the model.
   """
   kind = settings.get("peft_type")
   if kind not in _OPTIONS:
