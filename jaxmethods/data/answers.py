@@ -113,7 +113,9 @@ _LATEX = (
   (r"\{,\}", ","), (r"\\[()\[\]]|\\left|\\right|\\[!,;: ]", ""), (r"\\([%$#])", r"\1"),
   (r"\\times|\\cdot", "*"), (r"\^\{?\\circ\}?|\\degree", "°"), (r"\$\$?([^$]*)\$\$?", r"\1"),
 )  # fmt: skip
-_SPACED_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u202f\u2009'’](?=\d{3}(?!\d))")
+_SPACED_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u202f\u2009'’_](?=\d{3}(?!\d))")
+
+_POWER = re.compile(r"(?<![\w.^*,/-])(\d{1,4})\s?(?:\^|\*\*)\s?\{?(\d{1,2})\}?(?![\w.^*,])")
 
 
 def _leveled(text: str) -> str:
@@ -134,7 +136,8 @@ def _plain(text: str) -> str:
   text = re.sub(r"\((\d+)\)/\((\d+)\)", r"\1/\2", text)
   for pattern, replacement in _LATEX:
     text = re.sub(pattern, replacement, text)
-  return re.sub(r"\*\*|__|`", "", text).strip()
+  text = _POWER.sub(lambda found: str(int(found[1]) ** int(found[2])), text)
+  return re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|__|`", "", text).strip()
 
 
 def _first_line(text: str) -> str:
@@ -210,6 +213,7 @@ _JOINTS = (
 _DECIMAL_COMMA = re.compile(
   r"(?<=\d),(?=(?:\d{1,2}|\d{4,})(?![\d,]))(?<![,\d]\d{3},)|(?<=\b0),(?=\d{3}\b)"
 )
+_DOTTED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]*\d)")
 # Behind these a number is a part of something larger.
 _CALCULATION = re.compile(r"\s*[*×·÷+/]\s*[\d(.]|\s*[\^\\√]|\s*-\s*\(|\s*\d")
 _REMAINDER = re.compile(r"[^\d,;=/:^*+]*(?:\(.*\))?[^\d]*", re.DOTALL)
@@ -284,6 +288,7 @@ def _first_numbers(text: str) -> _Numbers | None:
 
 def _with_decimal_point(text: str) -> tuple[str, str]:
   """A text, and the same with 3,5 taken for 3.5, as many languages write it."""
+  text = _DOTTED_THOUSANDS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
   return text, _DECIMAL_COMMA.sub(".", text)
 
 

@@ -44,9 +44,26 @@ def read(path: Path, *, name: str = "", malformed: str = "is not JSON") -> Itera
       yield Line(where, _entry(line, where, malformed))
 
 
+def parsed(text: str) -> Any:
+  """Returns a JSON value.
+
+  Raises:
+    ValueError: it is no JSON, or a key stands twice in an object.
+    RecursionError: it is too deep.
+  """
+  return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError("a key stands twice")
+  return found
+
+
 def _entry(line: str, where: str, malformed: str) -> Any:
   try:
-    entry = json.loads(line)
+    entry = parsed(line)
     json.dumps(entry, ensure_ascii=False).encode()  # half of a surrogate pair is no text
   except UnicodeEncodeError:
     raise InputError(f"{where}: a string is no Unicode text") from None

@@ -43,13 +43,35 @@ def load_folder(path: Path, image_size: int | None = None) -> ArrayData:
     files[split] = [(f, names.index(folder.name)) for folder in folders for f in _images(folder)]
     if not files[split]:
       raise InputError(f"folder:{path if split == 'all' else path / split}: no images in it")
+  unread = _unread(path, groups, nested)
   everything = [file for members in files.values() for file, _ in members]
   pixels = dict(zip(everything, _decode_alike(everything, image_size), strict=True))
   splits = {
     split: (np.stack([pixels[f] for f, _ in members]), np.array([y for _, y in members], np.int32))
     for split, members in files.items()
   }
-  return ArrayData(splits, len(names), own_source(f"folder:{path}", str(path)))
+  return ArrayData(splits, len(names), own_source(f"folder:{path}", f"{path}{unread}"))
+
+
+def _unread(path: Path, groups: dict[str, list[Path]], nested: bool) -> str:
+  """Says which files of a folder are left out, for the report.
+
+  Raises:
+    InputError: a class without images, or images deeper than those of the other classes.
+  """
+  folders = [folder for each in groups.values() for folder in each]
+  for folder in folders:
+    inside = next((f for f in _subfolders(folder) if _images(f)), None)
+    if inside:
+      raise InputError(f"{inside}: images are deeper here than in the first folder: use one depth")
+    if not _images(folder):
+      raise InputError(f"{folder}: a class without images: fill it, or take it away")
+  tops = [path, *(_subfolders(path) if nested else [])]
+  others = [f for top in tops for f in top.iterdir() if f.is_file()]
+  others += [f for folder in folders for f in folder.iterdir() if f.suffix.lower() not in SUFFIXES]
+  others = [f for f in others if not f.name.startswith(".")]
+  some = ", ".join(sorted({f.name for f in others})[:3])
+  return f" ({len(others)} files not read, such as {some})" if others else ""
 
 
 def load_npz(path: Path) -> ArrayData:
@@ -193,7 +215,7 @@ def _subfolders(path: Path) -> list[Path]:
 
 
 def _images(path: Path) -> list[Path]:
-  return sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+  return sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
 
 
 def _decode_alike(paths: list[Path], image_size: int | None) -> Iterable[np.ndarray]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -93,7 +94,8 @@ def as_pictures(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.nda
   | -1..1, beyond -0.5 and 0.5 | (x + 1) / 2 |
   | whole, highest 32768 to 65535 | x / 65535 |
 
-  Everything else is ambiguous. Arrays of one type are judged together.
+  Everything else is ambiguous. Arrays of one type are judged together; one that alone would mean
+  something else is refused.
 
   Args:
     arrays: by name; (n, h, w), or (n, h, w, c) with one or three channels.
@@ -107,13 +109,33 @@ def as_pictures(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.nda
   """
   for key, x in arrays.items():
     _check_layout(x, f"{name}: {key}")
-  ranges: dict[np.dtype, tuple[float, float, bool]] = {}
-  for x in arrays.values():
-    low, high, whole = ranges.get(x.dtype, (np.inf, -np.inf, True))
-    is_whole = x.dtype.kind in "iub" or bool((x == np.rint(x)).all())
-    ranges[x.dtype] = min(low, x.min()), max(high, x.max()), whole and is_whole
-  made = {key: _in_range(x, *ranges[x.dtype], f"{name}: {key}") for key, x in arrays.items()}
+  own = {key: _range(x) for key, x in arrays.items()}
+  made = {}
+  for key, x in arrays.items():
+    alike = [own[other] for other, y in arrays.items() if y.dtype == x.dtype]
+    low, high, whole = zip(*alike, strict=True)
+    together = _Range(min(low), max(high), all(whole))
+    meant, alone = (_form(x.dtype, seen) for seen in (together, own[key]))
+    if meant is None:
+      raise InputError(f"{name}: {key}: {_unclear(x.dtype, together)}")
+    if alone and {alone, meant} not in ({meant}, {"bytes", "levels"}) and own[key].high > 0:
+      beside = f"beside others from {together.low:g} to {together.high:g}"
+      raise InputError(f"{name}: {key}: {_unclear(x.dtype, own[key])} ({beside})")
+    made[key] = _FORMS[meant](x)
   return {key: x[..., None] if x.ndim == 3 else x for key, x in made.items()}
+
+
+class _Range(NamedTuple):
+  """Lowest and highest value, and whether all are whole."""
+
+  low: float
+  high: float
+  whole: bool
+
+
+def _range(x: np.ndarray) -> _Range:
+  whole = x.dtype.kind in "iub" or bool((x == np.rint(x)).all())
+  return _Range(x.min(), x.max(), whole)
 
 
 def _check_layout(x: np.ndarray, where: str) -> None:
@@ -127,21 +149,37 @@ def _check_layout(x: np.ndarray, where: str) -> None:
   raise InputError(f"{shape}: expected pictures (n, h, w) or (n, h, w, c) with 1 or 3 channels")
 
 
-def _in_range(x: np.ndarray, low: float, high: float, whole: bool, where: str) -> np.ndarray:
-  """One array by the range of all of its type."""
-  if x.dtype == bool:
-    return x.astype(np.uint8) * np.uint8(255)
-  if x.dtype == np.uint8 and high != 1:
-    return x
+# What the values of pictures mean -> uint8 in 0..255 or float32 in 0..1.
+_FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+  "flags": lambda x: x.astype(np.uint8) * np.uint8(255),
+  "bytes": lambda x: x.astype(np.uint8),
+  "levels": lambda x: x.astype(np.float32) / 255,
+  "shares": lambda x: x.astype(np.float32),
+  "signed": lambda x: (x.astype(np.float32) + 1) / 2,
+  "16 bits": lambda x: (x / 65535).astype(np.float32),
+}
+
+
+def _form(dtype: np.dtype, seen: _Range) -> str | None:
+  """What values of a type in a range mean, a key of `_FORMS`; None where it cannot be told."""
+  low, high, whole = seen
+  if dtype.kind == "b":
+    return "flags"
+  if dtype == np.uint8 and high != 1:
+    return "bytes"
   if low >= 0 and 128 <= high <= 255:
-    return x.astype(np.uint8) if whole else x.astype(np.float32) / 255
-  if x.dtype.kind == "f" and low >= 0 and high <= 1:
-    return x.astype(np.float32)
-  if x.dtype.kind == "f" and -1 <= low < -0.5 and 0.5 < high <= 1:
-    return (x.astype(np.float32) + 1) / 2
+    return "bytes" if whole else "levels"
+  if dtype.kind == "f" and low >= 0 and high <= 1:
+    return "shares"
+  if dtype.kind == "f" and -1 <= low < -0.5 and 0.5 < high <= 1:
+    return "signed"
   if low >= 0 and 32768 <= high <= 65535 and whole:
-    return (x / 65535).astype(np.float32)
-  raise InputError(
-    f"{where}: cannot tell what pictures with values from {low:g} to {high:g} ({x.dtype}) mean: save "
+    return "16 bits"
+  return None
+
+
+def _unclear(dtype: np.dtype, seen: _Range) -> str:
+  return (
+    f"cannot tell what pictures with values from {seen.low:g} to {seen.high:g} ({dtype}) mean: save "
     "them as uint8 in 0..255, or as float in 0..1"
   )

@@ -60,7 +60,7 @@ def _lines(path: Path) -> Iterator[Line]:
     yield from json_lines.read(path, malformed=_EXPECTED)
     return
   try:
-    entries = json.loads(text)
+    entries = json_lines.parsed(text)
   except (ValueError, RecursionError) as error:
     raise InputError(f"{path}: is no JSON array: {error}") from None
   for number, entry in enumerate(entries, 1):
@@ -70,12 +70,14 @@ def _lines(path: Path) -> Iterator[Line]:
 def _question(line: Line, folder: Path) -> Question:
   where, entry = line
   try:
+    if "conversations" in entry and {"question", "answer"} & set(entry):
+      raise InputError(f"{where}: has a conversation and a question: which one is meant?")
     if "conversations" in entry:
       asked, answered = _turns(entry["conversations"], where)
     else:
       asked, answered = entry["question"], entry["answer"]
     image = _image(entry, where)
-  except (KeyError, TypeError):
+  except (KeyError, TypeError, AttributeError):
     raise InputError(f"{where}: {_EXPECTED}, got {str(entry)[:80]}") from None
   asked, answered = _text(asked, where, "question"), _text(answered, where, "answer")
   if asked.count(_MARK) > 1:
@@ -83,14 +85,24 @@ def _question(line: Line, folder: Path) -> Question:
   asked = asked.replace(_MARK, "").strip()
   if not (asked and answered):
     raise InputError(f"{where}: question or answer is empty")
-  if not (folder / image).is_file():
-    raise InputError(f"{where}: there is no image {folder / image}")
+  if not _is_file(folder / image):
+    raise InputError(f"{where}: there is no image {str(folder / image)[:200]}")
   return Question(folder / image, asked, answered)
+
+
+def _is_file(path: Path) -> bool:
+  """Tells whether there is a file; there is none under a name that no system allows."""
+  try:
+    return path.is_file()
+  except (OSError, ValueError):
+    return False
 
 
 def _turns(turns: Any, where: str) -> tuple[Any, Any]:
   """What is asked and answered in a conversation of one turn each."""
   speakers = [turn.get("from") for turn in turns]
+  if unknown := sorted({key for turn in turns for key in turn} - {"from", "value"}):
+    raise InputError(f"{where}: {unknown[0]!r} of a turn: such an option is not supported")
   if any(speakers):  # without names the turns alternate
     odd = [speaker for speaker in speakers if speaker not in _ROLES]
     if odd:

@@ -217,7 +217,7 @@ def _of_folders(root: Path) -> list[_Entry]:
 def _images(folder: Path) -> list[Path]:
   if not folder.is_dir():
     return []
-  return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+  return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
 
 
 # --- pixels -----------------------------------------------------------------------------------------

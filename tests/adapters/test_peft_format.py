@@ -113,8 +113,11 @@ def test_what_cannot_be_read():
       read(config | option, tensors)
   with pytest.raises(InputError, match="query/a has shape"):
     read(config | {"r": 2}, tensors)
+  for name, value in (("r", 0), ("r", "4"), ("lora_alpha", float("nan")), ("lora_alpha", None)):
+    with pytest.raises(InputError, match=f"{name}: expected a"):
+      read(config | {name: value}, tensors)
   without = {name: value for name, value in config.items() if name != "r"}
-  with pytest.raises(InputError, match="r: expected a whole number in the PEFT config, got None"):
+  with pytest.raises(InputError, match=r"r: expected a positive whole number .*, got None"):
     read(without, tensors)
   with pytest.raises(InputError, match="has no tensors"):
     read({**config, "target_modules": None}, {})
@@ -245,3 +248,31 @@ def test_prompts_there_and_back(kind, tmp_path):
     prompt_from_peft(settings, tensors | {"other": cut["prompt_embeddings"]}, tiny_lm.CONFIG)
   with pytest.raises(InputError, match="peft_type 'LORA': is no prompt"):
     prompt_from_peft(settings | {"peft_type": "LORA"}, tensors, tiny_lm.CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("option", "is_read"),
+  [
+    ({"peft_type": "P_TUNING", "encoder_hidden_size": 64, "encoder_dropout": 0.1}, True),
+    ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "be kind"}, True),
+    ({"tokenizer_kwargs": {"a": 1}, "inference_mode": False, "modules_to_save": None}, True),
+    ({"num_transformer_submodules": None}, True),
+    ({"num_transformer_submodules": 2}, False),
+    ({"modules_to_save": ["lm_head"]}, False),
+    ({"prompt_scale": 2.0}, False),
+    ({"of_tomorrow": "x"}, False),
+    ({"encoder_dropout": 0.1}, False),  # of another kind
+    ({"peft_type": "CPT", "cpt_mask": [1]}, False),
+    ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 2}, False),
+  ],
+  ids=str,
+)
+def test_options_of_prompts(option, is_read):
+  tree = {"prompt": np.ones((3, tiny_lm.CONFIG.width), np.float32)}
+  settings, tensors = prompt_to_peft(tree, tiny_lm.CONFIG)
+  if is_read:
+    back = prompt_from_peft(settings | option, tensors, tiny_lm.CONFIG)
+    np.testing.assert_array_equal(back["prompt"], tree["prompt"])
+  else:
+    with pytest.raises(InputError, match=r"cannot be read|is no prompt"):
+      prompt_from_peft(settings | option, tensors, tiny_lm.CONFIG)

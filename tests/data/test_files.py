@@ -167,3 +167,16 @@ def test_folder_that_cannot_be_made(server, tmp_path, monkeypatch):
   monkeypatch.setenv("JAXMETHODS_DATA", str(tmp_path / "file"))
   with pytest.raises(InputError, match="NCI1"):
     load_graphs("tu:NCI1")
+
+
+def test_the_digest_of_files_is_that_of_names_and_contents(tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "b").write_bytes(b"2")
+  (tmp_path / "a").write_bytes(b"1")
+  first = files.digest(tmp_path)
+  (tmp_path / ".cache").write_bytes(b"hidden")
+  assert files.digest(tmp_path) == first != files.digest(tmp_path / "in")
+  (tmp_path / "in" / "b").write_bytes(b"33")
+  assert files.digest(tmp_path) != first
+  with pytest.raises(InputError, match="c: cannot be read"):
+    files.digest(tmp_path / "c")

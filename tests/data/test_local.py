@@ -43,6 +43,30 @@ def test_domains_grey_beside_colour_and_sizes(tmp_path):
   assert load_arrays(f"folder:{tmp_path}", image_size=3).splits["sketch"][0].shape == (2, 3, 3, 3)
 
 
+def test_files_of_a_folder_are_read_or_named_or_refused(tmp_path):
+  for place in ("a/1.png", "a/2.PNG", "b/1.png"):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / place, format="png")
+  for place in ("a/._1.png", ".hidden.png"):
+    (tmp_path / place).write_bytes(b"no picture")
+  data = load_arrays(f"folder:{tmp_path}")
+  assert data.splits["all"][1].tolist() == [0, 0, 1]
+  assert data.source.origin == str(tmp_path)
+  (tmp_path / "b" / "2.heic").write_bytes(b"a picture of another kind")
+  (tmp_path / "list.csv").write_text("a")
+  assert (
+    "(2 files not read, such as 2.heic, list.csv)"
+    in load_arrays(f"folder:{tmp_path}").source.origin
+  )
+  (tmp_path / "c").mkdir()
+  with pytest.raises(InputError, match="/c: a class without images"):
+    load_arrays(f"folder:{tmp_path}")
+  (tmp_path / "c" / "more").mkdir()
+  Image.new("RGB", (4, 4)).save(tmp_path / "c" / "more" / "1.png")
+  with pytest.raises(InputError, match="/c/more: images are deeper"):
+    load_arrays(f"folder:{tmp_path}")
+
+
 def test_bad_folders(tmp_path):
   with pytest.raises(InputError, match="no such folder"):
     load_arrays(f"folder:{tmp_path}/none")

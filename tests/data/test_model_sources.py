@@ -454,3 +454,20 @@ def test_an_adapter_beside_a_model_is_not_ignored(checkpoint):
   (folder / "adapter_config.json").write_text("{}")
   with pytest.raises(InputError, match="holds an adapter beside the model"):
     load_causal_lm(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+  "changed", ["tokenizer.json", "generation_config.json", "model.safetensors"]
+)
+def test_the_digest_of_a_model_is_that_of_its_files(checkpoint, changed):
+  folder, _ = checkpoint
+  digest = lambda: open_model(f"hf:{folder}").source.digest
+  first = digest()
+  (folder / "README.md").write_text("words")
+  assert digest() == first
+  if changed == "model.safetensors":
+    params = load_causal_lm(RANDOM).params
+    save_causal_lm(folder, load_causal_lm(RANDOM), jax.tree.map(lambda x: x + 1, params))
+  else:
+    (folder / changed).write_text("{}")
+  assert digest() != first

@@ -45,6 +45,20 @@ def test_ranges(x, tolerance):
   np.testing.assert_allclose(unit, LEVELS / 255, rtol=0, atol=tolerance)
 
 
+def test_arrays_of_one_source_mean_the_same():
+  dark = np.minimum(LEVELS // 4, 63)
+  both = as_pictures({"a": LEVELS.astype(np.float32), "b": dark.astype(np.float32)}, "npz:a")
+  np.testing.assert_array_equal(both["b"], dark)
+  halves = as_pictures({"a": np.clip(LEVELS + 0.25, 0, 255), "b": LEVELS / 1.0}, "npz:a")
+  np.testing.assert_allclose(halves["b"], LEVELS / 255, atol=1e-6)
+  black = as_pictures({"a": LEVELS / 1.0, "b": 0.0 * LEVELS}, "npz:a")
+  assert not black["b"].any()
+  with pytest.raises(InputError, match=r"a: cannot tell .* from 0 to 1 .*beside others .* 255"):
+    as_pictures({"a": LEVELS / 255, "b": LEVELS / 1.0}, "npz:a")
+  apart = as_pictures({"a": (LEVELS / 255).astype(np.float32), "b": LEVELS}, "npz:a")
+  np.testing.assert_allclose(apart["a"], apart["b"] / 255, atol=1e-6)
+
+
 def test_masks_and_grey():
   mask = LEVELS[..., 0] > 127
   np.testing.assert_array_equal(made(mask), 255 * mask[..., None].astype(np.uint8))

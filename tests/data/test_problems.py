@@ -85,6 +85,8 @@ RIGHT = [
   ("(B)", "B"), ("B) 12 apples", "B"), ("b", "(B)"), ("option B", "B"), ("The answer is (B)", "B"),
   ("yes.", "Yes"), ("No, it is not", "no"), ("true", "True"), ("Paris.\nIt is", "paris"),
   ("x^2 + 1", "x^2+1"), ("x = 5", "5"), ("2024-01-05", "2024-01-05"), ("9" * 5000, "9" * 5000),
+  ("10^5", "100000"), ("2**10", "1024"), ("2^{10} bytes", "1024"), ("1_000", "1000"),
+  ("1.234,5", "1234.5"), ("1.234.567,25", "1,234,567.25"),
 ]  # fmt: skip
 WRONG = [
   ("71", "72"), ("72/2", "72"), ("3/4", "3"), ("3", "3/4"), ("3/4", "-3/4"), ("5", "-5"),
@@ -94,6 +96,7 @@ WRONG = [
   ("72 km", "72 miles"), ("5x", "5"), ("5", "5x"), ("2^10", "2"), ("sqrt(2)", "2"), ("6 * 12", "6"),
   ("1/0", "2"), ("1,234", "1.234"), ("B) 12 apples", "C"), ("A dog", "A"), ("Because", "B"),
   ("No idea", "no"), ("London", "paris"), ("Paris, France", "paris"), ("5/6/2024", "5/6"),
+  ("2**10", "210"), ("3*2^2", "4"), ("2^10", "10"), ("x^2", "4"), ("1.234,5", "1.2345"),
 ]  # fmt: skip
 
 
@@ -194,3 +197,14 @@ def test_answers_of_reasoning_gym_are_right_when_they_are_said(name):
   pytest.importorskip("reasoning_gym")
   for problem in problems.load(f"reasoning-gym:{name}", 4, seed=3)[0]:
     assert problem.check(problems.final_answer(f"So.\n**Answer:** {problem.answer}\n"))
+
+
+def test_a_file_is_known_by_its_contents(tmp_path):
+  file = tmp_path / "p.jsonl"
+
+  def digest(answer):
+    file.write_text(f'{{"question": "2 + 2?", "answer": {answer}}}\n')
+    return problems.load(str(file), 1)[1].digest
+
+  assert digest(4) == digest(4) != digest(55)
+  assert problems.load(problems.GENERATED, 1)[1].digest == ""

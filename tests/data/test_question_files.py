@@ -86,6 +86,19 @@ def test_lines_end_at_line_feeds_alone(read, char):
     (plain(answer=None), "answer: expected a text"),
     (plain(image={"path": "a.png"}), "image: expected a path"),
     (plain(image="b.png"), "there is no image"),
+    (talk(ASKED, ANSWERED, question="what"), "a conversation and a question"),
+    (
+      talk(ASKED, ANSWERED) | {"conversations": [{"from": "human", "value": "what"}, None]},
+      "expected",
+    ),
+    (talk() | {"conversations": "what colour"}, "expected image"),
+    (talk() | {"conversations": {"from": "human", "value": "what"}}, "expected image"),
+    (
+      talk() | {"conversations": [{"value": "what"}, {"value": "red", "weight": 0}]},
+      "'weight' of a turn",
+    ),
+    (plain(image="x" * 5000), "there is no image"),
+    (plain(image="a\0.png"), "there is no image"),
     ([1], "expected image, question and answer"),
     ("text", "expected image, question and answer"),
   ],
@@ -106,6 +119,22 @@ def test_broken_files(read):
       read(contents)
   with pytest.raises(InputError, match="has no questions"):
     read("[]")
+
+
+def test_no_key_stands_twice(read):
+  with pytest.raises(InputError, match="line 1: expected"):
+    read('{"image": "a.png", "question": "what", "question": "which", "answer": "red"}')
+
+
+def test_the_digest_is_that_of_texts_and_pixels(tmp_path, read):
+  def digest(colour, question="what"):
+    Image.new("RGB", (4, 4), colour).save(tmp_path / "a.bmp")  # all of one size
+    read(json.dumps(plain(question, image="a.bmp")))
+    return described("q.json", read_questions(tmp_path / "q.json")).rpartition("sha256 ")[2]
+
+  first = digest("red")
+  assert digest("red") == first
+  assert len({first, digest("blue"), digest("red", "which")}) == 3
 
 
 def test_described(tmp_path, read):

@@ -26,6 +26,7 @@ from jaxmethods.experiments.epeagent import (
 )
 from jaxmethods.experiments.epeagent.config import Config, rows
 from jaxmethods.methods.epeagent import minimise
+from jaxmethods.runtime import workdir
 from tests.testbeds.chat_server import ChatServer
 
 SMALL = Config(users=6, stems=1, batch_size=64)
@@ -199,6 +200,20 @@ def test_numbers_nested_values_and_a_policy_that_grants_nobody(tmp_path):
   assert found["taint_leak"] == found["utility"] == 0 and found["privacy_choice"] == 100
   told = finished(dataclasses.replace(config, profiles=people_of(tmp_path, (1, 2, 3))))[2]
   assert told["utility"] == 100 and np.isnan(told["privacy_choice"])
+
+
+def test_profiles_and_questions_are_known_by_their_contents(tmp_path):
+  def digests(label, text):
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([{"field": "size", "question": text}]))
+    config = dataclasses.replace(SMALL, profiles=people_of(tmp_path, label), questions=str(file))
+    return workdir.digests(build_lib.build(config).about)
+
+  first = digests((1,), "which?")
+  people, asked = first
+  assert people.endswith("profiles.json") and asked.endswith("questions.json")
+  assert digests((2,), "which?")[people] != first[people]
+  assert digests((1,), "what?")[asked] != first[asked]
 
 
 @pytest.mark.parametrize(

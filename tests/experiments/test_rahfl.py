@@ -19,6 +19,7 @@ from jaxmethods.experiments.rahfl.config import Config, rows
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models import convnets
 from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import workdir
 
 C, SIDE, CLIENTS = 3, 8, 3
 
@@ -38,6 +39,7 @@ def folder(tmp_path_factory):
   np.savez(path / "private.npz", train_x=fit, train_y=y, test_x=test, test_y=few)
   np.savez(path / "public.npz", x=images(random, few), y=few)
   np.savez(path / "large.npz", x=images(random, few, 12), y=few)
+  np.savez(path / "sizes.npz", train_x=fit, train_y=y, test_x=images(random, few, 12), test_y=few)
   gone = {"train_x": fit[y > 0], "train_y": y[y > 0], "test_x": test, "test_y": few}
   np.savez(path / "gone.npz", **gone)
   return path
@@ -270,10 +272,18 @@ def test_steps_are_programs_for_any_accelerator(folder, platform):
     assert exported.platforms == (platform,)
 
 
+def test_the_report_counts_what_is_used_and_knows_the_data_again(folder):
+  about = build(config(folder, private_examples=50, public_examples=48)).about
+  assert "210 to train on, at most 50 for each of 2 clients" in about
+  assert "60 to test on" in about and "48 of npz:" in about
+  assert len(workdir.digests(about)) == 2
+
+
 BAD = {
   "public images of another size": ({"public": "large"}, "large.npz: images of 12 pixels"),
   "a class that nobody has": ({"data": "gone"}, "no client can have class 0"),
   "no validation image": ({"private_examples": 17, "validation_share": 0.05}, "client resnet.0"),
+  "test images of another size": ({"data": "sizes"}, "test images of 12 pixels, the others of"),
   "fewer images than a batch": ({"batch_size": 64}, "public.npz: 60 images"),
   "a client smaller than a batch": ({"private_examples": 16}, "fewer than one batch_size"),
   "an unknown kind": ({"kinds": ["fogg"]}, "fog"),

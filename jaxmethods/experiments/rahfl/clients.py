@@ -88,6 +88,11 @@ def load(config: Config) -> Data:
   if absent:
     raise InputError(f"{config.data}: no client can have class {min(absent)}: no training example")
   x, test_x = (_images(part, config.data, config.image_size) for part in (x, test_x))
+  if test_x.shape[1:] != x.shape[1:]:
+    raise InputError(
+      f"{config.data}: test images of {test_x.shape[1]} pixels, the others of {x.shape[1]}: "
+      "set image_size"
+    )
 
   shown = np.concatenate([part for part, _ in public.splits.values()])
   shown = np.random.default_rng(config.split_seed).permutation(shown)[: config.public_examples]
