@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _HIGHER, _LOWER = "higher is better", "lower is better"
@@ -51,6 +52,58 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "bytes_down": ("bytes that clients receive in a round", _LOWER),
   "rejected": ("updates that were not finite and left out", _LOWER),
   "temperature": ("temperature of the softmax", ""),
+  "worst_domain": ("test accuracy of the domain where it is lowest", _HIGHER),
+  "macro_f1": ("mean over the classes of the harmonic mean of precision and recall", _HIGHER),
+  "own_accuracy": (
+    "mean over the clients of the accuracy on test examples like their own",
+    _HIGHER,
+  ),
+  "agreement": ("mean cosine between the changes that clients made and their average", ""),
+  "alignment": ("part of the loss that brings a client's features to the common ones", _LOWER),
+  "distillation": ("part of the loss that brings the answers of clients together", _LOWER),
+  "graphs": ("pseudo-graphs that the student has seen", ""),
+  "generation": ("a part of the loss of the generation", _LOWER),
+  "teacher_accuracy": ("share of test graphs that the teacher classifies right", _HIGHER),
+  "pseudo_accuracy": ("share of pseudo-graphs that the teacher puts into their class", _HIGHER),
+  "pseudo_gap": ("distance of the batch statistics of pseudo-graphs from the teacher's", _LOWER),
+  "pseudo_edges": ("mean number of edges of a pseudo-graph", ""),
+  "structure_parameters": ("pairs of nodes whose edge is learnt, over all pseudo-graphs", _LOWER),
+  "average": ("mean accuracy in per cent over all tasks, after every task", _HIGHER),
+  "last": ("accuracy in per cent after the last task, mean over the tasks", _HIGHER),
+  "transfer": ("accuracy in per cent on tasks that have not been trained on yet", _HIGHER),
+  "learnt": ("accuracy in per cent on every task when it has just been trained on", _HIGHER),
+  "forget": ("change in per cent points from when a task was trained on to the end", _HIGHER),
+  "mAP": ("mean average precision of the searches, per cent", _HIGHER),
+  "mAP_at_R": ("precision among the first R with R right photographs, averaged, per cent", _HIGHER),
+  "mINP": ("share of right ones up to the last right photograph, per cent", _HIGHER),
+  "colour": ("accuracy on questions for a colour, per cent", _HIGHER),
+  "shape": ("accuracy on questions for a shape, per cent", _HIGHER),
+  "yesno_colour": ("accuracy on yes-no questions on colours, per cent", _HIGHER),
+  "yesno_shape": ("accuracy on yes-no questions on shapes, per cent", _HIGHER),
+  "digits": ("accuracy on the digits, per cent", _HIGHER),
+  "counting": ("accuracy on counting, per cent", _HIGHER),
+  "balance": ("mean of utility and privacy, per cent", _HIGHER),
+  "utility": ("answers that are right where an answer is allowed, per cent", _HIGHER),
+  "privacy_choice": ("multiple choices that are refused where they must be, per cent", _HIGHER),
+  "privacy_open": ("open questions that are refused where they must be, per cent", _HIGHER),
+  "over_refusal": ("share of allowed questions that are refused", _LOWER),
+  "unanswered": ("share of questions without any answer", _LOWER),
+  "field_leak": ("share of barred values that stand in texts that agents were sent", _LOWER),
+  "taint_leak": ("share of barred values that went into texts that agents were sent", _LOWER),
+  "cases": ("share of conversations in which a barred value was told", _LOWER),
+  "audit_gap": ("share that leaks in messages less share that leaks in answers", _LOWER),
+  "missed": ("share of leaking conversations whose answer shows nothing", _LOWER),
+  "embedding_leak_auc": (
+    "chance that messages are nearer to a barred value than to another's",
+    _LOWER,
+  ),
+  "reidentified_mrr": ("mean of 1 / rank of the user when users are sorted by likeness", _LOWER),
+  "reidentified_top1": ("share of conversations whose user is the likest of all", _LOWER),
+  "membership_auc": ("chance that the user is likelier than another one; 0.5 is chance", _LOWER),
+  "letters_tell": ("share of barred values that the chosen letters give away", _LOWER),
+  "letters_majority": ("the same by always guessing the most frequent value", ""),
+  "characters": ("characters that agents were sent in a conversation", _LOWER),
+  "entries": ("entries that the server returned in a conversation", _LOWER),
   "seconds": ("wall time of the step", _LOWER),
 }
 _ENDINGS: Mapping[str, tuple[str, str]] = {
@@ -58,6 +111,16 @@ _ENDINGS: Mapping[str, tuple[str, str]] = {
   "loss": ("a part of the loss", _LOWER),
   "entropy": ("an entropy, in nats", ""),
   "norm": ("length of a vector", ""),
+}
+# Endings that change what is counted.
+_VARIANTS: Mapping[str, str] = {
+  "_noss": "without photographs of the same sighting",
+  "_output": "in final answers",
+  "_messages": "in messages between agents",
+  "_arguments": "in what agents ask the server",
+  "_returns": "in what the server returns",
+  "_memory": "in what agents keep",
+  "_any": "anywhere",
 }
 _CAPTIONS: Mapping[str, str] = {
   "curves": "Metrics over the steps of the run.",
@@ -71,6 +134,24 @@ _CAPTIONS: Mapping[str, str] = {
   "spectra": "Filters that the clients learnt over the eigenvalues of their graphs.",
   "energy": "Kinetic energy over the layers, for right and wrong answers.",
   "auroc": "How well each score tells right from wrong answers.",
+  "own_examples": "How many examples of every class each client holds.",
+  "private_images": "How many images of every class each client holds.",
+  "agreement": "Cosines between the changes that the clients made to the prompts in the last round.",
+  "generated_embeddings": "Embeddings of one class: what clients hold, and what is generated for them.",
+  "leaks": "Barred values that were told, by the way they took: found in texts, and by the record.",
+  "scores": "Right answers where they are allowed, refusals where they are not.",
+  "trade": "Leak against utility of every row: the upper left corner is best.",
+  "matches": "Queries and the photographs that the model finds nearest.",
+  "views": "Photographs and the high frequencies that are left of them.",
+  "changed_entries": "Share of the entries of every layer that the tuning changed.",
+  "importances": "Which entries matter to the old tasks, and which to the new one.",
+  "update_density": "Share of entries that are not zero in the update of every layer.",
+  "course": "Accuracy on every task while one task after the other is trained on.",
+  "ranks": "Ranks that the tasks are given in every layer.",
+  "entropy": "How evenly the tasks share the directions of every layer.",
+  "removed": "Examples that the defence removed, clean and poisoned.",
+  "attention": "Attention to the image for clean and poisoned examples.",
+  "kept": "Generated graphs at the end.",
   "entropies": "Attention entropy of clean and poisoned examples.",
 }
 
@@ -82,6 +163,11 @@ def metric(name: str) -> tuple[str, str]:
     return f"{found[0]}: {part.replace('_', ' ')}", found[1]
   if name in _METRICS:
     return _METRICS[name]
+  if found := re.fullmatch(r"(?:rank|top)(\d+)", name):
+    return f"queries with a right photograph among the first {found[1]}, per cent", _HIGHER
+  for suffix, words in _VARIANTS.items():
+    if name.endswith(suffix) and (meaning := metric(name.removesuffix(suffix)))[0]:
+      return f"{meaning[0]}; {words}", meaning[1]
   ending = name.rpartition("_")[2]
   if ending in _ENDINGS:
     return _ENDINGS[ending]

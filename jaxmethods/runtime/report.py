@@ -99,6 +99,7 @@ def write(
     body.append(f"<p class='constant'>The same at every step: {html.escape(listed)}.</p>")
   for name, figure in pictures.items():
     body.append(_picture(directory, name, figure))
+    body += _explained_curves(lines, metrics) if name == "curves" else []
   for name, content in files.items():
     if isinstance(content, bytes):
       workdir.write_bytes(directory / name, content)
@@ -166,7 +167,7 @@ def curves(lines: Sequence[Values]) -> Figure:
         axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
       if 1 < len(names) <= _LEGEND:
         axis.legend(
-          fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+          fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.3)
         )
       axis.set(title=title.replace("_", " "), xlabel="step")
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -188,6 +189,14 @@ def constants(lines: Sequence[Values]) -> dict[str, float]:
   return {n: v[0] for n, v in scalars.items() if (n.rpartition("/")[0] or n) not in moving}
 
 
+def _explained_curves(lines: Sequence[Values], known: Iterable[str]) -> list[str]:
+  """Explains the curves that the table of results does not: parts of the page."""
+  names = {name.partition("/")[0] for name in _scalars(lines)} - set(known)
+  meant = [(name, *meanings.metric(name)) for name in sorted(names)]
+  meant = [row for row in meant if row[1]]
+  return [_table(("curve", "meaning", ""), meant)] if meant else []
+
+
 def _scalars(lines: Sequence[Values]) -> dict[str, list[float]]:
   """Returns {name: finite values} of what can be drawn."""
   values: dict[str, list[float]] = {}
@@ -199,13 +208,20 @@ def _scalars(lines: Sequence[Values]) -> dict[str, list[float]]:
 
 
 def _panels(lines: Sequence[Values], still: Mapping[str, float]) -> dict[str, list[str]]:
-  """Returns {title: metrics}; `group/name` ones share a panel, constant ones have none."""
+  """Returns {title: metrics}; `group/name` ones share a panel, constant or lone values have none."""
   panels: dict[str, list[str]] = {}
-  for name in _scalars(lines):
-    if name not in still:
+  scalars = _scalars(lines)
+  for name, values in scalars.items():
+    # One value is no curve; it stands in the table of results.
+    if name not in still and len(values) > 1:
       group, _, single = name.rpartition("/")
       panels.setdefault(f"{group}, each" if group else single, []).append(name)
-  return panels
+  alone = {
+    title
+    for title, names in panels.items()
+    if len(names) == 1 and scalars.get(names[0].rpartition("/")[0]) == scalars[names[0]]
+  }
+  return {title: names for title, names in panels.items() if title not in alone}
 
 
 def intervals(rows: Sequence[Values], metrics: Sequence[str], *, highlight: str = "") -> Figure:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from jaxmethods.experiments import METHODS
 from jaxmethods.runtime import meanings, report
 
+ROOT = Path(__file__).parents[2]
 LINES = [
   {"step": k, "loss": 1 / k, "still": 3.0, "accuracy/a": k, "accuracy/b": 2} for k in (1, 2, 3)
 ]
@@ -69,3 +72,25 @@ def test_metrics_and_pictures_have_words():
   assert meanings.caption("weights", ["evidence\nfor 0", "evidence for 1"]) == (
     "Weights: evidence for 0; evidence for 1."
   )
+
+
+def test_every_metric_of_every_comparison_has_a_meaning():
+  # Parts by task or timings of a benchmark are no metrics of a run.
+  names = set()
+  for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+    if any(file.stem.startswith(method) for method in METHODS):
+      kept = json.loads(file.read_text())
+      rows = kept.get("rows", []) if isinstance(kept, dict) else []
+      names |= {name for row in rows for name in row.get("metrics", {})}
+  assert len(names) > 60
+  own = {"times_ours", "known", "memory", "messages", "views"}  # of scripts, no report shows them
+  assert sorted(name for name in names - own if not meanings.metric(name)[0]) == []
+
+
+def test_curves_need_two_points_and_a_meaning(tmp_path):
+  lines = [{"step": k, "loss": 1.0 / k, "field_leak/a": k, "field_leak": k} for k in (1, 2, 3)]
+  lines[-1]["test_accuracy"] = 0.5
+  figure = report.curves(lines)
+  assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["loss", "field leak"]
+  assert report._explained_curves(lines, ["loss"])[0].count("<tr>") == 3
+  plt.close(figure)
