@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import claims, tables
+from jaxmethods.data import problems
+from jaxmethods.data.question_files import read_questions
+from jaxmethods.data.sources import load_arrays
 from jaxmethods.experiments import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +52,7 @@ def test_cells_of_the_readme_are_short():
 
 
 def test_python_of_the_readme_runs():
-  (code,) = sections(tables.README.read_text(), "python")
+  code, _ = sections(tables.README.read_text(), "python")
   found: dict = {}
   exec(compile(code, "README.md", "exec"), found)
   assert found["mask"].sum() == 6  # of 4 x 16
@@ -58,6 +61,29 @@ def test_python_of_the_readme_runs():
   assert all(jax.tree.leaves(moved))
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found["tree"]))
   assert any((leaf["b"] != 0).any() for leaf in found["tree"].values())
+
+
+def test_own_data_of_the_readme(cli, tmp_path, monkeypatch):
+  text = tables.README.read_text()
+  monkeypatch.chdir(tmp_path)
+  exec(compile(sections(text, "python")[1], "README.md", "exec"), {})
+  splits = lambda name: {k: len(y) for k, (_, y) in load_arrays(f"npz:{name}.npz").splits.items()}
+  assert splits("all") == splits("pictures") == {"all": 120}
+  assert splits("clients") == {"client 0": 40, "client 1": 40, "client 2": 40}
+  assert splits("domains") == {"photo": 60, "sketch": 60}
+  assert splits("splits") == {"train": 90, "test": 30}
+  assert len(read_questions(tmp_path / "questions.jsonl")) == 6
+  assert problems.load("problems.jsonl", 1)[0][0].check("4")
+  first, *others = (line.split()[2:] for line in sections(text, "console")[-1].splitlines())
+  small = ["--target=20", "--own_per_anchor=2", "--own_samples=20", "--prototype_samples=20"]
+  for module, *words in (
+    [*first, *small, "--batch_size=8"],
+    *([*o, "--print_config"] for o in others),
+  ):
+    result = cli(module, *words)
+    assert result.returncode == 0, (words, result.stderr)
+  page = (tmp_path / "runs/own/clients/report.html").read_text()
+  assert "npz:clients.npz (120 examples, sha256 " in page and "data of yours" in page
 
 
 def test_commands_name_what_exists():

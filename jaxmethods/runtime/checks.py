@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,16 @@ def require(good: bool, name: str, message: str) -> None:
   """Raises if a rule of its own is broken: "name: message"."""
   if not good:
     raise ValueError(f"{name}: {message}")
+
+
+def warn_alone(clients: int) -> None:
+  """Prints a warning where a federation has one client: it trains alone, and rows agree."""
+  if clients == 1:
+    print(
+      "warning: one client only: there is nobody to share with, and every federated row is local "
+      "training",
+      file=sys.stderr,
+    )
 
 
 def no_mesh(method: str, mesh: Mesh | None) -> None:

@@ -148,7 +148,7 @@ _CAPTIONS: Mapping[str, str] = {
   "update_density": "Share of entries that are not zero in the update of every layer.",
   "course": "Accuracy on every task while one task after the other is trained on.",
   "ranks": "Ranks that the tasks are given in every layer.",
-  "entropy": "How evenly the tasks share the directions of every layer.",
+  "entropy": "Spectral entropy of what every layer reads, task by task, over the layers.",
   "removed": "Examples that the defence removed, clean and poisoned.",
   "attention": "Attention to the image for clean and poisoned examples.",
   "kept": "Generated graphs at the end.",

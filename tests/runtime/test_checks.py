@@ -4,10 +4,13 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from jaxmethods.errors import InputError
 from jaxmethods.runtime import checks
+from jaxmethods.testbeds.federated_images import clients
+from jaxmethods.testbeds.federated_images.settings import ClientSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +52,13 @@ def test_a_bad_field_is_named_with_rule_and_value():
 def test_a_mesh_is_refused_not_dropped():
   with pytest.raises(InputError, match="--mesh: tiny runs on one device"):
     checks.no_mesh("tiny", jax.make_mesh((1,), ("clients",)))
+
+
+def test_a_federation_of_one_is_warned_of(capsys):
+  checks.warn_alone(2)
+  assert not capsys.readouterr().err
+  checks.warn_alone(1)
+  assert "one client only" in capsys.readouterr().err
+  settings = ClientSettings(skew="labels", clients=1, min_per_class=0)
+  clients.check(settings, np.zeros((1, 4), np.int32), 1)
+  assert "one client only" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from jaxmethods.experiments.fedssp.rounds import Roster
 from jaxmethods.experiments.fedssp.state import State, init_state
 from jaxmethods.federated import engine
 from jaxmethods.methods.fedssp import PreferenceOptimizer
-from jaxmethods.runtime import compiler
+from jaxmethods.runtime import checks, compiler
 from jaxmethods.runtime.experiment import Experiment, Metrics
 
 
@@ -49,6 +49,7 @@ def build(config: Config, mesh: jax.sharding.Mesh | None = None) -> Experiment:
     )
     for data in records
   ]
+  checks.warn_alone(sum(len(share.names) for share in shares))
   backbone = backbone_of(config)
   groups = load_groups(config, shares, backbone, mesh)
   names = tuple(name for share in shares for name in share.names)

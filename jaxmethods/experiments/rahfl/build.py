@@ -14,6 +14,7 @@ from jaxmethods.experiments.rahfl.peers import network_of
 from jaxmethods.experiments.rahfl.teaching import make_teach
 from jaxmethods.federated import engine
 from jaxmethods.models.convnets import classifier
+from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import Experiment
 
 
@@ -29,6 +30,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   nets = [
     classifier(name, 1, narrow=config.narrow, stages=config.stages) for name in config.architectures
   ]
+  checks.warn_alone(len(clients.client_names(config)))
   data = clients.load(config)
   nets = [net.clone(num_classes=data.num_classes) for net in nets]
   parts = rounds.Parts(

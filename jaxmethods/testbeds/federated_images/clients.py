@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxmethods.errors import InputError
 from jaxmethods.federated import partition
+from jaxmethods.runtime import checks
 from jaxmethods.testbeds.federated_images.settings import ClientSettings
 
 
@@ -79,7 +80,7 @@ def client_names(settings: ClientSettings, domains: Sequence[str]) -> list[str]:
 
 
 def check(settings: ClientSettings, y: np.ndarray, num_classes: int) -> None:
-  """Checks that the pool can be dealt out as the settings ask.
+  """Checks that the pool can be dealt out as the settings ask; warns of a single client.
 
   Args:
     settings: of the clients.
@@ -89,6 +90,7 @@ def check(settings: ClientSettings, y: np.ndarray, num_classes: int) -> None:
   Raises:
     InputError: a class with too few examples, fewer clients than domains, classes that do not come out.
   """
+  checks.warn_alone(len(y) if settings.skew == "domains" else settings.clients)
   each = settings.classes_per_client
   if each and (each > num_classes or settings.clients * each % num_classes):
     raise InputError(
