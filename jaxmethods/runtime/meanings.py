@@ -34,6 +34,13 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "precision": ("share of what was found that is meant to be found", _HIGHER),
   "recall": ("share of what is there to be found that was found", _HIGHER),
   "removed": ("share of the training examples that were removed", ""),
+  "kept": ("training examples that were kept", ""),
+  "attack_success": ("share of test images with trigger that get the planted answer", _LOWER),
+  "layers_used": ("layers whose attention separates the examples in two groups", ""),
+  "layers_reversed": ("layers of them where the suspects have the greater entropy", ""),
+  "saved_by_guard": ("examples that only the guard kept", ""),
+  "missing": ("attention values that were not finite", _LOWER),
+  "separation": ("how far the two groups of a layer are apart", ""),
   "attack_before": ("success of the attack before the defence", _LOWER),
   "attack_after": ("success of the attack after the defence", _LOWER),
   "clean_before": ("accuracy on clean data before the defence", _HIGHER),
@@ -121,6 +128,7 @@ _VARIANTS: Mapping[str, str] = {
   "_returns": "in what the server returns",
   "_memory": "in what agents keep",
   "_any": "anywhere",
+  "_before": "before the defence",
 }
 _CAPTIONS: Mapping[str, str] = {
   "curves": "Metrics over the steps of the run.",
@@ -163,8 +171,8 @@ def metric(name: str) -> tuple[str, str]:
     return f"{found[0]}: {part.replace('_', ' ')}", found[1]
   if name in _METRICS:
     return _METRICS[name]
-  if found := re.fullmatch(r"(?:rank|top)(\d+)", name):
-    return f"queries with a right photograph among the first {found[1]}, per cent", _HIGHER
+  if top := re.fullmatch(r"(?:rank|top)(\d+)", name):
+    return f"queries with a right photograph among the first {top[1]}, per cent", _HIGHER
   for suffix, words in _VARIANTS.items():
     if name.endswith(suffix) and (meaning := metric(name.removesuffix(suffix)))[0]:
       return f"{meaning[0]}; {words}", meaning[1]

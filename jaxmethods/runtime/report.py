@@ -94,6 +94,7 @@ def write(
     pictures = {"curves": curves(lines), **pictures}
   table = _table(("metric", "value", "meaning", ""), _explained(metrics))
   body = [f"<h2>Results after step {step:,}</h2>", table]
+  still = {name: value for name, value in still.items() if name not in metrics}
   if still:
     listed = ", ".join(f"{name} {meanings.short(value)}" for name, value in still.items())
     body.append(f"<p class='constant'>The same at every step: {html.escape(listed)}.</p>")
@@ -134,8 +135,15 @@ def metric_rows(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _explained(metrics: Mapping[str, object]) -> list[tuple[str, str, str, str]]:
-  """Returns (name, text, meaning, better) of every metric."""
-  return [(name, _text(value), *meanings.metric(name)) for name, value in metrics.items()]
+  """Returns (name, text, meaning, better) of every metric; parts point to their whole."""
+  rows = []
+  for name, value in metrics.items():
+    whole, _, part = name.rpartition("/")
+    meaning, better = meanings.metric(name)
+    if meaning and whole in metrics:
+      meaning = f"the same of {part.replace('_', ' ')}"
+    rows.append((name, _text(value), meaning, better))
+  return rows
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
