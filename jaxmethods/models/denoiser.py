@@ -40,6 +40,7 @@ class DenoiserBlock(nn.Module):
 
   heads: int
   hidden: int
+  drop_rate: float = 0.0
 
   @nn.compact
   def __call__(
@@ -47,11 +48,12 @@ class DenoiserBlock(nn.Module):
   ) -> jax.Array:
     """Maps h (B, T, D) beside other (B, S, D) to (B, T, D); e as in `AdaptiveNorm`."""
     norm = lambda name, x: AdaptiveNorm(name=name)(x, e)
-    attend = lambda name: Attention(self.heads, zero_token=True, name=name)
+    rate = self.drop_rate
+    attend = lambda name: Attention(self.heads, zero_token=True, drop_rate=rate, name=name)
     h = h + attend("attention")(norm("norm_1", h), bias)[0]
     memory = norm("other_norm", other)
     h = h + attend("cross_attention")(norm("norm_2", h), other_bias, memory)[0]
-    mlp = MLP(self.hidden, last_init=nn.initializers.zeros, name="mlp")
+    mlp = MLP(self.hidden, last_init=nn.initializers.zeros, drop_rate=rate, name="mlp")
     return h + mlp(norm("norm_3", h))
 
 
@@ -67,6 +69,7 @@ class Denoiser(nn.Module):
     heads: of the attention.
     hidden: width of the MLPs.
     ordered: whether the tokens of `other` are frames, which have positions, or points, which have none.
+    dropout: rate on the weights of the attention and inside the MLPs, in training.
   """
 
   width: int
@@ -74,6 +77,7 @@ class Denoiser(nn.Module):
   heads: int
   hidden: int
   ordered: bool = True
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(
@@ -84,6 +88,7 @@ class Denoiser(nn.Module):
     mask: jax.Array | None = None,
     other: jax.Array | None = None,
     other_mask: jax.Array | None = None,
+    train: bool = False,
   ) -> jax.Array:
     """Denoises.
 
@@ -94,6 +99,7 @@ class Denoiser(nn.Module):
       mask: (B, T), nonzero at real frames; None: all.
       other: what a single body attends to, (B, S, G); not for two.
       other_mask: (B, S), nonzero at real tokens; None: all.
+      train: whether to drop; reads the rng stream "dropout".
 
     Returns:
       (B, T, E, F), without meaning at frames outside `mask`.
@@ -108,8 +114,10 @@ class Denoiser(nn.Module):
       e = e + nn.Dense(self.width, name="condition")(condition)
     embed = nn.Dense(self.width, name="embed")
     place = sinusoids(jnp.arange(frames), self.width)
-    streams = [embed(x[:, :, body]) + place for body in range(bodies)]
-    bias = _key_bias(mask, batch, frames, frames)
+    # Bodies are rows of the batch: all of the first, then all of the second.
+    h = embed(jnp.moveaxis(x, 2, 0).reshape(bodies * batch, frames, features)) + place
+    e = jnp.concatenate([e] * bodies)
+    bias = jnp.concatenate([_key_bias(mask, batch, frames, frames)] * bodies)
     if other is None:
       other_bias = bias
     else:
@@ -119,15 +127,14 @@ class Denoiser(nn.Module):
       if self.ordered:
         fixed = fixed + sinusoids(jnp.arange(tokens), self.width)
       other_bias = _key_bias(other_mask, batch, frames, tokens)
+    rate = self.dropout if train else 0.0
     for i in range(self.num_layers):
-      block = DenoiserBlock(self.heads, self.hidden, name=f"layers_{i}")
+      block = DenoiserBlock(self.heads, self.hidden, rate, name=f"layers_{i}")
       # Both bodies look at the other's state of the layer before.
-      others = [fixed] if other is not None else streams[::-1]
-      streams = [
-        block(h, seen, e, bias, other_bias) for h, seen in zip(streams, others, strict=True)
-      ]
-    out = nn.Dense(features, kernel_init=nn.initializers.zeros, name="out")
-    return jnp.stack([out(h) for h in streams], axis=2)
+      seen = fixed if other is not None else jnp.roll(h, batch, axis=0)
+      h = block(h, seen, e, bias, other_bias)
+    out = nn.Dense(features, kernel_init=nn.initializers.zeros, name="out")(h)
+    return jnp.moveaxis(out.reshape(bodies, batch, frames, features), 0, 2)
 
 
 def _key_bias(mask: jax.Array | None, batch: int, queries: int, keys: int) -> jax.Array:

@@ -170,12 +170,14 @@ class MLP(nn.Module):
     hidden: width in between.
     activation: a name in `ACTIVATIONS`.
     last_init: initialiser of the kernel of fc_2.
+    drop_rate: dropout in between; reads the rng stream "dropout".
     dtype: of the computation.
   """
 
   hidden: int
   activation: str = "gelu"
   last_init: Initializer = nn.linear.default_kernel_init
+  drop_rate: float = 0.0
   dtype: DTypeLike | None = None
 
   @nn.compact
@@ -183,7 +185,10 @@ class MLP(nn.Module):
     """Maps (..., D) to (..., D)."""
     hidden = nn.Dense(self.hidden, dtype=self.dtype, name="fc_1")(x)
     out = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.last_init, name="fc_2")
-    return out(ACTIVATIONS[self.activation](hidden))
+    hidden = ACTIVATIONS[self.activation](hidden)
+    if self.drop_rate:
+      hidden = dropout(hidden, self.drop_rate, self.make_rng("dropout"))
+    return out(hidden)
 
 
 class Block(nn.Module):

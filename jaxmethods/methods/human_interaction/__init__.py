@@ -14,8 +14,10 @@ metres, y up unless said; a `mask` (.., T) is true at real frames.
   skeleton        joints, bones, feet and hands of the two skeletons
   rotations       quaternions and the 6D form
   representation  InterHuman 262, HumanML3D 263, positions: there and back; canonical frames, contacts
+  scenes          solids with an analytic signed distance, objects along their path
   diffusion       cosine schedule, posterior, DDPM, DDIM, classifier-free guidance, sampling
   losses          InterGen's, MDM's, contact of hands and object, collision with a scene
+  tasks           the three tasks in one interface
   metrics         distributions of embeddings
   physics         distances, feet, contact and penetration of single clips
 """

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.stats import shapes
-from jaxmethods.trees import Key
+from jaxmethods.trees import Key, PyTree
 
 # (x_t (B, ...), step of training (B,)) -> clean motion (B, ...).
 Network: TypeAlias = Callable[[Array, Array], Array]
-# The same with a condition (B, C) behind.
-Conditional: TypeAlias = Callable[[Array, Array, Array], Array]
+# The same with a condition behind, leaves (B, ...).
+Conditional: TypeAlias = Callable[[Array, Array, PyTree], Array]
 # (clean motion (B, ...), place in the schedule (), posterior variance ()) -> clean motion.
 Guidance: TypeAlias = Callable[[Array, Array, Array], Array]
 Sampler = Literal["ddim", "ddpm"]
@@ -239,21 +239,24 @@ def guided(
   return scale * with_condition + (1 - scale) * without
 
 
-def classifier_free(network: Conditional, condition: Float[Array, "B C"], scale: float) -> Network:
-  """Runs a network with its condition and with a zero condition, as one batch twice as large.
+def classifier_free(
+  network: Conditional, condition: PyTree, dropped: PyTree, scale: float
+) -> Network:
+  """Runs a network with its condition and with a dropped one, as one batch twice as large.
 
   Args:
     network: (x, t, condition) -> clean motion.
-    condition: of each sample.
+    condition: of each sample, leaves (B, ...).
+    dropped: the same with zeros for what is dropped.
     scale: s; with 1 the network is run once.
   """
   if scale == 1:
     return lambda x, t: network(x, t, condition)
-  both = jnp.concatenate([condition, jnp.zeros_like(condition)])
+  double = lambda a, b: jnp.concatenate([a, b])
+  both = jax.tree.map(double, condition, dropped)
 
   def run(x: Array, t: Array) -> Array:
-    twice = lambda y: jnp.concatenate([y, y])
-    with_condition, without = jnp.split(network(twice(x), twice(t), both), 2)
+    with_condition, without = jnp.split(network(double(x, x), double(t, t), both), 2)
     return guided(with_condition, without, scale)
 
   return run

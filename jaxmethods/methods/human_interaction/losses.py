@@ -402,3 +402,21 @@ def omomo_loss(
       "foot": foot * mean(off[:, :, own].mean((-1, -2)), mask, (0, 1)),
     }
   )
+
+
+def latent_divergence(
+  mean: Float[Array, "B D"], log_variance: Float[Array, "B D"]
+) -> Float[Array, ""]:
+  """KL of N(mean, variance) from N(0, 1), mean over latents and samples; a VAE weighs it by 1e-4."""
+  shapes.same(mean=mean, log_variance=log_variance)
+  return 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+
+
+def text_motion_contrast(
+  text: Float[Array, "B d"], motion: Float[Array, "B d"], scale: Float[Array, ""] | float
+) -> Float[Array, ""]:
+  """InfoNCE in both directions, logits scale^2 cos (InterCLIP, code)."""
+  shapes.same(text=text, motion=motion)
+  logits = scale**2 * rotations.unit(text) @ rotations.unit(motion).T
+  own = lambda x: -jnp.diagonal(jax.nn.log_softmax(x, axis=1)).mean()
+  return (own(logits) + own(logits.T)) / 2
