@@ -39,7 +39,7 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "layers_used": ("layers whose attention separates the examples in two groups", ""),
   "layers_reversed": ("layers of them where the suspects have the greater entropy", ""),
   "saved_by_guard": ("examples that only the guard kept", ""),
-  "missing": ("attention values that were not finite", _LOWER),
+  "missing": ("attention entropies that were missing", _LOWER),
   "separation": ("how far the two groups of a layer are apart", ""),
   "attack_before": ("success of the attack before the defence", _LOWER),
   "attack_after": ("success of the attack after the defence", _LOWER),

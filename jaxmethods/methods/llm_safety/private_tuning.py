@@ -2,8 +2,9 @@
 
 Li, Tramer, Liang, Hashimoto, "Large language models can be strong differentially private learners",
 arXiv 2110.05679, and Yu et al., "Differentially private fine-tuning of language models", arXiv
-2110.06500 (both known): clip and noise only what is trained, an adapter beside frozen weights. The frozen weights
-get no gradient at all, so the gradients of all examples at once are as small as the adapter.
+2110.06500 (both known): clip and noise only what is trained, an adapter beside frozen weights. The
+frozen weights get no gradient at all, so the gradients of all examples at once are as small as the
+adapter.
 
 All that a tuner computes of the private data is its gradient: hooks and the merged model are made of it.
 What a tuner would compute from a probe of the training data is not private, so the probe is withheld.
