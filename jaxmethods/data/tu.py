@@ -13,6 +13,7 @@ import gzip
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,7 +250,14 @@ def _read_folder(name: str, folder: Path) -> TextFiles:
         parts[part] = str(packed), gzip.decompress(packed.read_bytes())
       except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{packed}: damaged gzip file ({error})") from error
-  return TextFiles(str(folder), parts)
+  return TextFiles(str(folder) + _unread(name, (path.name for path in folder.iterdir())), parts)
+
+
+def _unread(name: str, found: Iterable[str]) -> str:
+  """Says for reports which files of a set are not read, such as attributes of edges."""
+  inside = (file for file in found if file.startswith(f"{name}_") and ".txt" in file)
+  parts = {file.removeprefix(f"{name}_").partition(".txt")[0] for file in inside} - set(PARTS)
+  return f" (not read: {', '.join(sorted(parts))})" if parts else ""
 
 
 def _read_zip(name: str, path: Path) -> TextFiles:
@@ -257,6 +265,7 @@ def _read_zip(name: str, path: Path) -> TextFiles:
   wanted = {f"{name}_{part}.txt": part for part in PARTS}
   try:
     with zipfile.ZipFile(path) as archive:
+      unread = _unread(name, (Path(member).name for member in archive.namelist()))
       parts = {
         wanted[Path(member).name]: (f"{path}:{member}", archive.read(member))
         for member in archive.namelist()
@@ -264,4 +273,4 @@ def _read_zip(name: str, path: Path) -> TextFiles:
       }
   except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
     raise InputError(f"{path}: damaged zip archive ({error})") from error
-  return TextFiles(str(path), parts)
+  return TextFiles(str(path) + unread, parts)

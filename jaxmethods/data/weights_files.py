@@ -52,7 +52,7 @@ class Safetensors(Mapping[str, np.ndarray]):
     if path.is_file():
       files = [path]
     elif (path / _INDEX).is_file():
-      promised = read_json(path / _INDEX).get("weight_map", {})
+      promised = _weight_map(path / _INDEX)
       files = [path / name for name in sorted(set(promised.values()))]
     elif (path / _WEIGHTS).is_file():
       files = [path / _WEIGHTS]
@@ -85,6 +85,14 @@ class Safetensors(Mapping[str, np.ndarray]):
     return len(self._handles)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+  """Returns the files of the tensors, as an index names them."""
+  found = read_json(index).get("weight_map")
+  if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+    raise InputError(f"{index}: weight_map: expected the file of every tensor, got {found!r:.80}")
+  return found
+
+
 def _open(file: Path) -> Any:
   try:
     return safe_open(file, framework="np")
@@ -97,7 +105,7 @@ def _open(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
   """A JSON object."""
   try:
-    contents = json.loads(file.read_text(encoding="utf-8"))
+    contents = json.loads(file.read_text(encoding="utf-8-sig"))
   except OSError as error:
     raise InputError(f"{file}: cannot be read: {error.strerror}") from None
   except ValueError as error:

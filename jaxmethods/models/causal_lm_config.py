@@ -47,6 +47,14 @@ class Rope:
     return jnp.cos(angle), jnp.sin(angle)
 
 
+# Keys of relatives of these families that change what a model computes, with the value that does not.
+_NEUTRAL = {
+  "partial_rotary_factor": 1, "logit_scale": 1, "logits_scaling": 1, "embedding_multiplier": 1,
+  "residual_multiplier": 1, "final_logit_softcapping": None, "attn_logit_softcapping": None,
+  "query_pre_attn_scalar": None, "num_experts": 0, "num_local_experts": 0,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalLMConfig:
   """Shapes of a model; `from_hugging_face` reads those of published ones.
@@ -114,6 +122,9 @@ class CausalLMConfig:
       raise ValueError(f"model_type {family!r} is no supported causal LM family ({known})")
     if (activation := config.get("hidden_act", "silu")) != "silu":
       raise ValueError(f"hidden_act {activation!r} is not supported, only silu")
+    for key, neutral in _NEUTRAL.items():
+      if config.get(key, neutral) not in (neutral, None):
+        raise ValueError(f"{key} {config[key]!r} is not supported")
     try:
       heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
       # Qwen2 has these biases always, the others if they say so; only the others have one on out.

@@ -471,3 +471,29 @@ def test_the_digest_of_a_model_is_that_of_its_files(checkpoint, changed):
   else:
     (folder / changed).write_text("{}")
   assert digest() != first
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("partial_rotary_factor", 0.5), ("logit_scale", 2.0), ("final_logit_softcapping", 30.0),
+   ("num_experts", 8)],
+)  # fmt: skip
+def test_keys_of_relatives_are_refused(checkpoint, key, value):
+  folder, _ = checkpoint
+  config = json.loads((folder / "config.json").read_text())
+  # As some editors on Windows save it.
+  (folder / "config.json").write_text(json.dumps(config | {key: None}), encoding="utf-8-sig")
+  load_causal_lm(f"hf:{folder}")
+  (folder / "config.json").write_text(json.dumps(config | {key: value}))
+  with pytest.raises(InputError, match=f"{key} .* is not supported"):
+    load_causal_lm(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+  "index", [{}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {"a": 3}}]
+)
+def test_an_index_of_another_form_is_named(checkpoint, index):
+  folder, _ = checkpoint
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(InputError, match=r"index\.json: weight_map: expected"):
+    load_causal_lm(f"hf:{folder}")

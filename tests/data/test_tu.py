@@ -396,6 +396,8 @@ def test_sets_of_ones_own(write_tiny, tmp_path):
       archive.write(file, f"inside/{file.name}")
   (packed,) = load_graphs(f"tu:{tmp_path / 'any.zip'}")
   assert packed.source.digest == data.source.digest
+  (folder / "TINY_edge_weights.txt").write_text("1\n")
+  assert load_graphs(f"tu:{folder}")[0].source.origin == f"{folder} (not read: edge_weights)"
   assert "data of yours" in describe([data]) and "TUDataset" not in describe([data])
   for path, message in ((tmp_path, "found 0"), (folder / "TINY_A.txt", "is no folder and no zip")):
     with pytest.raises(InputError, match=message):
