@@ -428,3 +428,6 @@ _READERS: dict[str, Callable[[Json], _Reader]] = {
   "OFT": _read_oft,
   "IA3": _read_ia3,
 }
+
+# Kinds of adapters that `to_peft` can write.
+KINDS = tuple(_FORMATS)

@@ -37,6 +37,7 @@ from jaxmethods.data.weights_files import (
   Gguf,
   Safetensors,
   check_config,
+  copy_companions,
   open_gguf,
   read_json,
   save_checkpoint,
@@ -255,12 +256,39 @@ def save_causal_lm(folder: Path, loaded: LoadedLM, params: Params | None = None)
     InputError: as `save_checkpoint`.
   """
   tensors = export_params(loaded.params if params is None else params, table(loaded.model.config))
-  kinds = {tensor.dtype.name for tensor in tensors.values()}
-  dtype = kinds.pop() if len(kinds) == 1 else "float32"
   architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
   named = f"{architecture[loaded.files.config['model_type']]}ForCausalLM"
-  config = loaded.files.config | {"architectures": [named], "dtype": dtype}
-  save_checkpoint(folder, tensors, config, origin=Path(loaded.files.source.origin))
+  save_tensors(folder, loaded.files, tensors, named)
+
+
+def save_tensors(
+  folder: Path, files: ModelFiles, tensors: Mapping[str, np.ndarray], architecture: str
+) -> None:
+  """Writes tensors as a checkpoint of the kind that `files` are.
+
+  Raises:
+    InputError: as `save_checkpoint`.
+  """
+  kinds = {tensor.dtype.name for tensor in tensors.values()}
+  dtype = kinds.pop() if len(kinds) == 1 else "float32"
+  config = files.config | {"architectures": [architecture], "dtype": dtype}
+  save_checkpoint(folder, tensors, config, origin=Path(files.source.origin))
+
+
+def save_tokenizer(folder: Path, files: ModelFiles, tokenizer: Any) -> bool:
+  """Writes the tokenizer, and the tokens that end a text, beside a checkpoint; whether it could.
+
+  Files of the folder that the model came from are copied as they are.
+  """
+  if files.generation:
+    (folder / "generation_config.json").write_text(
+      json.dumps(dict(files.generation), indent=2) + "\n"
+    )
+  copied = copy_companions(Path(files.source.origin), folder)
+  if not copied and hasattr(tokenizer, "save_pretrained"):
+    tokenizer.save_pretrained(folder)
+    return True
+  return copied
 
 
 def _no_tokenizer(name: str) -> Callable[[], Any]:

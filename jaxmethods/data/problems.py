@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -35,11 +36,13 @@ class Problem(NamedTuple):
     question: as it is put to the model.
     answer: what is right, None where it is not known.
     check: whether a given answer, all that `final_answer` returns, is right.
+    working: the steps written out, such as "14 + 5 = 19."; "" where they are not known.
   """
 
   question: str
   answer: str | None
   check: Callable[[str], bool]
+  working: str = ""
 
 
 def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
@@ -73,40 +76,47 @@ def load(name: str, count: int, seed: int = 0) -> tuple[list[Problem], Source]:
 _NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lucy", "Omar", "Nina", "Jack", "Ella")
 _THINGS = ("apples", "pencils", "marbles", "stickers", "books", "coins", "shells", "cards")
 
-# What there is at first, and what happens then; both with the number that comes of it.
-_Step = tuple[str, Callable[[int, int], int]]
-_OPENINGS: tuple[_Step, ...] = (
-  ("{name} has {a} {things} and buys {b} more.", lambda a, b: a + b),
-  ("{name} has {a} {things} and gives away {b}.", lambda a, b: a - b),
-  ("{name} has {a} {things} and loses {b} of them.", lambda a, b: a - b),
-  ("{name} buys {a} boxes with {b} {things} each.", lambda a, b: a * b),
+# What there is at first, and what happens then; both with the operation that it stands for.
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+  "+": operator.add, "-": operator.sub, "*": operator.mul,
+}  # fmt: skip
+_OPENINGS = (
+  ("{name} has {a} {things} and buys {b} more.", "+"),
+  ("{name} has {a} {things} and gives away {b}.", "-"),
+  ("{name} has {a} {things} and loses {b} of them.", "-"),
+  ("{name} buys {a} boxes with {b} {things} each.", "*"),
 )
-_CHANGES: tuple[_Step, ...] = (
-  ("Then {name} finds {b} more {things}.", lambda a, b: a + b),
-  ("Then a friend gives {name} {b} {things}.", lambda a, b: a + b),
-  ("Then {name} gives {b} {things} to a friend.", lambda a, b: a - b),
+_CHANGES = (
+  ("Then {name} finds {b} more {things}.", "+"),
+  ("Then a friend gives {name} {b} {things}.", "+"),
+  ("Then {name} gives {b} {things} to a friend.", "-"),
 )
 
 
 def generated(count: int, seed: int) -> list[Problem]:
   """Stories of one or two steps with numbers below 40; no two are the same."""
   rng = np.random.default_rng(seed)
-  found: dict[str, int] = {}
+  found: dict[str, tuple[int, str]] = {}
   while len(found) < count:
     pick = lambda options: options[int(rng.integers(len(options)))]
     names = {"name": pick(_NAMES), "things": pick(_THINGS)}
-    opening, first = pick(_OPENINGS)
+    opening, symbol = pick(_OPENINGS)
     a, b = map(int, rng.integers(2, 10 if "boxes" in opening else 40, 2))
-    story, total = [opening.format(a=a, b=b, **names)], first(a, b)
+    story, total = [opening.format(a=a, b=b, **names)], _OPERATIONS[symbol](a, b)
+    working = [f"{a} {symbol} {b} = {total}."]
     if rng.integers(2) and total >= 0:
-      change, then = pick(_CHANGES)
+      change, symbol = pick(_CHANGES)
       b = int(rng.integers(2, 40))
       story.append(change.format(b=b, **names))
-      total = then(total, b)
+      before, total = total, _OPERATIONS[symbol](total, b)
+      working.append(f"{before} {symbol} {b} = {total}.")
     if total >= 0:
       story.append("How many {things} does {name} have now?".format(**names))
-      found[" ".join(story)] = total
-  return [_problem(question, str(total)) for question, total in found.items()]
+      found[" ".join(story)] = total, " ".join(working)
+  return [
+    _problem(question, str(total))._replace(working=working)
+    for question, (total, working) in found.items()
+  ]
 
 
 def _problem(question: str, answer: str | None) -> Problem:

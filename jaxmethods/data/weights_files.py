@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,6 +208,16 @@ def save_checkpoint(
       temporary.write_text(json.dumps(dict(config), indent=2) + "\n")
   except OSError as error:
     raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def copy_companions(origin: Path, folder: Path) -> bool:
+  """Copies tokenizer, processor and the like of a model's folder; whether there was a tokenizer."""
+  if not origin.is_dir():
+    return False
+  names = {found.name for pattern in _COMPANIONS[2:] for found in origin.glob(pattern)}
+  for name in sorted(names):
+    shutil.copyfile(origin / name, folder / name)
+  return any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names)
 
 
 def _refuse_companions(folder: Path, origin: Path | None, config: Json) -> None:

@@ -275,6 +275,7 @@ class CausalLM(nn.Module):
     embeddings: jax.Array | None = None,
     mask: jax.Array | None = None,
     positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
     cache: Cache | None = None,
     cache_size: int | None = None,
     probe: Probe | None = None,
@@ -287,6 +288,8 @@ class CausalLM(nn.Module):
       embeddings: (B, T, D), in place of the embedded ids (images among text).
       mask: (B, T), 0 at padding; default: no padding.
       positions: (B, T); default: counted over the tokens that are no padding, the cached ones too.
+      segments: (B, T), numbers of the texts that are packed into a row: a token sees its own text
+        only. Without a cache; positions should begin anew in every text.
       cache: of the tokens before these. It must have T free slots: that can only be checked here
         when its length is no traced value, `generate` always checks.
       cache_size: S, to begin a cache with these tokens.
@@ -309,8 +312,10 @@ class CausalLM(nn.Module):
       cache = empty_cache(c, batch, cache_size, self.dtype, scan_layers=self.scan_layers)
     mask = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
     if cache is not None:
+      if segments is not None:
+        raise ValueError("segments: packed rows have no cache")
       _check_room(cache, length)
-    context, valid = self._context(mask, positions, cache, fresh)
+    context, valid = self._context(mask, positions, segments, cache, fresh)
     states = [] if probe.states is None else [probe.states(x)]
     folded = None if probe.fold is None else probe.fold(None, x)
 
@@ -365,7 +370,7 @@ class CausalLM(nn.Module):
     """Embeddings (B, T, D) of ids (B, T), to be mixed with others."""
     return self.embed(ids)
 
-  def _context(self, mask, positions, cache, fresh) -> tuple[_Context, jax.Array]:
+  def _context(self, mask, positions, segments, cache, fresh) -> tuple[_Context, jax.Array]:
     """Rotations and masks of tokens with mask (B, T), and which slots are valid with them."""
     length = mask.shape[1]
     start: jax.Array | int = 0 if fresh else cache.length
@@ -377,6 +382,8 @@ class CausalLM(nn.Module):
     query_slot = (start + jnp.arange(length))[:, None]
     key_slot = jnp.arange(keys.shape[1])
     seen = keys[:, None] & (key_slot <= query_slot)
+    if segments is not None:
+      seen &= segments[:, :, None] == segments[:, None]
     window_bias = None
     if window := next(filter(None, self.config.windows), None):
       window_bias = masked_bias(seen & (query_slot - key_slot < window))

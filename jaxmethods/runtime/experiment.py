@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from jaxmethods.runtime import checks
 
 if TYPE_CHECKING:
+  from pathlib import Path
+
   import jax
   from jax.sharding import Mesh
   from matplotlib.figure import Figure
@@ -77,6 +79,22 @@ def in_common(config: Config, free: Iterable[str]) -> Config:
   return dataclasses.replace(config, **plain)
 
 
+class Export(NamedTuple):
+  """How a trained model leaves in the formats of others.
+
+  Attributes:
+    formats: those that this run has, of "peft", "hf", "merged".
+    write: (state, format, folder) -> None; the folder is there and empty.
+    base: name of the model that was tuned.
+    why_not: said where a format is missing.
+  """
+
+  formats: tuple[str, ...]
+  write: Callable[[State, str, Path], None]
+  base: str
+  why_not: str = ""
+
+
 class Experiment(NamedTuple):
   """A training run as data and pure functions; the loop, eval and compare know nothing else.
 
@@ -98,6 +116,7 @@ class Experiment(NamedTuple):
     files: state -> {file name: text or bytes}; what a run leaves in its workdir beside the pictures.
     programs: (step, evaluate) once more, made of several jitted programs that the loop calls as they
       are: XLA compiles them side by side. None: the loop jits each as one.
+    export: how the model leaves in the formats of others; None: it does not.
   """
 
   init: Callable[[jax.Array], State]
@@ -110,6 +129,7 @@ class Experiment(NamedTuple):
   about: str
   files: Callable[[State], Mapping[str, str | bytes]] = lambda state: {}
   programs: tuple[Callable, Callable] | None = None
+  export: Export | None = None
 
 
 class Room(NamedTuple):

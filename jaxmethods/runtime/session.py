@@ -163,6 +163,49 @@ def _seconds(workdir: Path) -> float:
   return sum(line.get("seconds", 0.0) for line in lines)
 
 
+def check_export(session: Session, form: str) -> None:
+  """Refuses a format that a run does not have, before it is trained.
+
+  Raises:
+    InputError: names the formats that there are.
+  """
+  export = session.experiment.export
+  if export is None:
+    raise InputError(f"--format {form}: {session.given.args.method} has no model of other formats")
+  if form not in export.formats:
+    why = f" ({export.why_not})" if export.why_not else ""
+    raise InputError(f"--format {form}: this run has {', '.join(export.formats)} only{why}")
+
+
+def export(session: Session, outcome: Outcome, form: str, folder: Path) -> None:
+  """Writes the model of a state, and its card, where the writer is.
+
+  An earlier export that lies there is replaced.
+
+  Raises:
+    InputError: the folder holds something else, or cannot be written.
+  """
+  from jaxmethods.runtime import card
+
+  check_export(session, form)
+  exporter = session.experiment.export
+  assert exporter is not None
+  with waiting(f"writing {folder}", quiet=not session.writer):
+    if session.writer:
+      workdir_lib.empty(folder, card.NAME)
+    exporter.write(outcome.state, form, folder)
+  if session.writer:
+    text = card.text(
+      facts=facts(session.given, _seconds(session.workdir)),
+      about=session.experiment.about,
+      step=outcome.step,
+      metrics=outcome.metrics,
+      form=form,
+      base=exporter.base,
+    )
+    workdir_lib.write_text(folder / card.NAME, text)
+
+
 def finished(session: Session) -> tuple[int, Path] | None:
   """Returns (step, page) of a run that was done to its end and reported as it stands, else None."""
   kept = workdir_lib.read_finished(session.workdir)

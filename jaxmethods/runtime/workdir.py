@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import yaml
@@ -153,3 +154,24 @@ def write_bytes(file: Path, contents: bytes) -> None:
 def write_json(file: Path, value: object) -> None:
   """Replaces `file` by `value` as JSON, in one step."""
   write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def empty(folder: Path, mark: str) -> None:
+  """Makes a folder, or empties one that an earlier export filled.
+
+  Args:
+    folder: to be written to.
+    mark: name of the file by which an earlier export is known.
+
+  Raises:
+    InputError: it holds something else, or cannot be written.
+  """
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      card = folder / mark
+      if not (card.is_file() and "jaxmethods" in card.read_text(encoding="utf-8")[:200]):
+        raise InputError(f"{folder}: holds something else: choose an empty folder")
+      shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise failures.of_system(error, str(folder)) from None

@@ -87,20 +87,28 @@ def ewc(weight: float, model: nn.Module, loss: Loss, targets: str = LAYERS) -> T
   return base._replace(init=init)
 
 
-def masked(share: float, score: masks.Score, targets: str = LINEARS) -> Tuner:
+def masked(
+  share: float, score: masks.Score, targets: str = LINEARS, also: str | None = PROJECTOR
+) -> Tuner:
   """Tunes the `share` of every tensor with the highest scores; the mask is fixed."""
-  return adapted(masks.tuned(share, score), targets)
+  return adapted(masks.tuned(share, score), targets, also)
 
 
-def gradient_masked(share: float, model: nn.Module, loss: Loss, targets: str = LINEARS) -> Tuner:
+def gradient_masked(
+  share: float,
+  model: nn.Module,
+  loss: Loss,
+  targets: str = LINEARS,
+  also: str | None = PROJECTOR,
+) -> Tuner:
   """Tunes the `share` with the highest mean |gradient| over the examples of the probe."""
-  base = adapted(masks.tuned(), targets)
+  base = adapted(masks.tuned(), targets, also)
 
   def init(key, params, probe):
     plain = selected(targets)
     state = plain.init(key, params, probe)
     scores = _per_sample(selective.absolute_gradients, plain, model, loss, state, probe)
-    return masked(share, masks.by_gradient(scores), targets).init(key, params, probe)
+    return masked(share, masks.by_gradient(scores), targets, also).init(key, params, probe)
 
   return base._replace(init=init)
 
@@ -165,33 +173,37 @@ def dare(rate: float, targets: str = LAYERS) -> Tuner:
   return posterior_edit(edit, targets)
 
 
-def half(share: float = 0.5) -> Tuner:
+def half(share: float = 0.5, targets: str = LAYERS) -> Tuner:
   """Keeps the update of a random share of the entries."""
 
   def edit(before, after, key):
     return posterior.masked(before, after, jax.random.bernoulli(key, share, before.shape))
 
-  return posterior_edit(edit)
+  return posterior_edit(edit, targets)
 
 
-def grafting(share: float) -> Tuner:
+def grafting(share: float, targets: str = LAYERS) -> Tuner:
   """Keeps the update of the entries that changed most."""
-  return posterior_edit(lambda before, after, key: posterior.grafting(before, after, share))
+  return posterior_edit(
+    lambda before, after, key: posterior.grafting(before, after, share), targets
+  )
 
 
-def ties(share: float, scale: float) -> Tuner:
+def ties(share: float, scale: float, targets: str = LAYERS) -> Tuner:
   """Makes TIES of a single update: grafting with another scale."""
 
   def edit(before, after, key):
     del key
     return posterior.ties(before, (after - before)[None], share, scale)
 
-  return posterior_edit(edit)
+  return posterior_edit(edit, targets)
 
 
-def interpolated(weight: float) -> Tuner:
+def interpolated(weight: float, targets: str = LAYERS) -> Tuner:
   """Makes WiSE: a point between pretrained and tuned weights."""
-  return posterior_edit(lambda before, after, key: posterior.interpolate(before, after, weight))
+  return posterior_edit(
+    lambda before, after, key: posterior.interpolate(before, after, weight), targets
+  )
 
 
 def tailor(
@@ -267,9 +279,15 @@ def _input(start: Callable[..., Any], inputs: Callable[[Any], dict[str, Any]]) -
 # --- reparameterised ------------------------------------------------------------------------------
 
 
-def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
+def lora_plus(
+  rank: int,
+  alpha: float,
+  dropout: float,
+  targets: str = LINEARS,
+  also: str | None = PROJECTOR,
+) -> Tuner:
   """Makes LoRA+: B has a learning rate of its own, "adapter_b" (arXiv 2402.12354)."""
-  base = adapted(low_rank.lora(rank, alpha, dropout))
+  base = adapted(low_rank.lora(rank, alpha, dropout), targets, also)
 
   def rates(trainable):
     labels = base.rates(trainable)
@@ -282,7 +300,14 @@ def lora_plus(rank: int, alpha: float, dropout: float) -> Tuner:
   return base._replace(rates=rates)
 
 
-def adalora(rank: int, dropout: float, weight: float, steps: int, targets: str = LINEARS) -> Tuner:
+def adalora(
+  rank: int,
+  dropout: float,
+  weight: float,
+  steps: int,
+  targets: str = LINEARS,
+  also: str | None = PROJECTOR,
+) -> Tuner:
   """Makes AdaLoRA: starts with half as many triplets again, and prunes them down to `rank` a layer.
 
   Pruning begins after a tenth of the steps and is done after seven tenths (inferred).
@@ -293,9 +318,10 @@ def adalora(rank: int, dropout: float, weight: float, steps: int, targets: str =
     weight: gamma, of the orthogonality.
     steps: of the run.
     targets: regular expression on kernel paths.
+    also: regular expression on the parameters that are trained themselves.
   """
   initial = rank + rank // 2
-  base = adapted(low_rank.adalora(initial, dropout), targets)
+  base = adapted(low_rank.adalora(initial, dropout), targets, also)
 
   def init(key, params, probe):
     state = base.init(key, params, probe)

@@ -305,6 +305,22 @@ def answer_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Arra
   return token_cross_entropy(output.logits, batch["labels"])
 
 
+def text_loss(run: Run, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """Computes the cross-entropy of the tokens that count, and makes no logits for the others.
+
+  Args:
+    run: tuned `models.causal_lm.CausalLM`.
+    batch: ids, mask (B, T); places, labels (B, A): where the hidden state is that foretells a label, and
+      the label, `IGNORED` where there is none; of packed texts segments and positions (B, T) too.
+    key: of dropout.
+  """
+  rngs = None if key is None else {"dropout": key}
+  given = {name: batch[name] for name in ("mask", "segments", "positions") if name in batch}
+  hidden = run(batch["ids"], logits="none", rngs=rngs, **given).hidden
+  chosen = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+  return token_cross_entropy(run(chosen, method="logits"), batch["labels"])
+
+
 def selected(
   targets: str,
   *,

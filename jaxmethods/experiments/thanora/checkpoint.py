@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmethods import folders
+from jaxmethods.data.model_sources import ModelFiles
 from jaxmethods.data.question_files import Question, check_disjoint, described, read_questions
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import rows
@@ -42,7 +43,7 @@ class Material(NamedTuple):
     tests: test questions of the tasks, and of what must not be forgotten.
     model, params: the checkpoint.
     batch: maps questions to {"features", "ids", "labels"}.
-    named: the checkpoint in reports.
+    files: the checkpoint came from.
   """
 
   train: dict[str, list[Question]]
@@ -50,7 +51,7 @@ class Material(NamedTuple):
   model: Answering
   params: Params
   batch: Reader
-  named: str
+  files: ModelFiles
 
 
 class Order(NamedTuple):
@@ -140,6 +141,7 @@ def build(config: Config, mesh: Mesh | None = None, material: Material | None = 
     figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
     about=_about(config, material),
+    export=checkpoint_tuning.export_of(model, material.files, tuner),
   )
 
 
@@ -152,7 +154,7 @@ def _about(config: Config, material: Material) -> str:
     for name, q in material.tests.items()
   ]
   return (
-    f"{material.named}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
+    f"{checkpoint_tuning.named(material.files)}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
     f"tested on {', '.join(tested)}"
   )
 

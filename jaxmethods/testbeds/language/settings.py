@@ -92,3 +92,64 @@ class PrivacySettings:
   def is_private(self) -> bool:
     """Whether a run is private at all."""
     return bool(self.dp_epsilon or self.dp_noise)
+
+
+Adapter = Literal[
+  "lora", "lora_plus", "rslora", "dora", "vera", "moslora", "pissa", "milora", "adalora", "oft",
+  "loramoe", "lorasculpt", "ia3", "serial_adapter", "parallel_adapter", "prompt", "prefix",
+  "magnitude_mask", "gradient_mask", "random_mask",
+  "base", "full", "layers", "last_layers", "bitfit", "attention", "gate_up", "l2_sp", "ewc", "spider",
+  "dare", "grafting", "half", "wise", "ties",
+]  # fmt: skip
+# Their start, or what they keep, is computed from examples.
+NEEDS_PROBE = ("gradient_mask", "ewc")
+# Choose single layers: those must not be stacked.
+BY_LAYER = ("last_layers", "spider")
+# Train the model's own parameters.
+OWN = (
+  "full", "layers", "last_layers", "bitfit", "attention", "gate_up", "l2_sp", "ewc", "spider", "dare",
+  "grafting", "half", "wise", "ties",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+  """What is trained of a causal LM, and how; the defaults are those of the multimodal suite."""
+
+  targets: str = ""  # regular expression on kernel paths; "": the linear layers of all blocks
+  rank: int = 8
+  alpha: float = 16.0
+  dropout: float = 0.0
+  last: int = 2  # decoder layers of last_layers and spider
+  share: float = 0.5  # of the entries that masks leave free
+  l2_weight: float = 1e-3
+  ewc_weight: float = 100.0
+  dare_rate: float = 0.9
+  graft_share: float = 0.1
+  half_share: float = 0.5
+  wise_weight: float = 0.5
+  ties_share: float = 0.2
+  ties_scale: float = 1.0
+  bottleneck: int = 64
+  prompt_length: int = 20
+  vera_rank: int = 64
+  adalora_weight: float = 1e-3
+  oft_block: int = 32
+  experts: int = 4
+  keep_ratio: float = 0.08  # LoRASculpt
+  prune_at: int = 18  # LoRASculpt
+  cmr_weight: float = 1e-3  # LoRASculpt
+
+  def __post_init__(self) -> None:
+    at_least = {"prefix": "tuner."}
+    checks.at_least(
+      self, 1, "last", "rank", "bottleneck", "prompt_length", "vera_rank", "experts", "prune_at",
+      **at_least,
+    )  # fmt: skip
+    checks.at_least(self, 2, "oft_block", **at_least)
+    checks.at_least(self, 0, "l2_weight", "ewc_weight", "adalora_weight", "cmr_weight", **at_least)
+    checks.positive(self, "alpha", **at_least)
+    for name in ("share", "graft_share", "half_share", "wise_weight", "ties_share", "keep_ratio"):
+      checks.require(0 < getattr(self, name) <= 1, f"tuner.{name}", "must be in (0, 1]")
+    for name in ("dare_rate", "dropout"):
+      checks.require(0 <= getattr(self, name) < 1, f"tuner.{name}", "must be in [0, 1)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmethods import folders
+from jaxmethods.data.model_sources import ModelFiles, save_tensors, save_tokenizer
 from jaxmethods.data.question_files import (
   Question,
   check_disjoint,
@@ -27,9 +29,10 @@ from jaxmethods.data.records import sealed
 from jaxmethods.data.vision_sources import image_processor, load_model
 from jaxmethods.errors import InputError
 from jaxmethods.models.causal_lm import Output
-from jaxmethods.models.mllm import MLLM
+from jaxmethods.models.mllm import MLLM, table
+from jaxmethods.models.weights import export_params
 from jaxmethods.runtime import compiler
-from jaxmethods.runtime.experiment import Experiment
+from jaxmethods.runtime.experiment import Experiment, Export
 from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies
@@ -80,6 +83,7 @@ class Material(NamedTuple):
     tests: test questions by name, those of the target under "target".
     batch: maps questions to {"features", "ids", "labels"}.
     about: the line for reports.
+    files: the checkpoint came from.
   """
 
   model: Answering
@@ -88,6 +92,7 @@ class Material(NamedTuple):
   tests: dict[str, list[Question]]
   batch: Reader
   about: str
+  files: ModelFiles
 
 
 def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
@@ -103,20 +108,20 @@ def load(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Material:
   tests = {name: read_questions(folders.expanded(file)) for name, file in files.items()}
   for name, questions in tests.items():
     check_disjoint(train, questions, name)
-  model, params, batch, named = open_model(checkpoint, mesh)
+  model, params, batch, opened = open_model(checkpoint, mesh)
   tested = ", ".join(
     f"{name}: {described(files[name], questions, checkpoint.test_questions)}"
     for name, questions in tests.items()
   )
   trained = described(checkpoint.train, train)
-  about = f"{named}; data of yours; trained on {trained}; tested on {tested}"
-  return Material(model, params, train, tests, batch, about)
+  about = f"{named(opened)}; data of yours; trained on {trained}; tested on {tested}"
+  return Material(model, params, train, tests, batch, about, opened)
 
 
 def open_model(
   checkpoint: Checkpoint, mesh: Mesh | None = None
-) -> tuple[Answering, Params, Reader, str]:
-  """Opens a checkpoint: the model, its parameters, the function from questions to batches, its name.
+) -> tuple[Answering, Params, Reader, ModelFiles]:
+  """Opens a checkpoint: model, parameters, the function from questions to batches, files.
 
   Raises:
     InputError: missing or malformed files, or no LLaVA-style model.
@@ -133,8 +138,34 @@ def open_model(
   old = loaded.model
   model = Answering(old.config, old.scan_layers, old.dtype, old.param_dtype, old.remat)
   batch = reader(model, loaded.files.tokenizer(), image_processor(loaded.files), checkpoint)
-  source = loaded.files.source
-  return model, loaded.params, batch, sealed(source.name, source.digest)
+  return model, loaded.params, batch, loaded.files
+
+
+def named(files: ModelFiles) -> str:
+  """Returns the name of a checkpoint in reports, with the digest by which it is known again."""
+  return sealed(files.source.name, files.source.digest)
+
+
+def export_of(model: Answering, files: ModelFiles, tuner: Tuner) -> Export:
+  """Tells how a tuned checkpoint leaves: as one of its own kind, the update merged into its weights."""
+  formats = () if tuner.finalize is None else ("merged",)
+  return Export(
+    formats, functools.partial(_write, model, files, tuner), files.source.name,
+    "multimodal checkpoints are written whole, with the update merged" if formats
+    else "the update cannot be merged",
+  )  # fmt: skip
+
+
+def _write(
+  model: Answering, files: ModelFiles, tuner: Tuner, state: TuningState, form: str, folder: Path
+) -> None:
+  """Writes a checkpoint; tensors that our model has no use for are kept as they were."""
+  del form
+  assert tuner.finalize is not None
+  tensors = export_params(tuner.finalize(*state.tuner), table(model.config))
+  rest = {name: x for name, x in (files.tensors or {}).items() if name not in tensors}
+  save_tensors(folder, files, rest | tensors, "LlavaForConditionalGeneration")
+  save_tokenizer(folder, files, None)
 
 
 class Texts(NamedTuple):
@@ -247,6 +278,7 @@ def build(
     figures=lambda state: {},
     num_steps=config.steps,
     about=material.about,
+    export=export_of(model, material.files, tuner),
   )
 
 
