@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 
 from jaxmethods import folders
 from jaxmethods.data.files import data_dir, digest
-from jaxmethods.data.model_tokenizers import TinyTokenizer, bpe_tokenizer
+from jaxmethods.data.model_tokenizers import TinyTokenizer, Tokenizer, bpe_tokenizer
 from jaxmethods.data.records import Source
 from jaxmethods.data.weights_files import (
   Gguf,
@@ -275,7 +275,7 @@ def save_tensors(
   save_checkpoint(folder, tensors, config, origin=Path(files.source.origin))
 
 
-def save_tokenizer(folder: Path, files: ModelFiles, tokenizer: Any) -> bool:
+def save_tokenizer(folder: Path, files: ModelFiles, tokenizer: Tokenizer) -> bool:
   """Writes the tokenizer, and the tokens that end a text, beside a checkpoint; whether it could.
 
   Files of the folder that the model came from are copied as they are.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxmethods.errors import InputError
 from jaxmethods.trees import Json
+
+# One of transformers, or a `TinyTokenizer`.
+Tokenizer: TypeAlias = Any
 
 # Token types that are found in a text before it is cut into words.
 _CONTROL, _USER_DEFINED = 3, 4

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxmethods import folders
 from jaxmethods.data import json_lines, problems
+from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
+from jaxmethods.trees import Json, PyTree
 
 FILE = "jsonl:"
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -102,11 +104,11 @@ def _file(path: Path, count: int) -> Texts:
   used_of = examples[:count] if count else examples
   of = "" if len(used_of) == len(examples) else f" of {len(examples)}"
   left_out = f"; fields not used: {', '.join(sorted(ignored))}" if ignored else ""
-  about = f"{path} ({len(used_of)}{of} examples, sha256 {digest.hexdigest()[:12]}){left_out}"
-  return Texts(used_of, about)
+  named = sealed(str(path), digest.hexdigest(), f"{len(used_of)}{of} examples")
+  return Texts(used_of, named + left_out)
 
 
-def _example(where: str, entry: Any) -> tuple[Example, set[str]]:
+def _example(where: str, entry: PyTree) -> tuple[Example, set[str]]:
   """Reads a line; returns the names of the fields that were used, too."""
   if not isinstance(entry, dict):
     raise InputError(f"{where}: expected an object with {_FORMS}")
@@ -128,7 +130,7 @@ def _example(where: str, entry: Any) -> tuple[Example, set[str]]:
   )
 
 
-def _text(where: str, entry: dict[str, Any], field: str) -> str:
+def _text(where: str, entry: Json, field: str) -> str:
   value = entry[field]
   if isinstance(value, int | float) and not isinstance(value, bool):
     value = str(value)
@@ -140,7 +142,7 @@ def _text(where: str, entry: dict[str, Any], field: str) -> str:
   return value
 
 
-def _turns(where: str, messages: Any) -> tuple[Turn, ...]:
+def _turns(where: str, messages: PyTree) -> tuple[Turn, ...]:
   if not isinstance(messages, list) or not messages:
     raise InputError(f'{where}: "messages" must be a list of objects with role and content')
   turns = []

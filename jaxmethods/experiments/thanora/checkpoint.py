@@ -154,7 +154,8 @@ def _about(config: Config, material: Material) -> str:
     for name, q in material.tests.items()
   ]
   return (
-    f"{checkpoint_tuning.named(material.files)}; data of yours; {config.sampler} mixture of {', '.join(trained)}; "
+    f"{checkpoint_tuning.named(material.files)}; data of yours; "
+    f"{config.sampler} mixture of {', '.join(trained)}; "
     f"tested on {', '.join(tested)}"
   )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 from jaxmethods.data import text_examples
 from jaxmethods.data.model_sources import LoadedLM, load_causal_lm, open_model
+from jaxmethods.data.model_tokenizers import Tokenizer
+from jaxmethods.data.records import sealed
 from jaxmethods.data.text_examples import Example
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.tuning import figures
@@ -103,8 +105,9 @@ def load(config: Config, mesh: Mesh | None = None) -> Material:
     limit = min(limit, max(256, -(-longest // 16) * 16))
   table = tokens.table(rows, train, limit, packing=config.packing)
   exam = tuning.exam_of(speech, test, limit, config.chunk)
+  source = loaded.files.source
   said = (
-    f"{config.model} ({loaded.files.source.origin}); {about}; "
+    f"{sealed(config.model, source.digest, source.origin)}; {about}; "
     f"{'turns in the template of the tokenizer' if speech.template else 'plain lines'}, "
     f"{table.counted} of {table.tokens} tokens count, "
     f"{table.truncated} of {len(train)} answers cut off at {limit} tokens"
@@ -143,7 +146,7 @@ def _texts(config: Config) -> tuple[list[Example], list[Example], str]:
   return train, test, f"{every.about}: trained on {len(train)}, tested on {len(test)} others"
 
 
-def _model(config: Config, mesh: Mesh | None) -> tuple[LoadedLM, Any]:
+def _model(config: Config, mesh: Mesh | None) -> tuple[LoadedLM, Tokenizer]:
   """Opens the model and a tokenizer."""
   if config.model == starter.NAME:
     loaded = starter.load(config.small_steps, dtype=config.dtype, remat=config.remat)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from jaxmethods import trees
 from jaxmethods.adapters import peft_format
 from jaxmethods.adapters.peft_prompts import prompt_to_peft
 from jaxmethods.data.adapter_files import write_peft
 from jaxmethods.data.model_sources import LoadedLM, save_causal_lm, save_tokenizer
+from jaxmethods.data.model_tokenizers import Tokenizer
 from jaxmethods.models.causal_lm import table
 from jaxmethods.runtime.experiment import Export
 from jaxmethods.testbeds.language.tuners import Way
 from jaxmethods.tuning.tuner import TuningState
 
 
-def export_of(way: Way, loaded: LoadedLM, tokenizer: Any) -> Export:
+def export_of(way: Way, loaded: LoadedLM, tokenizer: Tokenizer) -> Export:
   """Tells in which formats a model can leave.
 
   "peft": adapter files; "hf": the model before tuning, with these in its folder `adapter`; "merged": one
@@ -44,7 +44,7 @@ def _has_peft(way: Way) -> bool:
 
 
 def _write(
-  way: Way, loaded: LoadedLM, tokenizer: Any, state: TuningState, form: str, folder: Path
+  way: Way, loaded: LoadedLM, tokenizer: Tokenizer, state: TuningState, form: str, folder: Path
 ) -> None:
   """Writes the folder of a format."""
   if form == "peft":

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from jaxmethods.adapters.training import token_cross_entropy
 from jaxmethods.data import problems
 from jaxmethods.data.array_cache import cached_tree
 from jaxmethods.data.model_sources import LoadedLM, ModelFiles
+from jaxmethods.data.model_tokenizers import Tokenizer
 from jaxmethods.data.records import Source
 from jaxmethods.models.causal_lm import CausalLM, CausalLMConfig
 from jaxmethods.runtime import compiler, loop
 from jaxmethods.stats.losses import IGNORED
-from jaxmethods.trees import Params
+from jaxmethods.trees import Params, PyTree
 
 NAME = "small:word-problems"
 _FORMAT = b"starter 1"
@@ -48,7 +49,7 @@ _CONFIG = {
 }
 
 
-def load(steps: int = STEPS, *, dtype: Any = jnp.float32, remat: bool = False) -> LoadedLM:
+def load(steps: int = STEPS, *, dtype: DTypeLike = jnp.float32, remat: bool = False) -> LoadedLM:
   """Returns the model, from the cache where it was trained before (about three minutes on two cores).
 
   Args:
@@ -70,7 +71,7 @@ def load(steps: int = STEPS, *, dtype: Any = jnp.float32, remat: bool = False) -
   return LoadedLM(model.clone(dtype=dtype, remat=remat), params, files)
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer() -> Tokenizer:
   """Trains a byte-level BPE tokenizer with single digits on stories and tasks."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
   from transformers import PreTrainedTokenizerFast
@@ -109,7 +110,7 @@ def _task(rng: np.random.Generator) -> tuple[str, str]:
       return f"{asked}.\n", f"{' '.join(working)} Answer: {total}"
 
 
-def _batches(tokenizer: Any) -> Iterator[dict[str, np.ndarray]]:
+def _batches(tokenizer: Tokenizer) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches of tasks; the solution counts."""
   rng = np.random.default_rng(1)
   while True:
@@ -123,13 +124,13 @@ def _batches(tokenizer: Any) -> Iterator[dict[str, np.ndarray]]:
     yield {"ids": ids, "labels": labels}
 
 
-def _trained(model: CausalLM, tokenizer: Any, steps: int) -> Params:
+def _trained(model: CausalLM, tokenizer: Tokenizer, steps: int) -> Params:
   """Trains the model, with progress."""
   rate = optax.warmup_cosine_decay_schedule(0.0, _RATE, steps // 20, steps)
   optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98))
 
   def loss(params, batch):
-    out: Any = model.apply({"params": params}, batch["ids"])
+    out: PyTree = model.apply({"params": params}, batch["ids"])
     return jnp.divide(*token_cross_entropy(out.logits, batch["labels"]))
 
   def step(state, batch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxmethods.data.model_tokenizers import Tokenizer
 from jaxmethods.data.text_examples import Example, Turn
 from jaxmethods.errors import InputError
 from jaxmethods.stats.losses import IGNORED
@@ -24,7 +25,7 @@ class Speech(NamedTuple):
     template: whether a conversation takes the tokenizer's template.
   """
 
-  tokenizer: Any
+  tokenizer: Tokenizer
   ends: tuple[int, ...]
   vocabulary: int
   template: bool
@@ -55,7 +56,7 @@ class Table(NamedTuple):
 
 
 def speech(
-  name: str, tokenizer: Any, ends: tuple[int, ...], vocabulary: int, template: str
+  name: str, tokenizer: Tokenizer, ends: tuple[int, ...], vocabulary: int, template: str
 ) -> Speech:
   """Prepares a tokenizer.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxmethods.data import answers
 from jaxmethods.data.array_cache import cached
 from jaxmethods.data.model_sources import LoadedLM
+from jaxmethods.data.model_tokenizers import Tokenizer
 from jaxmethods.data.text_examples import Example
 from jaxmethods.errors import InputError
 from jaxmethods.methods.llm_safety.private_tuning import REAL
@@ -27,11 +28,18 @@ from jaxmethods.testbeds.language.privacy import Guarantee, poisson_rows
 from jaxmethods.testbeds.language.tokens import Speech, Table
 from jaxmethods.testbeds.language.tuners import Way
 from jaxmethods.testbeds.language.writer import end_tokens, identity
-from jaxmethods.trees import Params, PyTree
+from jaxmethods.trees import Json, Params, PyTree
 from jaxmethods.tuning.tuner import Run, Tuner, TuningState, text_loss
 
 Arrays = dict[str, np.ndarray]
+Test: TypeAlias = Mapping[str, PyTree]  # what an evaluation reads: "chunks", "prompts"
 FORMAT = b"text scores 1"
+
+
+class Module(Protocol):
+  """A model as `generate` calls it: plain, or `Tuned`."""
+
+  def apply(self, variables: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree: ...
 
 
 class Exam(NamedTuple):
@@ -103,7 +111,7 @@ class Scoring(NamedTuple):
   guarantee: Guarantee | None
 
 
-def check_context(name: str, config: Mapping[str, Any], limit: int) -> int:
+def check_context(name: str, config: Json, limit: int) -> int:
   """Returns the most tokens of a row: `limit`, which the model's context must hold; 0: all of it.
 
   Raises:
@@ -115,7 +123,7 @@ def check_context(name: str, config: Mapping[str, Any], limit: int) -> int:
   return limit or context
 
 
-def speech_of(name: str, loaded: LoadedLM, tokenizer: Any, template: str) -> Speech:
+def speech_of(name: str, loaded: LoadedLM, tokenizer: Tokenizer, template: str) -> Speech:
   """Prepares the tokenizer of a model."""
   ends = end_tokens(loaded.files, tokenizer)
   return tokens.speech(name, tokenizer, ends, loaded.model.config.vocab_size, template)
@@ -185,7 +193,7 @@ def probe_of(table: Table, size: int) -> dict[str, jax.Array]:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(scoring: Scoring, state: TuningState, test: Mapping[str, Any]) -> dict[str, jax.Array]:
+def evaluate(scoring: Scoring, state: TuningState, test: Test) -> dict[str, jax.Array]:
   """Measures loss and exact answers, beside those of the pretrained model."""
   run, module, variables = tuned(scoring.way.tuner, scoring.model, state)
   found = scores(scoring, run, module, variables, test)
@@ -203,7 +211,7 @@ def evaluate(scoring: Scoring, state: TuningState, test: Mapping[str, Any]) -> d
   return {**found, **before, **more}
 
 
-def tuned(tuner: Tuner, model: CausalLM, state: TuningState) -> tuple[Run, Any, PyTree]:
+def tuned(tuner: Tuner, model: CausalLM, state: TuningState) -> tuple[Run, Module, PyTree]:
   """Returns the tuned model as a function, and as a module with its variables."""
   if tuner.finalize is None:
     run = functools.partial(tuner.apply, model, *state.tuner)
@@ -213,7 +221,7 @@ def tuned(tuner: Tuner, model: CausalLM, state: TuningState) -> tuple[Run, Any, 
 
 
 def scores(
-  scoring: Scoring, run: Run, module: Any, variables: PyTree, test: Mapping[str, Any]
+  scoring: Scoring, run: Run, module: Module, variables: PyTree, test: Test
 ) -> dict[str, jax.Array]:
   """Measures a model: "accuracy" where there are answers, and "test_loss"."""
   found = {}
@@ -230,7 +238,7 @@ def scores(
   return found | {"test_loss": total / count}
 
 
-def _judged(scoring: Scoring, module: Any, variables: PyTree, prompts: PyTree) -> jax.Array:
+def _judged(scoring: Scoring, module: Module, variables: PyTree, prompts: PyTree) -> jax.Array:
   """Writes answers to a chunk of prompts, and has them judged on the host."""
   assert scoring.judge is not None
   written = write(module, variables, prompts, scoring.max_new_tokens, scoring.ends)
@@ -246,15 +254,20 @@ def _judged(scoring: Scoring, module: Any, variables: PyTree, prompts: PyTree) -
 
 
 def write(
-  module: Any, variables: PyTree, prompts: PyTree, length: int, ends: tuple[int, ...]
+  module: Module, variables: PyTree, prompts: PyTree, length: int, ends: tuple[int, ...]
 ) -> Generated:
   """Continues prompts, greedily."""
   return generate(
-    module, variables, prompts["ids"], prompts["mask"], max_new_tokens=length, eos=ends
+    module,  # type: ignore[arg-type]  # all it needs is `apply`
+    variables,
+    prompts["ids"],
+    prompts["mask"],
+    max_new_tokens=length,
+    eos=ends,
   )
 
 
-def test_of(exam: Exam) -> dict[str, Any]:
+def test_of(exam: Exam) -> Test:
   """Returns the arrays of an exam, prompts numbered."""
   prompts = dict(exam.prompts)
   if prompts:
@@ -292,7 +305,7 @@ def text_of(speech: Speech, written: np.ndarray, length: int) -> str:
 
 
 def pretrained_scores(
-  scoring: Scoring, loaded: LoadedLM, params: Params, test: Mapping[str, Any], exam: Exam
+  scoring: Scoring, loaded: LoadedLM, params: Params, test: Test, exam: Exam
 ) -> dict[str, float]:
   """Measures the model before it is tuned, by the cache."""
   program = compiler.jit(functools.partial(_plain_scores, scoring))
@@ -304,9 +317,7 @@ def pretrained_scores(
   return {name: float(x) for name, x in cached("text_scores", depends, compute).items()}
 
 
-def _plain_scores(
-  scoring: Scoring, params: Params, test: Mapping[str, Any]
-) -> dict[str, jax.Array]:
+def _plain_scores(scoring: Scoring, params: Params, test: Test) -> dict[str, jax.Array]:
   variables = {"params": params}
   run = functools.partial(scoring.model.apply, variables)
   return scores(scoring, run, scoring.model, variables, test)  # type: ignore[arg-type]
