@@ -115,7 +115,7 @@ class ModelFiles(NamedTuple):
 
   config: dict[str, Any]
   tensors: Mapping[str, np.ndarray] | None
-  tokenizer: Callable[[], Any]
+  tokenizer: Callable[[], Tokenizer]
   source: Source
   generation: Mapping[str, Any] = MappingProxyType({})
 
@@ -291,8 +291,8 @@ def save_tokenizer(folder: Path, files: ModelFiles, tokenizer: Tokenizer) -> boo
   return copied
 
 
-def _no_tokenizer(name: str) -> Callable[[], Any]:
-  def fail() -> Any:
+def _no_tokenizer(name: str) -> Callable[[], Tokenizer]:
+  def fail() -> Tokenizer:
     raise InputError(f"{name}: has no tokenizer")
 
   return fail
@@ -320,7 +320,7 @@ def _checkpoint(folder: Path, source: Source) -> ModelFiles:
       "load the model from a folder without it"
     )
 
-  def tokenizer() -> Any:
+  def tokenizer() -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
