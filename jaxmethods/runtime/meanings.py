@@ -28,6 +28,12 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "aupr_incorrect": ("area under precision and recall, wrong answers being positive", _HIGHER),
   "fpr95": ("share of wrong answers accepted where 95 % of the right ones are", _LOWER),
   "fpr95_incorrect": ("share of right answers rejected where 95 % of the wrong ones are", _LOWER),
+  "test_loss": ("mean cross-entropy of the tokens of test answers", _LOWER),
+  "task_loss": ("training loss of the step without the penalty", _LOWER),
+  "before_accuracy": ("the accuracy of the model before tuning", ""),
+  "before_test_loss": ("the test loss of the model before tuning", ""),
+  "epsilon": ("privacy loss of the whole run, see delta", _LOWER),
+  "delta": ("chance that the privacy loss is exceeded", _LOWER),
   "answered": ("share of texts that come to an answer", _HIGHER),
   "standing_paths": ("share of texts whose path through the layers does not move", ""),
   "f1": ("harmonic mean of precision and recall", _HIGHER),
@@ -131,6 +137,7 @@ _VARIANTS: Mapping[str, str] = {
   "_before": "before the defence",
 }
 _CAPTIONS: Mapping[str, str] = {
+  "generations": "What the tuned model writes to the first prompts of the test; green: judged right.",
   "curves": "Metrics over the steps of the run.",
   "comparison": "Mean and 95 % interval of every row; the small dots are single seeds.",
   "clients": "What every client holds and what it reaches.",
