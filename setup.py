@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
   packages=[*find_packages(include=["jaxmethods*", "train*", "eval*"]), "jaxmethods.configs"],
   package_dir={"jaxmethods.configs": "configs"},
-  package_data={"jaxmethods": ["py.typed"], "jaxmethods.configs": ["*.yaml"]},
+  package_data={"jaxmethods": ["py.typed"], "": ["*.pyi"], "jaxmethods.configs": ["*.yaml"]},
 )

@@ -33,8 +33,7 @@ from jaxmethods.data.files import data_dir
 from jaxmethods.experiments.acgkd.build import build
 from jaxmethods.experiments.acgkd.config import Config, rows
 from jaxmethods.experiments.acgkd.generator import Pseudo
-from jaxmethods.runtime import compiler, launch, seeds
-from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import compiler, config as config_lib, launch, seeds
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.runtime.workdir import write_json
 

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods.experiments.adafreq import build as room
-from jaxmethods.experiments.adafreq import training, views
+from jaxmethods.experiments.adafreq import build as room, training, views
 from jaxmethods.experiments.adafreq.config import Config, rows
 from jaxmethods.stats import retrieval
 

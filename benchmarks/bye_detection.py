@@ -28,8 +28,7 @@ DETECTORS = [name for name in get_args(Defence) if name not in ONCE]
 def configured(changes: dict[str, str]) -> Any:
   """The embedded default with `changes`; what a trigger does not have (a place, cells) is left out."""
   from jaxmethods import experiments
-  from jaxmethods.runtime import command
-  from jaxmethods.runtime import config as config_lib
+  from jaxmethods.runtime import command, config as config_lib
 
   changes = dict(changes)
   if changes["trigger"] != "patch":

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.fedssp_settings import PUBLISHED as FEDSSP
-from benchmarks.fedssp_settings import SETTINGS
+from benchmarks.fedssp_settings import PUBLISHED as FEDSSP, SETTINGS
 
 
 class Cell(NamedTuple):

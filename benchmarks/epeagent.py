@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods.experiments.epeagent import build as build_lib
-from jaxmethods.experiments.epeagent import judging
+from jaxmethods.experiments.epeagent import build as build_lib, judging
 from jaxmethods.experiments.epeagent.config import Config, rows
 from jaxmethods.methods.epeagent import policy, retrieval, taint
 from jaxmethods.runtime import seeds

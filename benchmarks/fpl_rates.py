@@ -31,8 +31,7 @@ def main() -> None:
 
   from jaxmethods.experiments.fpl import build, data, rounds
   from jaxmethods.experiments.fpl.config import Config, rows
-  from jaxmethods.runtime import compiler
-  from jaxmethods.runtime import config as config_lib
+  from jaxmethods.runtime import compiler, config as config_lib
 
   pairs = [tuple(pair.split("=", 1)) for pair in args.set]
   config = config_lib.load(Config, args.config, overrides=pairs, method="fpl")

@@ -22,8 +22,7 @@ from typing import Any
 import jax
 
 from jaxmethods import experiments
-from jaxmethods.runtime import command, launch, loop
-from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import command, config as config_lib, launch, loop
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.runtime.workdir import write_json, write_text
 

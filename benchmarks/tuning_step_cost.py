@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmethods import experiments
-from jaxmethods.runtime import command, launch
-from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import command, config as config_lib, launch
 
 RESULTS = Path(__file__).parent / "results"
 # Method -> rows, the plain one first (None: all that train); and the ratio that is aimed at.

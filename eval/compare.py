@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(every_row))
     return 0
 
-  from jaxmethods.runtime import session
-  from jaxmethods.runtime import workdir as workdir_lib
+  from jaxmethods.runtime import session, workdir as workdir_lib
 
   rows = _chosen(every_row, args.rows)
   _check(args)
@@ -126,8 +125,7 @@ def _show(
   given: Given, workdir: Path, about: str, results: list[Values], study: Study | None
 ) -> None:
   """Writes compare.json and the page, and prints the table; those of a study, by its factor."""
-  from jaxmethods.runtime import report, session
-  from jaxmethods.runtime import workdir as workdir_lib
+  from jaxmethods.runtime import report, session, workdir as workdir_lib
 
   args = given.args
   verdicts = studies.judge(study, results) if study else []

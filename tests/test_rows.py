@@ -8,8 +8,7 @@ import functools
 import pytest
 
 from jaxmethods import experiments
-from jaxmethods.runtime import command
-from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import command, config as config_lib
 
 
 @functools.cache

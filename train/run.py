@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if given is None:
     return 0
 
-  from jaxmethods.runtime import session
-  from jaxmethods.runtime import workdir as workdir_lib
+  from jaxmethods.runtime import session, workdir as workdir_lib
 
   workdir = command.workdir(given)
   workdir_lib.check(workdir, given.config, may_extend=True, method=given.args.method)

@@ -4,3 +4,7 @@
 PiSSA, MiLoRA, MoSLoRA, AdaLoRA, LoRAMoE), `scaling.py` (IA3, OFT), `bottleneck.py`, `prompts.py`,
 `selective.py` (BitFit, masked tuning).
 """
+
+from jaxmethods.public import attach as _attach
+
+__getattr__, __dir__, __all__ = _attach(__name__, __file__)

@@ -34,6 +34,10 @@ def lora(
     alpha: numerator of its scale.
     dropout: on the input of the branch, while training.
     rank_stabilised: s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+
+  >>> tree = jm.adapters.lora(rank=2, alpha=4).init(key, params, "kernel")
+  >>> tree["dense_0"]["a"].shape, tree["dense_0"]["b"].shape
+  ((2, 4), (2, 16))
   """
   kind = "rslora" if rank_stabilised else "lora"
   scale = _scale(kind, alpha, rank) * (math.sqrt(rank) if rank_stabilised else 1.0)
@@ -51,7 +55,12 @@ def lora(
 
 
 def rslora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter:
-  """LoRA with the scale alpha / sqrt(rank)."""
+  """LoRA with the scale alpha / sqrt(rank).
+
+  >>> adapter = jm.adapters.rslora(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  76
+  """
   return lora(rank, alpha, dropout, rank_stabilised=True)
 
 
@@ -60,6 +69,10 @@ def dora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter:
 
   Norms are over the inputs of each output, and constants in the gradient (Liu et al., arXiv 2402.09353,
   section 4.3). m starts as the norms of W. An output whose V is zero gives its bias.
+
+  >>> adapter = jm.adapters.dora(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  94
   """
   scale = _scale("dora", alpha, rank)
   start = _zero_start("dora", rank)
@@ -95,6 +108,10 @@ def vera(rank: int = 256, initial: float = 0.1, dropout: float = 0.0) -> Adapter
     rank: of the projections.
     initial: value that d starts with; l starts at zero.
     dropout: on the input of the branch, while training.
+
+  >>> adapter = jm.adapters.vera(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  22
   """
   _require_rank("vera", rank)
 
@@ -134,6 +151,10 @@ def moslora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapt
   """MoSLoRA: y + s x A^T M^T B^T with a trained mixer M (rank, rank) (Wu et al., arXiv 2406.11909).
 
   M starts as a random orthogonal matrix.
+
+  >>> adapter = jm.adapters.moslora(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  84
   """
   scale = _scale("moslora", alpha, rank)
   start = _zero_start("moslora", rank)
@@ -153,12 +174,22 @@ def moslora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapt
 
 
 def pissa(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter:
-  """PiSSA: train the `rank` largest singular components of W, freeze the rest (arXiv 2404.02948)."""
+  """PiSSA: train the `rank` largest singular components of W, freeze the rest (arXiv 2404.02948).
+
+  >>> adapter = jm.adapters.pissa(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  76
+  """
   return _singular("largest", rank, alpha, dropout)
 
 
 def milora(rank: int = 32, alpha: float = 64.0, dropout: float = 0.05) -> Adapter:
-  """MiLoRA: train the `rank` smallest singular components, freeze the rest (arXiv 2406.09044)."""
+  """MiLoRA: train the `rank` smallest singular components, freeze the rest (arXiv 2406.09044).
+
+  >>> adapter = jm.adapters.milora(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  76
+  """
   return _singular("smallest", rank, alpha, dropout)
 
 
@@ -229,6 +260,10 @@ def loramoe(
   """LoRAMoE: y + s sum_e softmax(x R^T)_e x A_e^T B_e^T (Dou et al., arXiv 2312.09979).
 
   The router R (experts, in) looks at the input, so nothing can be merged.
+
+  >>> adapter = jm.adapters.loramoe(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  384
   """
   scale = _scale("loramoe", alpha, rank)
   start = _zero_start("loramoe", rank)
@@ -255,6 +290,10 @@ def hydralora(
   """HydraLoRA: y + s sum_e softmax(x R^T)_e (x A^T) B_e^T: LoRAMoE with one A for all experts.
 
   Tian et al., arXiv 2404.19245. Nothing can be merged.
+
+  >>> adapter = jm.adapters.hydralora(rank=2)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))
+  264
   """
   scale = _scale("hydralora", alpha, rank)
   start = _zero_start("hydralora", rank)

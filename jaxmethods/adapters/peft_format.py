@@ -53,6 +53,13 @@ def to_peft(
 
   Raises:
     InputError: if PEFT has no form for this kind of adapter.
+
+  >>> from jaxmethods.models.causal_lm import table
+  >>> model, ids = jm.models.CausalLM(tiny), jnp.arange(6)[None]
+  >>> tree = lora.init(key, model.init(key, ids)["params"], "layers_0/attention/query/kernel")
+  >>> config, tensors = jm.adapters.to_peft(lora, tree, table(tiny))
+  >>> config["peft_type"], len(tensors)
+  ('LORA', 2)
   """
   kind = adapter.settings["kind"]
   if kind not in _FORMATS:
@@ -100,6 +107,14 @@ def from_peft(
   Raises:
     InputError: an unsupported adapter or option, a tensor that fits nowhere, has the wrong shape, or is
       missing for one of the targets or of the layers of a stack.
+
+  >>> from jaxmethods.models.causal_lm import table
+  >>> model, ids = jm.models.CausalLM(tiny), jnp.arange(6)[None]
+  >>> weights = model.init(key, ids)["params"]
+  >>> files = jm.adapters.to_peft(lora, lora.init(key, weights, "query/kernel"), table(tiny))
+  >>> adapter, tree = jm.adapters.from_peft(*files, table(tiny), weights)
+  >>> jm.adapters.num_trainable(adapter, tree)
+  64
   """
   adapter, read, suffixes = _reader(config)
   tree: dict[str, np.ndarray] = {}

@@ -19,6 +19,10 @@ def ia3(feedforward: str = r"\b(down|fc_2)$") -> Adapter:
   Args:
     feedforward: regular expression on the path of the layer; where it is found the input is scaled
       instead. "$^" for none.
+
+  >>> adapter = jm.adapters.ia3()
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "kernel"))  # a vector a layer
+  18
   """
 
   def init(key, linear, path):
@@ -48,6 +52,10 @@ def oft(block_size: int = 32) -> Adapter:
 
   Args:
     block_size: inputs per block; must divide the inputs of every target.
+
+  >>> adapter = jm.adapters.oft(block_size=4)
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "dense_0/kernel"))  # 4 x 3 / 2
+  6
   """
   if block_size < 2:
     raise InputError(f"oft: block_size must be at least 2, got {block_size}")

@@ -86,7 +86,12 @@ def tuned(share: float = 1.0, score: Score | None = None, **settings: object) ->
 
 
 def bitfit() -> Adapter:
-  """BitFit: train vectors only; use the targets `VECTORS` (Ben Zaken et al., arXiv 2106.10199)."""
+  """BitFit: train vectors only; use the targets `VECTORS` (Ben Zaken et al., arXiv 2106.10199).
+
+  >>> adapter = jm.adapters.bitfit()
+  >>> jm.adapters.num_trainable(adapter, adapter.init(key, params, "bias"))
+  18
+  """
   return tuned(kind="bitfit")
 
 

@@ -21,6 +21,9 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
   Raises:
     InputError: if the pattern is no regular expression or is found nowhere; it names the nearest
       paths.
+
+  >>> jm.adapters.matching(["a/kernel", "a/bias", "b/kernel"], "kernel$")
+  ['a/kernel', 'b/kernel']
   """
   paths = sorted(paths)
   try:

@@ -42,6 +42,16 @@ def update_step(
 
   Returns:
     The update; metrics are "loss", the mean, and "grad_norm".
+
+  >>> def loss(params, tree, batch, key):
+  ...   error = (jm.adapters.apply(lora, net, params, tree, batch["x"]) - 1) ** 2
+  ...   return error.sum(), error.size
+  >>> update = jax.jit(jm.adapters.update_step(lora, loss, optax.sgd(0.1)))
+  >>> tree = lora.init(key, params, "kernel")
+  >>> opt_state = optax.sgd(0.1).init(jm.adapters.split(lora, tree)[0])
+  >>> tree, opt_state, metrics = update(tree, opt_state, params, {"x": x}, None)
+  >>> sorted(metrics)
+  ['grad_norm', 'loss']
   """
   if accumulate < 1:
     raise InputError(f"accumulate: must be at least 1, got {accumulate}")
@@ -115,6 +125,14 @@ def next_token_loss(adapter: Adapter, model: nn.Module) -> Loss:
   Labels (B, T) stand at the position of their own token, as transformers has it. `IGNORED` ones do not
   count, neither does the first, nor one whose predecessor is padding: nothing foretells it. With a key,
   dropout is on.
+
+  >>> model, ids = jm.models.CausalLM(tiny), jnp.arange(6)[None]
+  >>> weights = model.init(key, ids)["params"]
+  >>> loss = jm.adapters.next_token_loss(lora, model)
+  >>> tree = lora.init(key, weights, "query/kernel")
+  >>> total, count = loss(weights, tree, {"ids": ids, "labels": ids}, None)
+  >>> int(count)
+  5
   """
 
   def loss(params, tree, batch, key):

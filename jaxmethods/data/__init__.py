@@ -1,0 +1,5 @@
+"""Named sources of data and weights, as numpy arrays."""
+
+from jaxmethods.public import attach as _attach
+
+__getattr__, __dir__, __all__ = _attach(__name__, __file__)

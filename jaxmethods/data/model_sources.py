@@ -184,6 +184,13 @@ def load_causal_lm(
   Raises:
     InputError: as `open_model`; an unsupported family; a tensor that is missing, left over or of the
       wrong shape, by name.
+
+  >>> config = '''random:{"model_type": "llama", "vocab_size": 11, "hidden_size": 8,
+  ...   "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+  ...   "num_key_value_heads": 1}'''
+  >>> loaded = jm.models.load_causal_lm(config)
+  >>> loaded.model.apply({"params": loaded.params}, jnp.zeros((1, 5), int)).logits.shape
+  (1, 5, 11)
   """
   files = open_model(name)
   try:
@@ -254,6 +261,15 @@ def save_causal_lm(folder: Path, loaded: LoadedLM, params: Params | None = None)
 
   Raises:
     InputError: as `save_checkpoint`.
+
+  >>> import pathlib, tempfile
+  >>> config = '''random:{"model_type": "llama", "vocab_size": 11, "hidden_size": 8,
+  ...   "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+  ...   "num_key_value_heads": 1}'''
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   jm.data.save_causal_lm(pathlib.Path(folder), jm.data.load_causal_lm(config))
+  ...   sorted(file.name for file in pathlib.Path(folder).iterdir())
+  ['config.json', 'model.safetensors']
   """
   tensors = export_params(loaded.params if params is None else params, table(loaded.model.config))
   architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

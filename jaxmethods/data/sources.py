@@ -48,6 +48,9 @@ def load_graphs(
 
   Raises:
     InputError: for an unknown name, or missing or damaged data.
+
+  >>> [graphs.num_classes for graphs in jm.data.load_graphs("embedded:graphs")]
+  [2, 30, 10]
   """
   kind, _, rest = name.partition(":")
   if kind == "tu" and rest:
@@ -77,6 +80,10 @@ def load_arrays(name: str, *, image_size: int | None = None) -> ArrayData:
 
   Raises:
     InputError: for an unknown name, or missing or damaged data.
+
+  >>> x, y = jm.data.load_arrays("digits").splits["all"]
+  >>> x.shape
+  (1797, 8, 8, 1)
   """
   kind, _, rest = name.partition(":")
   if image_size is not None and (kind != "folder" or image_size < 1):
@@ -108,6 +115,10 @@ def load_domains(name: str) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], l
 
   Raises:
     InputError: as `load_arrays`.
+
+  >>> domains, records = jm.data.load_domains("digits")
+  >>> list(domains)
+  ['all']
   """
   if name != "embedded:digit-domains":
     data = load_arrays(name)

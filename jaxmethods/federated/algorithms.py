@@ -81,6 +81,10 @@ def init_client(
     shared: as given to `fedavg`.
     optimizer: as given to `fedavg` if it keeps the optimiser state, else None.
     keep_previous: whether `fedavg` has a penalty.
+
+  >>> client = jm.federated.init_client(linear, shared=lambda path: path != "bias")
+  >>> sorted(client.params)
+  ['bias']
   """
   local = trees.split(params, shared)[1]
   opt_state = optimizer.init(params) if optimizer else ()
@@ -119,6 +123,11 @@ def fedavg(
       moments of the shared parameters); False starts it anew.
     batches: (data, epoch key) -> Batches; `prebatched` or `batching.shuffled(batch_size)`.
     unroll: of the loop over steps; more compiles longer and may run faster.
+
+  >>> algorithm = jm.federated.fedavg(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> server, clients, metrics = train(algorithm)  # three rounds of `federated_round`
+  >>> bool(metrics["loss"].mean() < 1)
+  True
   """
 
   def init(params: Params, key: Key) -> ServerState:
@@ -195,21 +204,37 @@ def proximal_term(params: Params, received: Params, mu: float) -> jax.Array:
 def fedprox(
   loss: Loss, optimizer: optax.GradientTransformation, mu: float = 0.01, **options
 ) -> FederatedAlgorithm:
-  """FedAvg with the proximal term (mu / 2) ||w - w_server||^2 in every client's loss."""
+  """FedAvg with the proximal term (mu / 2) ||w - w_server||^2 in every client's loss.
+
+  >>> algorithm = jm.federated.fedprox(loss, optax.sgd(0.1), mu=0.1, batches=jm.federated.shuffled(4))
+  >>> server, clients, metrics = train(algorithm)
+  >>> metrics["loss"].shape
+  (3,)
+  """
   return fedavg(loss, optimizer, proximal=mu, **options)
 
 
 def fedper(
   loss: Loss, optimizer: optax.GradientTransformation, local: tuple[str, ...], **options
 ) -> FederatedAlgorithm:
-  """FedAvg whose layers named in `local` (any part of the path) stay with the client."""
+  """FedAvg whose layers named in `local` (any part of the path) stay with the client.
+
+  >>> algorithm = jm.federated.fedper(loss, optax.sgd(0.1), ("bias",))
+  >>> sorted(algorithm.init(linear, key).params)  # what is shared
+  ['w']
+  """
   return fedavg(loss, optimizer, shared=trees.all_but(*local), **options)
 
 
 def local_only(
   loss: Loss, optimizer: optax.GradientTransformation, **options
 ) -> FederatedAlgorithm:
-  """No exchange at all: every client trains alone and keeps its optimiser state."""
+  """No exchange at all: every client trains alone and keeps its optimiser state.
+
+  >>> algorithm = jm.federated.local_only(loss, optax.sgd(0.1))
+  >>> sorted(algorithm.init(linear, key).params)  # nothing is shared
+  []
+  """
   return fedavg(loss, optimizer, shared=trees.nothing, **{"keep_optimizer": True, **options})
 
 
@@ -220,7 +245,13 @@ def fedavgm(
   momentum: float = 0.9,
   **options,
 ) -> FederatedAlgorithm:
-  """FedAvg with momentum on the server (Hsu et al. 2019)."""
+  """FedAvg with momentum on the server (Hsu et al. 2019).
+
+  >>> algorithm = jm.federated.fedavgm(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> server, clients, metrics = train(algorithm)
+  >>> metrics["loss"].shape
+  (3,)
+  """
   return fedavg(loss, optimizer, server_optimizer=optax.sgd(server_rate, momentum), **options)
 
 
@@ -231,7 +262,13 @@ def fedadam(
   tau: float = 1e-3,
   **options,
 ) -> FederatedAlgorithm:
-  """FedAvg with Adam on the server; `tau` is its adaptivity (eps), b1 0.9 and b2 0.99 as published."""
+  """FedAvg with Adam on the server; `tau` is its adaptivity (eps), b1 0.9 and b2 0.99 as published.
+
+  >>> algorithm = jm.federated.fedadam(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> server, clients, metrics = train(algorithm)
+  >>> metrics["loss"].shape
+  (3,)
+  """
   adam = optax.adam(server_rate, b1=0.9, b2=0.99, eps=tau)
   return fedavg(loss, optimizer, server_optimizer=adam, **options)
 
@@ -243,7 +280,13 @@ def fedyogi(
   tau: float = 1e-3,
   **options,
 ) -> FederatedAlgorithm:
-  """FedAvg with Yogi on the server, settings as in `fedadam`."""
+  """FedAvg with Yogi on the server, settings as in `fedadam`.
+
+  >>> algorithm = jm.federated.fedyogi(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> server, clients, metrics = train(algorithm)
+  >>> metrics["loss"].shape
+  (3,)
+  """
   yogi = optax.yogi(server_rate, b1=0.9, b2=0.99, eps=tau)
   return fedavg(loss, optimizer, server_optimizer=yogi, **options)
 

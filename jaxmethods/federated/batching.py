@@ -31,7 +31,12 @@ Batching: TypeAlias = Callable[[ClientData, Key], Batches]
 
 
 def prebatched(data: Batches, key: Key) -> Batches:
-  """Returns batches that were formed once, the same in every epoch."""
+  """Returns batches that were formed once, the same in every epoch.
+
+  >>> batches = {"x": jnp.ones((2, 4, 3)), "mask": jnp.ones((2, 4), bool)}
+  >>> jm.federated.prebatched(batches, key) is batches
+  True
+  """
   del key
   return data
 
@@ -47,6 +52,11 @@ def shuffled(batch_size: int, *, drop_last: bool = False) -> Batching:
     Function of {"mask": (n,) bool, name: (n, ...)}, any n, that gives batches with the same names. Real
     examples come first: padding only adds steps that are not real, and the order of the real examples
     depends on the key alone, not on n.
+
+  >>> data = {"x": jnp.arange(6), "mask": jnp.ones(6, bool)}
+  >>> batches = jm.federated.shuffled(4)(data, key)
+  >>> jax.tree.map(jnp.shape, batches)
+  Batches(batch={'mask': (2, 4), 'x': (2, 4)}, real=(2,))
   """
 
   def batches(data: dict[str, jax.Array], key: Key) -> Batches:

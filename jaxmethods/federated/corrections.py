@@ -69,6 +69,9 @@ def scaffold(
     server_rate: of the server's step; 1 puts the mean in place.
     local_epochs: passes over a client's batches per round.
     batches: as in `algorithms.fedavg`.
+
+  >>> jm.federated.scaffold(loss, 0.1, batches=jm.federated.shuffled(4)).init(linear, key)._fields
+  ('params', 'correction')
   """
 
   def local(message: Server, client: Client, data, key):
@@ -147,6 +150,9 @@ def feddyn(
     alpha: strength of the regulariser.
     local_epochs: passes over a client's batches per round.
     batches: as in `algorithms.fedavg`.
+
+  >>> jm.federated.feddyn(loss, optax.sgd(0.1)).init(linear, key)._fields
+  ('params', 'correction')
   """
 
   def local(message: Server, client: Client, data, key):

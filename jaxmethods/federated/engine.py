@@ -117,6 +117,16 @@ def federated_round(
   Returns:
     The new server state, the new client states, and metrics as a dict of (clients,) arrays: those of
     `algorithm.local`, and "bytes_up" and "bytes_down", what a client sends and receives.
+
+  >>> algorithm = jm.federated.fedavg(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> data = jm.federated.bucket_clients(clients_data, max_buckets=1)
+  >>> states = [jax.vmap(lambda _: jm.federated.init_client(linear))(jnp.arange(3))]
+  >>> server = algorithm.init(linear, key)
+  >>> server, states, metrics = jm.federated.federated_round(
+  ...   algorithm, server, states, data.data, data.weights, key
+  ... )
+  >>> metrics["loss"].shape
+  (3,)
   """
   sizes = _check_groups(clients, data, weights, client_map, mesh)
   if cohort is not None and taking_part is not None:
@@ -252,7 +262,11 @@ def map_programs(
 
 
 def sample_participants(key: Key, num_clients: int, num: int) -> Bool[Array, " num_clients"]:
-  """Draws `num` of `num_clients` clients uniformly without replacement; (num_clients,) bool."""
+  """Draws `num` of `num_clients` clients uniformly without replacement; (num_clients,) bool.
+
+  >>> int(jm.federated.sample_participants(key, 10, 3).sum())
+  3
+  """
   _check_sample(num_clients, num)
   return jnp.zeros(num_clients, bool).at[jax.random.permutation(key, num_clients)[:num]].set(True)
 
@@ -269,6 +283,10 @@ def sample_cohort(key: Key, sizes: Sequence[int], num: int) -> Cohort:
     key: random key.
     sizes: clients per group (padding clients not included).
     num: clients to draw.
+
+  >>> cohort = jm.federated.sample_cohort(key, [6, 4], 5)
+  >>> [len(rows) for rows in cohort.rows]
+  [3, 2]
   """
   total = sum(sizes)
   _check_sample(total, num)
@@ -294,6 +312,9 @@ def weighted_mean(uploads: Upload, weights: Float[Array, " clients"]) -> PyTree:
 
   Raises:
     ValueError: the number of clients differs.
+
+  >>> jm.federated.weighted_mean({"w": jnp.array([1.0, 4.0])}, jnp.array([2.0, 1.0]))
+  {'w': Array(2., dtype=float32)}
   """
   shapes.check(weights=(weights, "clients"))
   shapes.check_leading(len(weights), uploads=uploads)
@@ -338,6 +359,12 @@ def client_params(
     server: server state.
     clients: per group, stacked client states.
     sizes: clients per group (a client state may hold no array that tells).
+
+  >>> algorithm = jm.federated.fedavg(loss, optax.sgd(0.1))
+  >>> states = [jax.vmap(lambda _: jm.federated.init_client(linear))(jnp.arange(3))]
+  >>> (params,) = jm.federated.client_params(algorithm, algorithm.init(linear, key), states, [3])
+  >>> params["w"].shape
+  (3, 3)
   """
 
   def predict_with(index, client):
@@ -356,7 +383,14 @@ def traffic(
   clients: Sequence[ClientState],
   data: Sequence[ClientData],
 ) -> Traffic:
-  """Counts the bytes of message and upload per client and round, without running anything."""
+  """Counts the bytes of message and upload per client and round, without running anything.
+
+  >>> algorithm = jm.federated.fedavg(loss, optax.sgd(0.1), batches=jm.federated.shuffled(4))
+  >>> data = jm.federated.bucket_clients(clients_data, max_buckets=1)
+  >>> states = [jax.vmap(lambda _: jm.federated.init_client(linear))(jnp.arange(3))]
+  >>> jm.federated.traffic(algorithm, algorithm.init(linear, key), states, data.data)
+  Traffic(down=array([16, 16, 16]), up=array([16, 16, 16]))
+  """
   down, up = [], []
   for client, examples in zip(clients, data, strict=True):
     size = _leading((client, examples))

@@ -38,6 +38,10 @@ def moon(
 
   With a linear head on frozen embeddings the only trainable output is the logits: pass those.
   `batch["mask"]` (B,) says which examples are real.
+
+  >>> outputs = lambda params, batch: batch["x"] @ params["w"][:, None]
+  >>> jm.federated.moon(loss, optax.sgd(0.1), outputs).init(linear, key)._fields
+  ('params', 'opt_state')
   """
 
   def penalty(params, received, previous, batch):
@@ -90,6 +94,10 @@ def fedntd(
   """FedAvg with beta times the divergence from the global model over the classes that are not true.
 
   `batch["mask"]` (B,) says which examples are real, `batch["y"]` (B,) are their labels.
+
+  >>> logits = lambda params, batch: batch["x"] @ params["w"][:, None]
+  >>> jm.federated.fedntd(loss, optax.sgd(0.1), logits).init(linear, key)._fields
+  ('params', 'opt_state')
   """
 
   def penalty(params, received, previous, batch):

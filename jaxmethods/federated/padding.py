@@ -55,6 +55,10 @@ def bucket_clients(
 
   Raises:
     InputError: naming the client, if one is empty or its arrays disagree.
+
+  >>> buckets = jm.federated.bucket_clients([{"x": np.ones(3)}, {"x": np.ones(5)}], max_buckets=1)
+  >>> buckets.data[0]["x"].shape, buckets.data[0]["mask"].sum(1).tolist()
+  ((2, 5), [3, 5])
   """
   sizes = _client_sizes(clients)
   if max_buckets is None:
@@ -162,6 +166,10 @@ def pad_clients(
 
   Raises:
     ValueError: the number of clients differs.
+
+  >>> _, weights = jm.federated.pad_clients({"x": jnp.ones((3, 2))}, jnp.ones(3), 4)
+  >>> weights.tolist()
+  [1.0, 1.0, 1.0, 0.0]
   """
   shapes.check(weights=(weights, "clients"))
   shapes.check_leading(len(weights), groups=groups)

@@ -19,7 +19,11 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 def iid(
   num_examples: int, num_clients: int, seed: int, *, min_examples: int = 1
 ) -> list[np.ndarray]:
-  """Deals a permutation of the examples out evenly; sizes differ by at most one."""
+  """Deals a permutation of the examples out evenly; sizes differ by at most one.
+
+  >>> [len(part) for part in jm.federated.iid(10, 3, seed=0)]
+  [4, 3, 3]
+  """
   _check_request(num_examples, num_clients, min_examples)
   order = np.random.default_rng(seed).permutation(num_examples)
   return [np.sort(part) for part in np.array_split(order, num_clients)]
@@ -47,6 +51,10 @@ def dirichlet(
 
   Raises:
     InputError: if the request cannot be met.
+
+  >>> parts = jm.federated.dirichlet([0, 0, 0, 1, 1, 1], 2, seed=0, alpha=0.1)
+  >>> sorted(np.concatenate(parts).tolist())
+  [0, 1, 2, 3, 4, 5]
   """
   labels = _check_labels(labels, "labels")
   _check_request(len(labels), num_clients, min_examples)
@@ -281,6 +289,9 @@ def shards(
 
   Raises:
     InputError: if the request cannot be met.
+
+  >>> [len(part) for part in jm.federated.shards([0, 1, 0, 1, 0, 1, 0, 1], 2, seed=0)]
+  [4, 4]
   """
   labels = _check_labels(labels, "labels")
   _check_request(len(labels), num_clients, min_examples)
@@ -310,6 +321,9 @@ def by_domain(
 
   Raises:
     InputError: if the request cannot be met.
+
+  >>> [part.tolist() for part in jm.federated.by_domain([0, 1, 0, 1], 2, seed=0)]
+  [[0, 2], [1, 3]]
   """
   domains = _check_labels(domains, "domains")
   _check_request(len(domains), num_clients, min_examples)

@@ -14,3 +14,7 @@ One batch layout for every model: a `jraph.GraphsTuple` with static shapes and t
 Slot N-1 is always padding. Padding must never change a result: every loss, normalisation and pooling
 reads the masks.
 """
+
+from jaxmethods.public import attach as _attach
+
+__getattr__, __dir__, __all__ = _attach(__name__, __file__)

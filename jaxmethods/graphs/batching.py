@@ -57,6 +57,8 @@ def check_graphs(data: LabelledGraphs) -> None:
 
   Raises:
     InputError: naming the data set and the graph.
+
+  >>> jm.graphs.check_graphs(triangles)
   """
   name, graphs = data.source.name, data.graphs
   num_graphs, num_nodes, num_edges = len(graphs.n_node), len(graphs.nodes), len(graphs.senders)
@@ -115,6 +117,10 @@ def batch_graphs(
   Raises:
     InputError: if there is no graph, an index is out of range, or `data` breaks its contract.
     ValueError: if `batch_size`, `max_shapes` or a multiple is below 1.
+
+  >>> (batch,) = jm.graphs.batch_graphs(triangles, [0, 1])
+  >>> int(batch.globals["mask"].sum()), batch.nodes["features"].shape[0] % 32
+  (2, 0)
   """
   indices = np.asarray(indices)
   if min(batch_size, max_shapes, node_multiple, edge_multiple) < 1:
@@ -136,7 +142,12 @@ def batch_graphs(
 
 
 def batch_shape(batch: jraph.GraphsTuple) -> BatchShape:
-  """Returns the static sizes of one batch."""
+  """Returns the static sizes of one batch.
+
+  >>> (batch,) = jm.graphs.batch_graphs(triangles, [0, 1])
+  >>> jm.graphs.batch_shape(batch).graphs
+  3
+  """
   return BatchShape(len(batch.nodes["mask"]), len(batch.senders), len(batch.n_node))
 
 

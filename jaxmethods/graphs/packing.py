@@ -186,6 +186,12 @@ def pack(
   Raises:
     InputError: if a graph has more nodes than the longest row has slots.
     ValueError: for other shapes.
+
+  >>> spectra = jm.graphs.laplacian_spectra(triangles.graphs)
+  >>> one = [np.array([0, 1])]
+  >>> packed = jm.graphs.pack(triangles.graphs, triangles.labels, spectra, one, hidden=8)
+  >>> packed.graphs.globals["id"].tolist()
+  [[0, 1, -1]]
   """
   shapes.check(
     n_node=(graphs.n_node, "G"), n_edge=(graphs.n_edge, "G"), labels=(labels, "G"),

@@ -40,6 +40,9 @@ def laplacian_spectra(graphs: jraph.GraphsTuple) -> Spectra:
   Raises:
     InputError: naming the graph, if an adjacency is not symmetric.
     ValueError: for other shapes.
+
+  >>> jm.graphs.laplacian_spectra(triangles.graphs).eigenvalues[:3].round(6).tolist()
+  [0.0, 3.0, 3.0]
   """
   shapes.check(
     n_node=(graphs.n_node, "G"), n_edge=(graphs.n_edge, "G"),
@@ -88,6 +91,9 @@ def sine_encoding(
 
   Raises:
     InputError: if `width` is odd.
+
+  >>> jm.graphs.sine_encoding(np.array([0.0, 3.0]), 4).shape
+  (2, 5)
   """
   if width % 2:
     raise InputError(f"hidden: the sine encoding needs an even width, got {width}")

@@ -35,6 +35,9 @@ def return_probabilities(
 
   Raises:
     ValueError: for other shapes.
+
+  >>> jm.graphs.return_probabilities(triangles.graphs, 3)[0].tolist()  # of a triangle's corner
+  [0.0, 0.5, 0.25]
   """
   shapes.check(
     n_node=(graphs.n_node, "G"), senders=(graphs.senders, "E"), receivers=(graphs.receivers, "E")
@@ -82,7 +85,11 @@ def _blocks(n_node: Int[np.ndarray, " G"]) -> Iterator[np.ndarray]:
 
 
 def degree_one_hot(graphs: jraph.GraphsTuple, width: int = 16) -> Float[np.ndarray, "N width"]:
-  """Encodes the in-degree of each node, clipped to 1..width, as one-hot: (N, width) float32."""
+  """Encodes the in-degree of each node, clipped to 1..width, as one-hot: (N, width) float32.
+
+  >>> jm.graphs.degree_one_hot(triangles.graphs, 3)[0].tolist()
+  [0.0, 1.0, 0.0]
+  """
   degree = np.bincount(graphs.receivers, minlength=int(graphs.n_node.sum()))
   return np.eye(width, dtype=np.float32)[np.clip(degree, 1, width) - 1]
 

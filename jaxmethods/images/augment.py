@@ -301,6 +301,9 @@ def augmix(
   Returns:
     float32 in 0..255, (1 - m) image + m sum_i w_i chain_i with w ~ Dirichlet(1), m ~ Beta(1, 1). Mixing
     before normalising is the same as after it, because the weights are convex.
+
+  >>> jm.images.augmix(key, jnp.full((8, 8, 3), 100)).shape
+  (8, 8, 3)
   """
   shapes.check(image=(image, "h w c"))
   chain_key, weight_key, mix_key = jax.random.split(key, 3)
@@ -324,11 +327,11 @@ def augmix(
 
 
 def mix(
-  image: Float[Array, ...],
+  image: Float[Array, " ..."],
   chains: Float[Array, "W ..."],
   weights: Float[Array, " W"],
   share: Float[Array, ""],
-) -> Float[Array, ...]:
+) -> Float[Array, " ..."]:
   """(1 - m) image + m sum_i w_i chain_i: image (...), chains (W, ...), weights (W,), m ()."""
   shapes.check(weights=(weights, "W"))
   shapes.check_leading(weights.shape[0], chains=chains)
@@ -338,6 +341,10 @@ def mix(
 def normalise(
   image: Num[Array, "... c"], mean: Num[Array, " c"], std: Num[Array, " c"]
 ) -> Float[Array, "... c"]:
-  """(image / 255 - mean) / std per channel."""
+  """(image / 255 - mean) / std per channel.
+
+  >>> jm.images.normalise(jnp.full((1, 1, 1), 255), jnp.array([0.5]), jnp.array([0.5])).item()
+  1.0
+  """
   shapes.check(image=(image, "... c"), mean=(mean, "c"), std=(std, "c"))
   return (image / 255 - mean) / std

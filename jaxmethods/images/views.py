@@ -33,6 +33,9 @@ def crop_and_flip(key: Array, image: Square, *, pad: int = 4, border: Border = "
     image: (side, side, 3).
     pad: width of the border that crops may reach into.
     border: "reflect" (private images) or "constant", zeros (public ones).
+
+  >>> jm.images.crop_and_flip(key, jnp.ones((8, 8, 3))).shape
+  (8, 8, 3)
   """
   shapes.check(image=(image, "side side 3"))
   crop_key, flip_key = jax.random.split(key)
@@ -70,6 +73,9 @@ def weak_view(
     smallest: least share of the padded image's area that a crop keeps.
     jitter: brightness, contrast and saturation are scaled by 1 - jitter..1 + jitter,
     hue: and the hue is turned by up to this share of the circle, all four in random order.
+
+  >>> jm.images.weak_view(key, jnp.full((8, 8, 3), 100.0)).shape
+  (8, 8, 3)
   """
   shapes.check(image=(image, "side side 3"))
   crop_key, jitter_key, blur_key, flip_key, chance_key = jax.random.split(key, 5)

@@ -1,0 +1,5 @@
+"""Flax models, and the weights of others in and out."""
+
+from jaxmethods.public import attach as _attach
+
+__getattr__, __dir__, __all__ = _attach(__name__, __file__)

@@ -71,7 +71,14 @@ class BertConfig:
 
 
 class Bert(nn.Module):
-  """Word, position and type embeddings, a norm, post-norm blocks."""
+  """Word, position and type embeddings, a norm, post-norm blocks.
+
+  >>> from jaxmethods.models.transformer import EncoderConfig
+  >>> encoder = EncoderConfig(width=8, num_layers=1, heads=2, hidden=16, norm="post")
+  >>> model = jm.models.Bert(jm.models.BertConfig(encoder=encoder, vocabulary=11, context=6))
+  >>> model.init_with_output(key, jnp.zeros((1, 5), int))[0].hidden.shape
+  (1, 5, 8)
+  """
 
   config: BertConfig
 

@@ -249,6 +249,11 @@ class CausalLM(nn.Module):
     dtype: of the computation; scores, norms and rotations are float32 inside.
     param_dtype: of random parameters (imported ones keep theirs).
     remat: recompute every layer in the backward pass.
+
+  >>> model = jm.models.CausalLM(tiny)
+  >>> out, _ = jax.eval_shape(model.init_with_output, key, jnp.zeros((1, 5), int))
+  >>> out.logits.shape
+  (1, 5, 11)
   """
 
   config: CausalLMConfig

@@ -183,6 +183,16 @@ class CLIP(nn.Module):
 
   Every step is a method of its own (`model.apply(variables, ..., method="image_features")`), so that
   a method can put prompts between them or read one tower only.
+
+  >>> from jaxmethods.models.clip import TextConfig
+  >>> from jaxmethods.models.transformer import EncoderConfig
+  >>> encoder = EncoderConfig(width=8, num_layers=1, heads=2, hidden=16)
+  >>> image = jm.models.ViTConfig(encoder=encoder, image_size=(8, 8), patch=4, clip=True)
+  >>> text = TextConfig(encoder=encoder, vocabulary=11, context=6, eos=2)
+  >>> model = jm.models.CLIP(jm.models.CLIPConfig(vision=image, text=text, projection=4))
+  >>> ids = jnp.array([[1, 2, 10, 0, 0, 0]])
+  >>> model.init_with_output(key, jnp.zeros((3, 8, 8, 3)), ids)[0]._fields
+  ('image_embeddings', 'text_embeddings', 'logits_per_image')
   """
 
   config: CLIPConfig

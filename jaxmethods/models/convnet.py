@@ -19,6 +19,9 @@ class ConvNet(nn.Module):
     num_classes: number of logits.
     patches: as in `Conv`.
     dtype: of the computation.
+
+  >>> jm.models.ConvNet((4,), 2).init_with_output(key, jnp.ones((1, 8, 8, 1)))[0].shape
+  (1, 2)
   """
 
   features: Sequence[int]

@@ -284,6 +284,10 @@ def classifier(
 
   Raises:
     InputError: unknown architecture, or `narrow` or `stages` below 1.
+
+  >>> net = jm.models.classifier("resnet10", 10, narrow=16)
+  >>> jax.eval_shape(net.init, key, jnp.ones((1, 16, 16, 3)))["params"]["head"]["kernel"].shape[1]
+  10
   """
   if architecture not in ARCHITECTURES:
     advice = hint(architecture, ARCHITECTURES, "architectures")

@@ -70,6 +70,11 @@ class Denoiser(nn.Module):
     hidden: width of the MLPs.
     ordered: whether the tokens of `other` are frames, which have positions, or points, which have none.
     dropout: rate on the weights of the attention and inside the MLPs, in training.
+
+  >>> model = jm.models.Denoiser(width=8, num_layers=1, heads=2, hidden=16)
+  >>> two_bodies = jnp.ones((1, 5, 2, 6))
+  >>> model.init_with_output(key, two_bodies, jnp.zeros(1, int))[0].shape
+  (1, 5, 2, 6)
   """
 
   width: int

@@ -23,6 +23,10 @@ class GINBackbone(nn.Module):
     num_layers: number of GIN layers.
     dropout: rate.
     generator: of the dropout masks; default by backend.
+
+  >>> (batch,) = jm.graphs.batch_graphs(triangles, [0, 1])
+  >>> jm.models.GINBackbone(2, hidden=8).init_with_output(key, batch)[0].shape  # one slot is padding
+  (3, 2)
   """
 
   num_classes: int

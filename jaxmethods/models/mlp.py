@@ -16,6 +16,9 @@ class MLP(nn.Module):
     widths: of the hidden layers.
     num_classes: number of logits.
     dtype: of the computation; parameters stay float32.
+
+  >>> jm.models.MLP((16,), 2).init_with_output(key, jnp.ones((8, 4)))[0].shape
+  (8, 2)
   """
 
   widths: Sequence[int]

@@ -194,6 +194,13 @@ class SpectralGNN(nn.Module):
     heads: M, attention heads and learned spectra per graph.
     layers: number of convolutions.
     dropout: rate after features, attention, filters and updates.
+
+  >>> spectra = jm.graphs.laplacian_spectra(triangles.graphs)
+  >>> one = [np.array([0, 1])]
+  >>> packed = jm.graphs.pack(triangles.graphs, triangles.labels, spectra, one, hidden=8)
+  >>> batch = jax.tree.map(lambda leaf: leaf[0], packed)
+  >>> jm.models.SpectralGNN(hidden=8, heads=2, layers=1).init_with_output(key, batch)[0].shape[1]
+  8
   """
 
   hidden: int = 128

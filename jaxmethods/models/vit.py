@@ -87,6 +87,12 @@ class ViT(nn.Module):
   `embed` and `encode` are separate so that a method can put prompts between them, or leave patches
   out. Parameters: `class_token`, `position`, `patch_embedding`, `encoder/layers...`, `norm`, and
   `pre_norm` where there is one.
+
+  >>> from jaxmethods.models.transformer import EncoderConfig
+  >>> encoder = EncoderConfig(width=8, num_layers=1, heads=2, hidden=16)
+  >>> model = jm.models.ViT(jm.models.ViTConfig(encoder=encoder, image_size=(8, 8), patch=4))
+  >>> model.init_with_output(key, jnp.zeros((1, 8, 8, 3)))[0].hidden.shape  # a class token, 4 patches
+  (1, 5, 8)
   """
 
   config: ViTConfig

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmethods.errors import InputError
-from jaxmethods.runtime import command, launch
-from jaxmethods.runtime import workdir as workdir_lib
+from jaxmethods.runtime import command, launch, workdir as workdir_lib
 from jaxmethods.runtime.command import Given
 from jaxmethods.runtime.experiment import Experiment, State
 from jaxmethods.runtime.waiting import waiting

@@ -11,8 +11,7 @@ from pathlib import Path
 import yaml
 
 from jaxmethods.errors import InputError
-from jaxmethods.runtime import config as config_lib
-from jaxmethods.runtime import failures
+from jaxmethods.runtime import config as config_lib, failures
 from jaxmethods.runtime.experiment import RunConfig
 
 CONFIG = "config.yaml"

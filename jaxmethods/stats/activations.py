@@ -10,12 +10,15 @@ from jaxmethods.stats import shapes
 
 
 @jax.custom_vjp
-def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
+def gelu(x: Float[Array, " ..."]) -> Float[Array, " ..."]:
   """Gaussian error linear unit x Phi(x), exact; any shape.
 
   The backward pass keeps `x` alone. Autodiff of `jax.nn.gelu` also keeps what erf and its derivative
   come to: three arrays per activation, and on a CPU memory is what the time goes into (FedSSP step
   on COX2: 273 against 255 MB of temporaries).
+
+  >>> round(float(jm.stats.gelu(jnp.float32(1))), 4)
+  0.8413
   """
   return x * _normal_cdf(x)
 
@@ -37,11 +40,14 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
-def swiglu(gate: Float[Array, ...], up: Float[Array, ...]) -> Float[Array, ...]:
+def swiglu(gate: Float[Array, " ..."], up: Float[Array, " ..."]) -> Float[Array, " ..."]:
   """silu(gate) * up, the gated unit of Llama-type models; any one shape.
 
   The backward pass keeps the two arguments. Autodiff also keeps the sigmoid and its product with
   `gate`: two more arrays of the width of the MLP in every layer.
+
+  >>> round(float(jm.stats.swiglu(jnp.float32(0), jnp.float32(2))), 4)
+  0.0
   """
   shapes.same(gate=gate, up=up)
   return jax.nn.silu(gate) * up

@@ -25,10 +25,10 @@ class TokenStatistics(NamedTuple):
     energy: tau logsumexp(logits / tau), minus the free energy (Liu et al., NeurIPS 2020).
   """
 
-  max_log_prob: Float[Array, ...]
-  log_prob: Float[Array, ...]
-  entropy: Float[Array, ...]
-  energy: Float[Array, ...]
+  max_log_prob: Float[Array, " ..."]
+  log_prob: Float[Array, " ..."]
+  entropy: Float[Array, " ..."]
+  energy: Float[Array, " ..."]
 
 
 class DropoutStatistics(NamedTuple):
@@ -47,7 +47,7 @@ class DropoutStatistics(NamedTuple):
 
 def token_statistics(
   logits: Float[Array, "... V"],
-  tokens: Int[Array, ...],
+  tokens: Int[Array, " ..."],
   temperature: float | Float[Array, ""] = 1.0,
 ) -> TokenStatistics:
   """Statistics of next-token distributions.
@@ -56,6 +56,10 @@ def token_statistics(
     logits: (..., V).
     tokens: (...) int, the written ones.
     temperature: tau.
+
+  >>> found = jm.stats.token_statistics(jnp.zeros((1, 4)), jnp.array([2]))
+  >>> round(float(found.entropy[0]), 4)  # log 4
+  1.3863
   """
   _check(logits, tokens)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
@@ -70,7 +74,7 @@ def token_statistics(
 
 
 def statistics_at_scales(
-  logits: Float[Array, "... V"], tokens: Int[Array, ...], powers: tuple[int, ...]
+  logits: Float[Array, "... V"], tokens: Int[Array, " ..."], powers: tuple[int, ...]
 ) -> tuple[TokenStatistics, Float[Array, "... powers"]]:
   """`token_statistics`, and log max p at the temperatures `HIGHEST` / k, k of `powers`.
 
@@ -108,7 +112,7 @@ def _once(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array
   return jnp.moveaxis(jax.lax.map(function, halves), 0, -2).reshape(x.shape)
 
 
-def mean_over(values: Float[Array, "... T"], mask: Bool[Array, "... T"]) -> Float[Array, ...]:
+def mean_over(values: Float[Array, "... T"], mask: Bool[Array, "... T"]) -> Float[Array, " ..."]:
   """Mean over the last axis where the mask is true; 0 where it never is."""
   return jnp.where(mask, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
@@ -132,6 +136,10 @@ def self_consistency(
 
   Returns:
     (B,) the majority's id, the smallest of equals; (B,) its share of all K samples, 0 if none answered.
+
+  >>> winner, share = jm.stats.self_consistency(jnp.array([[7, 7, 9, 7]]))
+  >>> winner.tolist(), share.tolist()
+  ([7], [0.75])
   """
   shapes.check(answer=(answer, "B K"))
   given = jnp.ones(answer.shape, bool) if given is None else given

@@ -32,7 +32,7 @@ def _two_seeds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
   return first, second
 
 
-def hash_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, ...]:
+def hash_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, " ..."]:
   """Hashes the position of each entry to uint32 bits, two multiply-xorshift rounds.
 
   Good enough for dropout, not for anything that needs a random number generator proper.
@@ -60,7 +60,7 @@ def _apply(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
   return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-def hash_dropout(x: Float[Array, ...], rate: float, key: Key) -> Float[Array, ...]:
+def hash_dropout(x: Float[Array, " ..."], rate: float, key: Key) -> Float[Array, " ..."]:
   """Dropout by a counter hash: fuses into its neighbours, and the gradient hashes again.
 
   Args:
@@ -81,8 +81,8 @@ def hash_dropout(x: Float[Array, ...], rate: float, key: Key) -> Float[Array, ..
 
 
 def dropout(
-  x: Float[Array, ...], rate: float, key: Key, generator: Generator | None = None
-) -> Float[Array, ...]:
+  x: Float[Array, " ..."], rate: float, key: Key, generator: Generator | None = None
+) -> Float[Array, " ..."]:
   """Sets a `rate` share of the entries to zero and scales the rest by 1 / (1 - rate).
 
   Args:

@@ -21,7 +21,12 @@ class Detection(NamedTuple):
 
 
 def detection(removed: Bool[Array, " N"], poisoned: Bool[Array, " N"]) -> Detection:
-  """How well the removed examples (N,) bool agree with the poisoned ones (N,) bool."""
+  """How well the removed examples (N,) bool agree with the poisoned ones (N,) bool.
+
+  >>> found = jm.stats.detection(jnp.array([True, True]), jnp.array([True, False]))
+  >>> float(found.precision), float(found.recall)
+  (0.5, 1.0)
+  """
   shapes.check(removed=(removed, "N"), poisoned=(poisoned, "N"))
   hits = (removed & poisoned).sum()
   precision = hits / jnp.maximum(removed.sum(), 1)
@@ -65,6 +70,9 @@ def spectral_scores(
 
   Returns:
     (N,); 0 for the others.
+
+  >>> jm.stats.spectral_scores(jnp.array([[0.0, 0], [0, 0], [0, 3]])).round(3).tolist()
+  [1.0, 1.0, 4.0]
   """
   shapes.check(features=(features, "N D"))
   centred = _centred(features, real)

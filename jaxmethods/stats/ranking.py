@@ -36,9 +36,9 @@ class Ranking(NamedTuple):
     fpr95: false-positive rate at a true-positive rate of 0.95.
   """
 
-  auroc: Float[Array, ...]
-  aupr: Float[Array, ...]
-  fpr95: Float[Array, ...]
+  auroc: Float[Array, " ..."]
+  aupr: Float[Array, " ..."]
+  fpr95: Float[Array, " ..."]
 
 
 def roc_curve(
@@ -52,6 +52,10 @@ def roc_curve(
     score: (n,), higher means positive.
     positive: (n,) bool.
     weight: (n,), nonnegative; default 1.
+
+  >>> curve = jm.stats.roc_curve(jnp.array([0.1, 0.8, 0.9]), jnp.array([False, True, True]))
+  >>> curve.true.tolist(), curve.false.tolist()
+  ([0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 0.0, 1.0])
   """
   shapes.check(score=(score, "n"), positive=(positive, "n"))
   weight = jnp.ones(score.shape, _dtype(score)) if weight is None else weight.astype(_dtype(score))
@@ -65,13 +69,23 @@ def roc_curve(
 
 
 def auroc(curve: Curve) -> Float[Array, ""]:
-  """Area under true over false positive rate."""
+  """Area under true over false positive rate.
+
+  >>> curve = jm.stats.roc_curve(jnp.array([0.1, 0.8, 0.9]), jnp.array([False, True, False]))
+  >>> float(jm.stats.auroc(curve))
+  0.5
+  """
   shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   return jnp.trapezoid(*_rates(curve))
 
 
 def aupr(curve: Curve) -> Float[Array, ""]:
-  """Area under precision over recall, from (recall 0, precision 1), by trapezoids (CoE code)."""
+  """Area under precision over recall, from (recall 0, precision 1), by trapezoids (CoE code).
+
+  >>> curve = jm.stats.roc_curve(jnp.array([0.1, 0.8, 0.9]), jnp.array([False, True, True]))
+  >>> float(jm.stats.aupr(curve))
+  1.0
+  """
   shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   found = curve.true + curve.false
   precision = jnp.where(found > 0, curve.true / jnp.where(found > 0, found, 1), 1)
@@ -88,6 +102,10 @@ def fpr_at(
     curve: of the score.
     tpr: in (0, 1].
     method: linear between the points of the curve (CoE code), or the first point that reaches `tpr`.
+
+  >>> curve = jm.stats.roc_curve(jnp.array([0.1, 0.8, 0.9]), jnp.array([False, True, True]))
+  >>> float(jm.stats.fpr_at(curve, 0.95))
+  0.0
   """
   shapes.check(true=(curve.true, "m"), false=(curve.false, "m"))
   true, false = _rates(curve)
@@ -121,6 +139,10 @@ def bootstrap(
     score: (n,), higher means positive.
     positive: (n,) bool.
     draws: how many.
+
+  >>> score, positive = jnp.array([0.1, 0.4, 0.8, 0.9]), jnp.array([False, True, False, True])
+  >>> jm.stats.bootstrap(key, score, positive, draws=20).auroc.shape
+  (20,)
   """
   shapes.check(score=(score, "n"), positive=(positive, "n"))
   size = score.shape[0]

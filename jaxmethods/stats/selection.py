@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def top_share(scores: Float[Array, ...], share: float) -> Bool[Array, ...]:
+def top_share(scores: Float[Array, " ..."], share: float) -> Bool[Array, " ..."]:
   """Mask of the floor(share * size) highest scores, ties to the earlier position.
 
   Args:
@@ -17,6 +17,9 @@ def top_share(scores: Float[Array, ...], share: float) -> Bool[Array, ...]:
 
   Returns:
     Boolean, the shape of `scores`.
+
+  >>> jm.stats.top_share(jnp.array([3, 1, 2, 0]), 0.5).tolist()
+  [True, False, True, False]
   """
   count = math.floor(share * scores.size)
   order = jnp.argsort(-scores.ravel(), stable=True)

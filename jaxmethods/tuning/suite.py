@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmethods import trees
-from jaxmethods.adapters import adalora as triplets
-from jaxmethods.adapters import low_rank, prompts
-from jaxmethods.adapters import selective as masks
+from jaxmethods.adapters import adalora as triplets, low_rank, prompts, selective as masks
 from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.trees import PyTree, Tree, below, flatten, unflatten
 from jaxmethods.tuning import posterior, selective, tuner

@@ -153,6 +153,16 @@ def tuning_step(
     optimiser: for the trained part, without clipping; see `adamw`.
     loss: mean = sum / count; the tuner's penalty is added to the mean.
     clip: bound of the global gradient norm.
+
+  >>> tuner = jm.tuning.adapted(lora, "kernel", also=None)
+  >>> def loss(run, batch, key):
+  ...   error = (run(batch["x"]) - 1) ** 2
+  ...   return error.sum(), error.size
+  >>> step = jax.jit(jm.tuning.tuning_step(tuner, net, optax.sgd(0.1), loss))
+  >>> state = jm.tuning.init_state(tuner, optax.sgd(0.1), key, params, {})
+  >>> state, metrics = step(state, {"x": x})
+  >>> sorted(metrics)
+  ['grad_norm', 'loss', 'task_loss']
   """
 
   def step(state: TuningState, batch: Batch):
@@ -239,7 +249,13 @@ def init_state(
   params: Params,
   probe: Batch,
 ) -> TuningState:
-  """Makes the state before the first step; `key` also gives the data order."""
+  """Makes the state before the first step; `key` also gives the data order.
+
+  >>> tuner = jm.tuning.adapted(lora, "kernel", also=None)
+  >>> state = jm.tuning.init_state(tuner, optax.sgd(0.1), key, params, {})
+  >>> int(state.step), sorted(state.tuner.trainable)
+  (0, ['adapter', 'params'])
+  """
   order, start = jax.random.split(key)
   state = tuner.init(start, params, probe)
   # A donated state must not hold a buffer twice, nor one that belongs to the caller.
@@ -270,6 +286,10 @@ def adamw(
     labels: `Tuner.rates`.
     steps: of the whole run.
     warmup: share of the steps over which the rate rises in a straight line.
+
+  >>> labels = lambda tree: jax.tree.map(lambda _: "adapter", tree)
+  >>> optimiser = jm.tuning.adamw({"adapter": 1e-3}, labels, steps=100)
+  >>> state = optimiser.init({"a": jnp.zeros(3)})
   """
   rise = round(warmup * steps)
   shape = optax.warmup_cosine_decay_schedule(0.0 if rise else 1.0, 1.0, rise, steps)
@@ -355,6 +375,11 @@ def adapted(adapter: Adapter, targets: str = LINEARS, also: str | None = PROJECT
     adapter: of `jaxmethods.adapters`.
     targets: what it acts on.
     also: regular expression; None: nothing else is trained.
+
+  >>> tuner = jm.tuning.adapted(lora, "kernel", also=None)
+  >>> state = tuner.init(key, params, {})
+  >>> sorted(state.trainable["adapter"])
+  ['dense_0', 'head']
   """
 
   def init(key, params, probe) -> TunerState:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.adapters import adalora, bottleneck, low_rank, scaling, selective
-from jaxmethods.adapters import adapter as core
+from jaxmethods.adapters import adalora, adapter as core, bottleneck, low_rank, scaling, selective
 from jaxmethods.adapters.targets import BLOCK, matching
 from jaxmethods.errors import InputError
 from jaxmethods.trees import flatten

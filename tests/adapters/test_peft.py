@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank, prompts, scaling
+from jaxmethods.adapters import adapter as core, low_rank, prompts, scaling
 from jaxmethods.adapters.peft_format import from_peft, to_peft
 from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
 from jaxmethods.adapters.training import next_token_loss, update_step

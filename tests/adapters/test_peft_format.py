@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny_lm
 
-from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank, prompts, scaling, selective
+from jaxmethods.adapters import adapter as core, low_rank, prompts, scaling, selective
 from jaxmethods.adapters.peft_format import from_peft, to_peft
 from jaxmethods.adapters.peft_prompts import prompt_from_peft, prompt_to_peft
 from jaxmethods.adapters.targets import BLOCK

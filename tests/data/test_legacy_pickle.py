@@ -8,8 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmethods.data import vision_sources
 from jaxmethods.data.legacy_pickle import read_tensors

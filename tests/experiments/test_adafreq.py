@@ -12,9 +12,7 @@ from PIL import Image
 
 from jaxmethods.data import coats
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.adafreq import build as room
-from jaxmethods.experiments.adafreq import data as data_lib
-from jaxmethods.experiments.adafreq import views
+from jaxmethods.experiments.adafreq import build as room, data as data_lib, views
 from jaxmethods.experiments.adafreq.config import Config, rows
 from jaxmethods.models.efficientnet import EfficientNet
 

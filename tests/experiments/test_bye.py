@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from jaxmethods.adapters.prompts import IGNORED
-from jaxmethods.data import array_cache
-from jaxmethods.data import multimodal as questions
+from jaxmethods.data import array_cache, multimodal as questions
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.bye import build, detection, planting, tunings
-from jaxmethods.experiments.bye import config as bye
+from jaxmethods.experiments.bye import build, config as bye, detection, planting, tunings
 from jaxmethods.methods.bye import entropy
 from jaxmethods.runtime import config as config_lib
-from jaxmethods.testbeds.multimodal import benchmark as multimodal
-from jaxmethods.testbeds.multimodal import pretraining as multimodal_pretraining
+from jaxmethods.testbeds.multimodal import (
+  benchmark as multimodal,
+  pretraining as multimodal_pretraining,
+)
 from jaxmethods.testbeds.multimodal.settings import Checkpoint, Desk
 
 DESK = Desk(

@@ -12,9 +12,7 @@ from benchmarks import memory_plan
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.data import question_files
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.thanora import checkpoint as mixtures
-from jaxmethods.experiments.thanora import config as thanora
-from jaxmethods.experiments.thanora import rows
+from jaxmethods.experiments.thanora import checkpoint as mixtures, config as thanora, rows
 from jaxmethods.models.mllm import MLLMConfig
 from jaxmethods.testbeds.multimodal import checkpoint, suite, tuning
 from jaxmethods.testbeds.multimodal.settings import Checkpoint

@@ -12,9 +12,16 @@ import pytest
 from jaxmethods.data import arithmetic, array_cache
 from jaxmethods.data.model_sources import load_causal_lm
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.cot_kinetics import build, exam, given, report, texts, trained
-from jaxmethods.experiments.cot_kinetics import config as cot_kinetics
-from jaxmethods.experiments.cot_kinetics import evidence as trust
+from jaxmethods.experiments.cot_kinetics import (
+  build,
+  config as cot_kinetics,
+  evidence as trust,
+  exam,
+  given,
+  report,
+  texts,
+  trained,
+)
 from jaxmethods.methods import cot_kinetics as method
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.runtime import config as config_lib

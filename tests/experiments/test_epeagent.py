@@ -15,8 +15,8 @@ import pytest
 
 from jaxmethods import experiments
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.epeagent import build as build_lib
 from jaxmethods.experiments.epeagent import (
+  build as build_lib,
   conversation,
   judging,
   profiles,

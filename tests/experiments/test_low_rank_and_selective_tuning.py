@@ -10,10 +10,8 @@ import pytest
 
 from benchmarks.memory_plan import LLAVA_1_5_7B
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.lorasculpt import build as sculpting
-from jaxmethods.experiments.lorasculpt import config as lorasculpt
-from jaxmethods.experiments.spider import build as selecting
-from jaxmethods.experiments.spider import config as spider
+from jaxmethods.experiments.lorasculpt import build as sculpting, config as lorasculpt
+from jaxmethods.experiments.spider import build as selecting, config as spider
 from jaxmethods.models.mllm import MLLM, MLLMConfig
 from jaxmethods.runtime.checkpoints import Checkpoints
 from jaxmethods.testbeds.multimodal import tuning

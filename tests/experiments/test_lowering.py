@@ -14,8 +14,7 @@ import pytest
 
 from jaxmethods import experiments
 from jaxmethods.errors import InputError
-from jaxmethods.runtime import compiler
-from jaxmethods.runtime import config as config_lib
+from jaxmethods.runtime import compiler, config as config_lib
 from jaxmethods.testbeds.multimodal import pretraining
 from tests import tiny_llava
 

@@ -8,8 +8,7 @@ import pytest
 from jaxmethods.adapters.adapter import layers_of
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora import desk, rows
-from jaxmethods.experiments.thanora.config import Config
-from jaxmethods.experiments.thanora.config import rows as comparison
+from jaxmethods.experiments.thanora.config import Config, rows as comparison
 from jaxmethods.methods import thanora
 from jaxmethods.testbeds.multimodal import tuning
 from jaxmethods.testbeds.multimodal.questions import Split

@@ -18,8 +18,7 @@ from jaxmethods.experiments.rahfl.build import build
 from jaxmethods.experiments.rahfl.config import Config, rows
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models import convnets
-from jaxmethods.runtime import config as config_lib
-from jaxmethods.runtime import workdir
+from jaxmethods.runtime import config as config_lib, workdir
 
 C, SIDE, CLIENTS = 3, 8, 3
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxmethods.adapters import adalora, bottleneck, low_rank, prompts, scaling
-from jaxmethods.adapters import adapter as core
+from jaxmethods.adapters import adalora, adapter as core, bottleneck, low_rank, prompts, scaling
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank
+from jaxmethods.adapters import adapter as core, low_rank
 from jaxmethods.methods import thanora
 
 

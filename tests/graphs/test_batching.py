@@ -4,8 +4,7 @@ import jax
 import jraph
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmethods.errors import InputError
 from jaxmethods.graphs import batching

@@ -5,8 +5,7 @@ import math
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmethods.errors import InputError
 from jaxmethods.graphs.spectral import laplacian_spectra, sine_encoding

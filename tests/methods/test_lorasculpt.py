@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from jaxmethods.adapters import adapter as core
-from jaxmethods.adapters import low_rank
+from jaxmethods.adapters import adapter as core, low_rank
 from jaxmethods.methods import lorasculpt
 
 IN, OUT, RANK = 14, 10, 3

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from jaxmethods.adapters import low_rank
-from jaxmethods.adapters import selective as masks
+from jaxmethods.adapters import low_rank, selective as masks
 from jaxmethods.errors import InputError
-from jaxmethods.tuning import metrics, posterior, selective, suite
-from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning import metrics, posterior, selective, suite, tuner as tuners
 
 RATES = {"decoder": 0.02, "projector": 0.01, "adapter": 0.02, "adapter_b": 0.3}
 STEPS = 12

@@ -8,8 +8,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxmethods import experiments
 from jaxmethods.errors import InputError

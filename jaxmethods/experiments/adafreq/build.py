@@ -14,8 +14,7 @@ from jaxmethods.data import vision_sources
 from jaxmethods.data.model_sources import open_model
 from jaxmethods.data.records import sealed
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.adafreq import data as data_lib
-from jaxmethods.experiments.adafreq import networks, pages, training
+from jaxmethods.experiments.adafreq import data as data_lib, networks, pages, training
 from jaxmethods.experiments.adafreq.config import Config, untrained
 from jaxmethods.experiments.adafreq.networks import Network, Objective
 from jaxmethods.experiments.adafreq.views import (

@@ -13,8 +13,7 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from jaxmethods.experiments.adafreq import figures as drawn
-from jaxmethods.experiments.adafreq import training
+from jaxmethods.experiments.adafreq import figures as drawn, training
 from jaxmethods.experiments.adafreq.data import Search
 from jaxmethods.experiments.adafreq.networks import as_inputs
 from jaxmethods.experiments.adafreq.training import Parts, State

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmethods.data import multimodal as questions_data
-from jaxmethods.data import records
+from jaxmethods.data import multimodal as questions_data, records
 from jaxmethods.data.records import QuestionData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.bye.config import Attack

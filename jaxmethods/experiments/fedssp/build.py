@@ -10,11 +10,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxmethods.data import records as data_records
-from jaxmethods.data import sources
+from jaxmethods.data import records as data_records, sources
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.fedssp import algorithms, figures, rounds
-from jaxmethods.experiments.fedssp import clients as client_data
+from jaxmethods.experiments.fedssp import algorithms, clients as client_data, figures, rounds
 from jaxmethods.experiments.fedssp.algorithms import Setup
 from jaxmethods.experiments.fedssp.backbones import Backbone, make_backbone
 from jaxmethods.experiments.fedssp.clients import Clients, Share

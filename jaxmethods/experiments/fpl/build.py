@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.fpl import data as sources
-from jaxmethods.experiments.fpl import deal, figures, rounds
+from jaxmethods.experiments.fpl import data as sources, deal, figures, rounds
 from jaxmethods.experiments.fpl.config import Config
 from jaxmethods.experiments.fpl.learner import Frozen, Learner, make_learner
 from jaxmethods.experiments.fpl.texts import prompt_texts

@@ -15,8 +15,7 @@ from jaxmethods.methods import spider as method
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.testbeds.multimodal import suite as rows
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
-from jaxmethods.tuning import posterior, suite
-from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning import posterior, suite, tuner as tuners
 from jaxmethods.tuning.tuner import Tuner
 
 

@@ -27,8 +27,7 @@ from jaxmethods.experiments.thanora.preview import Reading, second_moments
 from jaxmethods.methods import thanora as method
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats.losses import IGNORED
-from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
-from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning, tuning
 from jaxmethods.testbeds.multimodal.checkpoint import Answering, Reader
 from jaxmethods.trees import Params
 from jaxmethods.tuning import tuner as tuners

@@ -19,8 +19,7 @@ from jaxmethods.experiments.thanora.preview import Reading, second_moments
 from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats.losses import IGNORED
-from jaxmethods.testbeds.multimodal import benchmark as multimodal
-from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal import benchmark as multimodal, tuning
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
 from jaxmethods.testbeds.multimodal.questions import Split, accuracies, shuffled_rows
 from jaxmethods.trees import Params

@@ -13,8 +13,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments.thanora.config import Config
 from jaxmethods.methods import thanora as method
 from jaxmethods.trees import Params
-from jaxmethods.tuning import posterior
-from jaxmethods.tuning import tuner as tuners
+from jaxmethods.tuning import posterior, tuner as tuners
 from jaxmethods.tuning.tuner import Tuner
 
 # Rows that train one model for every task; all but the first merge them afterwards.

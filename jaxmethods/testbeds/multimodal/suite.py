@@ -8,17 +8,18 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxmethods.adapters import bottleneck, low_rank, scaling
-from jaxmethods.adapters import selective as masks
+from jaxmethods.adapters import bottleneck, low_rank, scaling, selective as masks
 from jaxmethods.errors import InputError
 from jaxmethods.methods import lorasculpt, spider, thanora
 from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.models.mllm import MLLM
 from jaxmethods.runtime import checks, compiler
 from jaxmethods.runtime.experiment import Experiment
-from jaxmethods.testbeds.multimodal import benchmark as multimodal
-from jaxmethods.testbeds.multimodal import checkpoint as checkpoint_tuning
-from jaxmethods.testbeds.multimodal import tuning
+from jaxmethods.testbeds.multimodal import (
+  benchmark as multimodal,
+  checkpoint as checkpoint_tuning,
+  tuning,
+)
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark
 from jaxmethods.testbeds.multimodal.settings import TuningConfig
 from jaxmethods.testbeds.multimodal.suite_settings import SuiteConfig

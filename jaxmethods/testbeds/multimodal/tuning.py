@@ -18,8 +18,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats.losses import IGNORED
-from jaxmethods.testbeds.multimodal import benchmark as multimodal
-from jaxmethods.testbeds.multimodal import figures as tuning_figures
+from jaxmethods.testbeds.multimodal import benchmark as multimodal, figures as tuning_figures
 from jaxmethods.testbeds.multimodal.benchmark import Benchmark, Task
 from jaxmethods.testbeds.multimodal.pretraining import described_model
 from jaxmethods.testbeds.multimodal.questions import (
