@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if asked is None:
     return 0
 
-  from jaxmethods.runtime import session
-  from jaxmethods.runtime import workdir as workdir_lib
+  from jaxmethods.runtime import session, workdir as workdir_lib
 
   args = asked.args
   workdir = command.workdir(command.given(asked))

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmethods.adapters import bottleneck, low_rank, prompts, scaling
-from jaxmethods.adapters import selective as masks
+from jaxmethods.adapters import bottleneck, low_rank, prompts, scaling, selective as masks
 from jaxmethods.adapters.adapter import Adapter
 from jaxmethods.adapters.targets import ATTENTION, BLOCK
 from jaxmethods.errors import InputError
