@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train eval compare test lint format bench clean
+.PHONY: help train eval compare test lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -53,8 +53,12 @@ bench: $(READY)  ## Time us beside the peers, whose environments are made in .pe
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name $$words || exit 1; \
 	done
 
+docs: $(READY)  ## Build the docs site: docs/_build/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 clean:  ## Remove the environment and all caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build docs/_build docs/api docs/methods *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
