@@ -180,7 +180,9 @@ def _csv(text: str, path: Path, profiles: Profiles) -> list[dict[str, object]]:
     columns, lines = list(reader.fieldnames or ()), list(reader)
   except csv.Error as error:
     raise InputError(f"{where}: is not CSV: {error}") from None
-  if wrong := sorted(set(_GOLD) - set(columns)) or sorted(set(columns) - {*_GOLD, "field", "label"}):
+  if wrong := sorted(set(_GOLD) - set(columns)) or sorted(
+    set(columns) - {*_GOLD, "field", "label"}
+  ):
     raise InputError(f"{where}: columns are {','.join(_GOLD)}[,field][,label]; see {wrong[0]!r}")
   return [_row(line, f"{where}: question {i}", profiles) for i, line in enumerate(lines)]
 
@@ -193,7 +195,9 @@ def _row(line: dict[str, str], where: str, profiles: Profiles) -> dict[str, obje
   named = [f for f in profiles.fields if f" {normalise(f.replace('_', ' '))} " in words]
   field = line.get("field", "").strip()
   if not field and len(named) != 1:
-    raise InputError(f"{where}: names {len(named)} fields; say in a column field which one is meant")
+    raise InputError(
+      f"{where}: names {len(named)} fields; say in a column field which one is meant"
+    )
   options = [line[name].strip() for name in _GOLD[1:-1]]
   while options and not options[-1]:
     options.pop()
