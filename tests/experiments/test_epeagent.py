@@ -135,6 +135,35 @@ def test_matching_by_embedding_withholds():
   assert found["entries"] < scores(k=0)["entries"] and found["taint_leak_returns"] < 0.3
 
 
+@pytest.mark.parametrize(("answer", "told"), [("(a)", True), ("no idea", False)])
+def test_matching_by_a_model_denies_what_is_no_yes(answer, told, tmp_path, monkeypatch):
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  judge = lambda prompt: answer if "Does your role need" in prompt else "(a)"
+  with ChatServer(answer=judge) as chat:
+    config = dataclasses.replace(SMALL, users=4, backend=chat.address, matching="llm", k=0)
+    experiment, _, found = finished(config)
+  assert (found["entries"] > 0) == told
+  assert f"recall {float(told):.2f}" in experiment.about
+
+
+def test_paraphrase_is_written_by_the_back_end_and_guarantees_nothing(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAXMETHODS_CACHE", str(tmp_path))
+  words = lambda prompt: "as you said" if "Rephrase" in prompt else prompt.split("Question:")[0]
+  with ChatServer(answer=words) as chat:
+    config = dataclasses.replace(SMALL, users=4, backend=chat.address, mode="paraphrase", k=0)
+    experiment, state, found = finished(config)
+  assert found["taint_leak_messages"] == 0 < found["taint_leak_memory"]
+  assert "as you said" in experiment.files(state)["messages.html"]
+
+
+def test_embedding_by_minilm():
+  try:
+    found = scores(embedding="wheel:all-minilm-l6-v2", users=4)
+  except InputError as error:
+    pytest.skip(str(error))
+  assert found["utility"] > 90 and found["taint_leak"] == 0
+
+
 @pytest.mark.parametrize("domain", ["medicine", "combined"])
 def test_other_domains(domain):
   found = scores(domain=domain, users=5, k=0)
@@ -252,6 +281,44 @@ def test_questions_of_a_file_in_both_spellings(tmp_path):
     ("privacy", False),
     ("utility", False),
   }
+
+
+def gold(tmp_path, text):
+  file = tmp_path / "gold.csv"
+  file.write_text(text)
+  return questions.build(profiles.read(people_of(tmp_path), 9), str(file), 1, 1)
+
+
+def test_the_codes_gold_file(tmp_path):
+  rows = (
+    "Q,(a),(b),(c),(d),Ans,field,label",
+    "What is the name?,n0,n1,,,(b),,",
+    '"Which one, then?",x,y,z,w,C,size,',
+    "name?,n0,Refuse to answer,,,B,,2",
+  )
+  cases = gold(tmp_path, "\n".join(rows))
+  assert [(c.field, len(c.options), c.answer, c.label) for c in cases[::4]] == [
+    (0, 2, 1, None), (1, 4, 2, None), (0, 2, 1, 2),
+  ]  # fmt: skip
+  assert cases[8].task == "privacy" and cases[0].task == "utility"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("", "columns are Q"),
+    ("Q,(a),(b),(c),(d),Ans\n", "at least one"),
+    ("Q,(a),(b),(c),(d),Ans,colour\n", "'colour'"),
+    ("Q,(a),(b),(c),(d),Ans\nname?,x,y,,,A,B\n", "more or fewer cells"),
+    ("Q,(a),(b),(c),(d),Ans\nwhich?,x,y,,,A\n", "names 0 fields"),
+    ("Q,(a),(b),(c),(d),Ans\nname?,,y,,,A\n", "is empty"),
+    ("Q,(a),(b),(c),(d),Ans\nname?,x,y,,,D\n", "no option"),
+    ('Q,(a),(b),(c),(d),Ans\n"name?,x,y', "is not CSV"),
+  ],
+)
+def test_bad_gold_files(text, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    gold(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Properties of the protocol of EPEAgent: rights, graphs, taint, retrieval, texts."""
 
 import functools
+import re
+from pathlib import Path
 
 import hypothesis
 import hypothesis.stateful
@@ -341,6 +343,19 @@ def test_guard_in_ten_lines():
   assert told == "Agent 2: goal: wealth accumulation, growth. I choose (c)."
   forwarded = guard(rights._replace(forward=True), agent=2)(agent.__wrapped__)("please", receiver=1)
   assert forwarded == "please: [withheld], NjIwMDA= and Growth, so (c)"
+
+
+def test_guard_around_an_agent_framework():
+  """The page's example, as it stands: the model reads a view, its text is composed anew."""
+  pytest.importorskip("pydantic_ai", reason="pip install 'jaxmethods[agents]'")
+  page = Path(__file__).parents[2] / "benchmarks" / "results" / "epeagent.md"
+  code = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+  names: dict = {}
+  exec(compile("\n".join(code), str(page), "exec"), names)
+  assert len(code) == 1 and names["told"].startswith("Agent 2: goal: growth.")
+  read = [part.content for message in names["risk"].run_sync("?", deps={}).all_messages()
+          for part in message.parts if part.part_kind == "tool-return"]  # fmt: skip
+  assert read == [{}]
 
 
 # --- scores ---------------------------------------------------------------------------------------

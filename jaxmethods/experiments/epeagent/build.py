@@ -89,7 +89,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     messages = page.render(log, cases, people, hide, about)
     return {"messages.html": messages, "scores.md": f"{about}\n\n{table(numbers(state))}"}
 
-  about = _about(config, people, cases)
+  about = _about(config, people, cases) + _agreement(stage)
   return Experiment(init, batches, _step, _evaluate, (), figures, count, about, files)
 
 
@@ -248,6 +248,17 @@ def _model(name: str) -> str:
     return name
   source = open_model(name).source
   return sealed(source.name, source.digest)
+
+
+def _agreement(stage: Stage) -> str:
+  """How far rights that were matched agree with the labels; nothing where the labels decide."""
+  desk = stage.server
+  if desk.matched is desk.profiles.access:
+    return ""
+  matched, labels = jnp.asarray(desk.matched[0]), jnp.asarray(desk.profiles.access.all(0))
+  found = retrieval.precision_recall(matched, labels)
+  precision, recall = (f"{float(share):.2f}" for share in found)
+  return f"; matching against the labels: precision {precision}, recall {recall}"
 
 
 def _about(config: Config, people: Profiles, cases: list[Case]) -> str:

@@ -1,7 +1,9 @@
-"""Questions about users: read from a file, or generated; multiple choice and open."""
+"""Questions about users: read from a file (JSON, CSV), or generated; multiple choice and open."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +13,11 @@ import numpy as np
 from jaxmethods.data.files import local_path
 from jaxmethods.errors import InputError, hint
 from jaxmethods.experiments.epeagent.profiles import DOMAINS, Profiles, text_of
-from jaxmethods.methods.epeagent.minimise import atoms
+from jaxmethods.methods.epeagent.minimise import atoms, normalise
 from jaxmethods.testbeds.language.turns import LETTERS, REFUSING_OPTION
 
 UTILITY, PRIVACY = "utility", "privacy"
+_GOLD = ("Q", *(f"({letter})" for letter in LETTERS), "Ans")  # columns of the code's gold file
 # Both spellings of the two types: the paper's and the code's.
 _TYPES = {"MCQ": True, "MECE": True, "OEQ": False, "ONQN": False}
 _KEYS = {"id", "domain", "field", "type", "task", "question", "options", "answer", "label"}
@@ -148,14 +151,65 @@ def _domain(profiles: Profiles, place: int) -> str:
 def _read(name: str, profiles: Profiles) -> list[_Asked]:
   path = local_path(name)
   try:
-    raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    text = path.read_text(encoding="utf-8-sig")
   except OSError as error:
     raise InputError(f"questions: {path}: cannot be read: {error.strerror}") from None
-  except (ValueError, RecursionError):
-    raise InputError(f"questions: {path}: is not JSON") from None
+  except UnicodeDecodeError:
+    raise InputError(f"questions: {path}: is not UTF-8 text") from None
+  raw = _csv(text, path, profiles) if path.suffix.lower() == ".csv" else _json(text, path)
   if not isinstance(raw, list) or not raw:
     raise InputError(f"questions: {path}: must be a list of questions, with at least one")
   return [_question(entry, i, path, profiles) for i, entry in enumerate(raw)]
+
+
+def _json(text: str, path: Path) -> object:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    raise InputError(f"questions: {path}: is not JSON") from None
+
+
+def _csv(text: str, path: Path, profiles: Profiles) -> list[dict[str, object]]:
+  """Reads the gold file of the code, `Q,(a),(b),(c),(d),Ans`; columns field and label are ours.
+
+  The gold file names no field: without that column, it is the one field that the question names.
+  """
+  where = f"questions: {path}"
+  try:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    columns, lines = list(reader.fieldnames or ()), list(reader)
+  except csv.Error as error:
+    raise InputError(f"{where}: is not CSV: {error}") from None
+  if wrong := sorted(set(_GOLD) - set(columns)) or sorted(
+    set(columns) - {*_GOLD, "field", "label"}
+  ):
+    raise InputError(f"{where}: columns are {','.join(_GOLD)}[,field][,label]; see {wrong[0]!r}")
+  return [_row(line, f"{where}: question {i}", profiles) for i, line in enumerate(lines)]
+
+
+def _row(line: dict[str, str], where: str, profiles: Profiles) -> dict[str, object]:
+  if None in line or None in line.values():
+    raise InputError(f"{where}: the row has more or fewer cells than the header")
+  text = line["Q"].strip()
+  words = f" {normalise(text)} "
+  named = [f for f in profiles.fields if f" {normalise(f.replace('_', ' '))} " in words]
+  field = line.get("field", "").strip()
+  if not field and len(named) != 1:
+    raise InputError(
+      f"{where}: names {len(named)} fields; say in a column field which one is meant"
+    )
+  options = [line[name].strip() for name in _GOLD[1:-1]]
+  while options and not options[-1]:
+    options.pop()
+  if "" in options:
+    raise InputError(f"{where}: an option before the last one is empty")
+  raw: dict[str, object] = {"field": field or named[0], "question": text, "options": options}
+  label = line.get("label", "").strip()
+  return raw | {"answer": line["Ans"].strip()} | ({"label": _number(label)} if label else {})
+
+
+def _number(label: str) -> int | str:
+  return int(label) if label.isdigit() else label
 
 
 def _question(raw: object, number: int, path: Path, profiles: Profiles) -> _Asked:
