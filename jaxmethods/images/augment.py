@@ -129,14 +129,13 @@ def affine(image: Image, matrix: Float[Array, 6]) -> Image:
   at = place(top, height) * (width + 2) + place(left, width)
   down, right = rows - top, columns - left
   weights = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
-  weights = tuple(jnp.where(inside, weight, 0) for weight in weights)
   # The channels of a pixel in the bytes of one word: four gathers of words, however many there are.
   shifts = 8 * jnp.arange(channels)
   word = jnp.pad((image.astype(jnp.int32) << shifts).sum(-1), 1, "edge").reshape(-1)
   value = jnp.zeros(image.shape)
   for offset, weight in zip((0, 1, width + 2, width + 3), weights, strict=True):
     near = word.at[at + offset].get(mode="promise_in_bounds")[..., None]
-    value += weight[..., None] * ((near >> shifts) & 255)
+    value += jnp.where(inside, weight, 0)[..., None] * ((near >> shifts) & 255)
   return jnp.floor(value)
 
 

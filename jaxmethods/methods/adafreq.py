@@ -146,10 +146,11 @@ def mixed(
   Returns:
     In [0, 1].
   """
-  whole, weight = spectrum(level), high_pass(*level.shape, deviation)
+  height, width = level.shape
+  whole, weight = spectrum(level), high_pass(height, width, deviation)
   if mix == "none":
     return stretched(magnitude((whole, weight)))
-  kept = inside(box, *level.shape)
+  kept = inside(box, height, width)
   if mix == "paper":
     return stretched(magnitude((whole, jnp.where(kept, 1, weight))))
   filtered = spectrum(eight_bits(stretched(magnitude((whole, weight)))))
