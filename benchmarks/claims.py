@@ -541,6 +541,16 @@ ADAFREQ_CLAIMS = tuple(
     headline=metric == "top1_noss",
   )
   for metric, text in (("top1", "all"), ("top1_noss", "other sightings"))
+) + tuple(
+  Claim(
+    "adafreq",
+    "the high-frequency branch adds to the plain ViT",
+    f"nyala, unseen individuals, {text}, other sightings, mAP %",
+    Cell("adafreq_nyala_disjoint", f"{trunk} adafreq", "mAP_noss"),
+    (f"{trunk} plain",),
+    "panda mAP: 44.5; ViT 40.8",
+  )
+  for trunk, text in (("hybrid", "ViT on frozen maps"), ("scratch", "ViT from scratch"))
 )
 
 # --- EPEAgent ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ OPERATIONS = (
   "translate_y",
 )  # fmt: skip
 _VALUES = 256
+_BYTES = 4  # of a word
 
 Image: TypeAlias = Num[Array, "h w c"]  # whole values 0..255
 Scalar: TypeAlias = Num[Array, ""]
@@ -110,18 +111,32 @@ def affine(image: Image, matrix: Float[Array, 6]) -> Image:
   """Bilinear resampling, 0 outside the image, truncated to whole values.
 
   Args:
-    image: (h, w, c).
+    image: (h, w, c), c at most 4.
     matrix: (a, b, c, d, e, f): the pixel with centre (x, y) is read at
       (a x + b y + c, d x + e y + f).
   """
   shapes.check(image=(image, "h w c"), matrix=(matrix, "6"))
-  height, width = image.shape[:2]
-  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+  height, width, channels = image.shape
+  if channels > _BYTES:
+    raise ValueError(f"image: at most {_BYTES} channels, got {channels}")
+  y, x = jnp.arange(height)[:, None] + 0.5, jnp.arange(width) + 0.5
   a, b, c, d, e, f = matrix
   source_x, source_y = a * x + b * y + c, d * x + e * y + f
   inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-  value = bilinear(image.astype(jnp.float32), source_y - 0.5, source_x - 0.5)
-  return jnp.where(inside[..., None], jnp.floor(value), 0)
+  rows, columns = source_y - 0.5, source_x - 0.5
+  top, left = jnp.floor(rows), jnp.floor(columns)
+  place = lambda start, size: jnp.clip(start, -1, size - 1).astype(jnp.int32) + 1
+  at = place(top, height) * (width + 2) + place(left, width)
+  down, right = rows - top, columns - left
+  weights = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
+  # The channels of a pixel in the bytes of one word: four gathers of words, however many there are.
+  shifts = 8 * jnp.arange(channels)
+  word = jnp.pad((image.astype(jnp.int32) << shifts).sum(-1), 1, "edge").reshape(-1)
+  value = jnp.zeros(image.shape)
+  for offset, weight in zip((0, 1, width + 2, width + 3), weights, strict=True):
+    near = word.at[at + offset].get(mode="promise_in_bounds")[..., None]
+    value += jnp.where(inside, weight, 0)[..., None] * ((near >> shifts) & 255)
+  return jnp.floor(value)
 
 
 def bilinear(

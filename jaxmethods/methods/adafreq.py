@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -59,20 +60,37 @@ def high_pass(height: int, width: int, deviation: float) -> Float[Array, "h w"]:
   """
   if not deviation > 0:
     raise ValueError(f"deviation: must be positive, got {deviation}")
-  rows, columns = jnp.arange(height) - (height - 1) // 2, jnp.arange(width) - (width - 1) // 2
-  distance = jnp.square(rows)[:, None] + jnp.square(columns)
-  return 1 - jnp.exp(-distance / (2 * deviation**2))
+  rows, columns = np.arange(height) - (height - 1) // 2, np.arange(width) - (width - 1) // 2
+  distance = np.square(rows)[:, None] + np.square(columns)
+  return jnp.asarray(1 - np.exp(-distance / (2 * deviation**2)), jnp.float32)
 
 
 def spectrum(level: Float[Array, "h w"]) -> Array:
-  """Computes the centred two-dimensional DFT, complex (h, w)."""
+  """Computes the half of the two-dimensional DFT that a real image needs, complex (h, w // 2 + 1)."""
   shapes.check(level=(level, "h w"))
-  return jnp.fft.fftshift(jnp.fft.fft2(level))
+  return jnp.fft.rfft2(level)
 
 
-def magnitude(centred: Array) -> Float[Array, "h w"]:
-  """Computes the absolute value of the inverse of `spectrum`."""
-  return jnp.abs(jnp.fft.ifft2(jnp.fft.ifftshift(centred)))
+def magnitude(*parts: tuple[Array, Float[Array, "h w"]]) -> Float[Array, "h w"]:
+  """Computes |F^-1(sum of w F)| of weighted spectra of real images.
+
+  A weight that is the same at a frequency and its negative leaves a real image, one of opposite signs an
+  imaginary one: two inverse transforms of half spectra stand for a complex one.
+
+  Args:
+    parts: spectra, see `spectrum`, and their weights, centred.
+  """
+  height, width = parts[0][1].shape
+  columns = width // 2 + 1
+  even, odd = jnp.zeros(()), jnp.zeros(())
+  for half, centred in parts:
+    weight = jnp.fft.ifftshift(centred)
+    positive = weight[:, :columns]
+    negative = weight[-np.arange(height) % height][:, -np.arange(columns) % width]
+    even = even + half * (0.5 * (positive + negative))
+    odd = odd + half * (0.5 * (positive - negative))
+  real, imaginary = (jnp.fft.irfft2(x, s=(height, width)) for x in (even, -1j * odd))
+  return jnp.sqrt(jnp.square(real) + jnp.square(imaginary))
 
 
 def stretched(level: Float[Array, "h w"]) -> Float[Array, "h w"]:
@@ -129,16 +147,16 @@ def mixed(
     In [0, 1].
   """
   height, width = level.shape
-  whole = spectrum(level)
-  filtered = whole * high_pass(height, width, deviation)
+  whole, weight = spectrum(level), high_pass(height, width, deviation)
   if mix == "none":
-    return stretched(magnitude(filtered))
-  if mix == "code":
-    filtered = spectrum(eight_bits(stretched(magnitude(filtered))))
-    put = magnitude(jnp.where(inside(box, height, width), whole, filtered))
-    low, high = put.min(), put.max()
-    return eight_bits((put - low) / jnp.maximum(high - low, _GUARD)) / _LEVELS
-  return stretched(magnitude(jnp.where(inside(box, height, width), whole, filtered)))
+    return stretched(magnitude((whole, weight)))
+  kept = inside(box, height, width)
+  if mix == "paper":
+    return stretched(magnitude((whole, jnp.where(kept, 1, weight))))
+  filtered = spectrum(eight_bits(stretched(magnitude((whole, weight)))))
+  put = magnitude((whole, kept.astype(level.dtype)), (filtered, (~kept).astype(level.dtype)))
+  low, high = put.min(), put.max()
+  return eight_bits((put - low) / jnp.maximum(high - low, _GUARD)) / _LEVELS
 
 
 def eight_bits(share: Array) -> Array:
