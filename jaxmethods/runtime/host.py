@@ -1,4 +1,4 @@
-"""Draws made by numpy, in functions that may be traced."""
+"""Functions of the host (draws by numpy, texts judged) in functions that may be traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxmethods.trees import PyTree
 
 
 def call(function: Callable[..., PyTree], shapes: PyTree, *arrays: jax.Array) -> PyTree:
-  """Calls a numpy function; where its arguments are traced, as a callback of the program.
+  """Calls a function of the host; where its arguments are traced, as a callback of the program.
 
   Args:
     function: arrays -> tree of arrays. Called at once, its errors reach the caller as they are.
@@ -19,5 +19,6 @@ def call(function: Callable[..., PyTree], shapes: PyTree, *arrays: jax.Array) ->
     *arrays: its arguments.
   """
   if any(isinstance(array, jax.core.Tracer) for array in arrays):
-    return jax.pure_callback(lambda *a: jax.tree.map(np.asarray, function(*a)), shapes, *arrays)
+    on_host = lambda *a: jax.tree.map(np.asarray, function(*a))
+    return jax.pure_callback(on_host, shapes, *arrays, vmap_method="sequential")
   return jax.tree.map(jax.numpy.asarray, function(*map(np.asarray, arrays)))

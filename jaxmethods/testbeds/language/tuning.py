@@ -21,7 +21,7 @@ from jaxmethods.methods.llm_safety.private_tuning import REAL
 from jaxmethods.models.causal_lm import CausalLM
 from jaxmethods.models.generate import Generated, generate, left_pad
 from jaxmethods.models.sharding import batch_sharding
-from jaxmethods.runtime import compiler
+from jaxmethods.runtime import compiler, host
 from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.language import tokens
 from jaxmethods.testbeds.language.privacy import Guarantee, poisson_rows
@@ -243,14 +243,7 @@ def _judged(scoring: Scoring, module: Module, variables: PyTree, prompts: PyTree
   assert scoring.judge is not None
   written = write(module, variables, prompts, scoring.max_new_tokens, scoring.ends)
   shape = jax.ShapeDtypeStruct((len(prompts["ids"]),), bool)
-  return jax.pure_callback(
-    scoring.judge,
-    shape,
-    written.tokens,
-    written.lengths,
-    prompts["number"],
-    vmap_method="sequential",
-  )
+  return host.call(scoring.judge, shape, written.tokens, written.lengths, prompts["number"])
 
 
 def write(
