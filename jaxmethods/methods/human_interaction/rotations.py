@@ -6,10 +6,12 @@ without an axis, which with a leading axis of size 3 takes that one.)
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _TINY = 1e-12
+_SURE = 1e-6  # below this length a direction is noise
 
 
 def length(x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
@@ -20,8 +22,14 @@ def length(x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
 
 
 def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-  """Scales to length 1; 0 stays 0."""
-  return x / jnp.maximum(length(x), _TINY)[..., None]
+  """Scales to length 1; 0 stays 0.
+
+  The gradient is 0 below a length of 1e-6, where it would grow as 1 / |x| without meaning.
+  """
+  far = length(x)[..., None]
+  sure = far > _SURE
+  unsure = jax.lax.stop_gradient(x / jnp.maximum(far, _TINY))
+  return jnp.where(sure, x / jnp.where(sure, far, 1), unsure)
 
 
 def multiply(p: Float[Array, "*n 4"], q: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
