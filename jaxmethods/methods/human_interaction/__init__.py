@@ -16,6 +16,7 @@ metres, y up unless said; a `mask` (.., T) is true at real frames.
   representation  InterHuman 262, HumanML3D 263, positions: there and back; canonical frames, contacts
   scenes          solids with an analytic signed distance, objects along their path
   diffusion       cosine schedule, posterior, DDPM, DDIM, classifier-free guidance, sampling
+  guidance        contact with an object at sampling, by CHOIS
   losses          InterGen's, MDM's, contact of hands and object, collision with a scene
   tasks           the three tasks in one interface
   metrics         distributions of embeddings
