@@ -1,7 +1,7 @@
 """Biovision hierarchies (.bvh): positions of the joints of one person.
 
 A reader of our own: those on PyPI pin exact versions of a C++ extension (bvhio) or bring a renderer
-(bvhtools). Its numbers equal bvhio's to 1e-5 m (tests).
+(bvhtools). On a drawn clip its positions equalled those of bvhio 1.5.4.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read(path: Path) -> Bvh:
   """Reads a file.
 
   Raises:
-    InputError: it is no BVH file, names a channel that does not exist, has fewer or more numbers than its
-      header says, or a body of no plausible height.
+    InputError: it is no BVH file, names a channel that does not exist, has fewer or more numbers than
+      its header says, or a body of no plausible height.
   """
   try:
     text = path.read_text(encoding="utf-8-sig")
@@ -108,7 +108,9 @@ def _hierarchy(path: Path, words: list[str]) -> list[_Joint]:
   except (ValueError, IndexError) as error:
     if isinstance(error, InputError):
       raise
-    raise InputError(f"{path}: a damaged hierarchy near {' '.join(words[place : place + 4])!r}") from None
+    raise InputError(
+      f"{path}: a damaged hierarchy near {' '.join(words[place : place + 4])!r}"
+    ) from None
   if open_joints or not joints:
     raise InputError(f"{path}: a hierarchy whose brackets do not close")
   return joints

@@ -2,17 +2,19 @@
 
 | PATH | read as |
 | --- | --- |
-| FILE.npz | `positions` (N, persons, J, 3) with `offsets` (n + 1,), or (n, T, persons, J, 3), m, y up; `fps`; optional `label`, `label_names`, `fold`, `name`, `joint_names`, `parents` |
-| folder with `person1/`, `person2/` | InterHuman: a .npy of 492 or 192 columns a person, z up, 30 fps |
-| folder of .npy | HumanML3D: (T, 22, 3) joints, or (T, 263) features, 20 fps; also (T, persons, J, 3) with `fps` |
+| FILE.npz | `positions` (N, persons, J, 3) with `offsets` (n + 1,), or (n, T, persons, J, 3), m, y up |
+| folder with `person1/`, `person2/` | InterHuman: .npy of 492 or 192 columns, z up, 30 fps |
+| folder of .npy | HumanML3D: (T, 22, 3) joints or (T, 263) features, 20 fps; (T, persons, J, 3) |
 | folder of .bvh | one person a file, or NAME_person1.bvh beside NAME_person2.bvh; y up |
 
+An npz has `fps`, and may have `label`, `label_names`, `fold`, `name`, `joint_names` and `parents`.
 In a folder `LABEL/FILE` gives labels. Texts stand in NAME.txt beside a clip, or in `texts/` or `annots/`;
 `label_words` makes labels of them. HumanML3D's `text#tokens#from#to` is cut at the first #.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +100,9 @@ def unpacked(
 
 def _cut(path: Path, key: str, values: np.ndarray, offsets: np.ndarray | None) -> list[np.ndarray]:
   if values.dtype.kind not in "fiu" or values.shape[-1:] != (3,):
-    raise InputError(f"{path}: {key}: expected positions (..., 3), got {values.dtype} {values.shape}")
+    raise InputError(
+      f"{path}: {key}: expected positions (..., 3), got {values.dtype} {values.shape}"
+    )
   values = values.astype(np.float32)
   if offsets is None:
     if values.ndim != 5:
@@ -116,7 +120,7 @@ def _cut(path: Path, key: str, values: np.ndarray, offsets: np.ndarray | None) -
       f"{path}: offsets: expected numbers that rise from 0 to the {len(values)} frames of {key} "
       f"{values.shape}"
     )
-  return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+  return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def _column(
@@ -125,7 +129,9 @@ def _column(
   if key not in arrays:
     return default
   if arrays[key].shape != (count,):
-    raise InputError(f"{path}: {key}: expected one for each of {count} clips, got {arrays[key].shape}")
+    raise InputError(
+      f"{path}: {key}: expected one for each of {count} clips, got {arrays[key].shape}"
+    )
   return arrays[key].tolist()
 
 
@@ -184,7 +190,9 @@ def _from_folder(root: Path, fps: float, decoders: Decoders) -> MotionData:
     if clip.fps != first.fps:
       raise InputError(f"{paths[0]}: {clip.fps:g} frames per second, the others {first.fps:g}")
     if len(clip.parents) == len(first.parents) and clip.parents != first.parents:
-      raise InputError(f"{paths[0]}: its joints hang together otherwise than those of the first clip")
+      raise InputError(
+        f"{paths[0]}: its joints hang together otherwise than those of the first clip"
+      )
   texts = _texts(root, groups)
   folders = [Path(name).parent.name for name in groups]
   names = sorted({folder or UNLABELLED for folder in folders})
@@ -342,6 +350,4 @@ def _labelled(data: MotionData, words: Sequence[str]) -> MotionData:
     label.append(hits[0])
   used = sorted(set(label))
   names = tuple(words[i] for i in used)
-  return data._replace(
-    label=np.array([used.index(i) for i in label], np.int32), label_names=names
-  )
+  return data._replace(label=np.array([used.index(i) for i in label], np.int32), label_names=names)
