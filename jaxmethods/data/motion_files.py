@@ -8,7 +8,7 @@
 | folder of .bvh | one person a file, or NAME_person1.bvh beside NAME_person2.bvh; y up |
 
 An npz has `fps`, and may have `label`, `label_names`, `fold`, `name`, `joint_names` and `parents`.
-In a folder `LABEL/FILE` gives labels. Texts stand in NAME.txt beside a clip, or in `texts/` or `annots/`;
+In a folder `LABEL/FILE` gives labels. Texts stand in NAME.txt beside a clip, in `texts/` or `annots/`;
 `label_words` makes labels of them. HumanML3D's `text#tokens#from#to` is cut at the first #.
 """
 
