@@ -209,6 +209,7 @@ def test_distributions_have_their_limits():
     close(metrics.fid(x, y), metrics.fid(y, x))
     shift = jnp.arange(5.0)
     close(metrics.fid(x, x + shift), (shift**2).sum())
+  x = draw(60, 5)
   found = metrics.retrieval(x, x, pool=20)
   close(found.precision, np.ones(3))
   close(found.distance, 0)
@@ -216,7 +217,7 @@ def test_distributions_have_their_limits():
   assert metrics.diversity(jnp.ones_like(x), *pairs) == 0
   assert metrics.apd(jnp.ones((3, 4, 5))) == 0
   with pytest.raises(ValueError, match="fid: needs 2 samples"):
-    metrics.fid(x[:1], y)
+    metrics.fid(x[:1], x)
 
 
 def test_replications_have_an_interval():
@@ -229,18 +230,34 @@ def test_replications_have_an_interval():
 
 def test_physics_has_its_limits():
   clip, other = bodies(8, 2, 1, SMPL22)[0].swapaxes(0, 1)
-  close(physics.mpjpe(clip + jnp.array([1.0, 2, 3]), clip), 0, atol=1e-2)
-  still = jnp.broadcast_to(clip[:1] * jnp.array([1, 0.01, 1]), clip.shape)
-  slides = still + jnp.arange(8.0)[:, None, None] * jnp.array([0.1, 0, 0])
-  assert physics.skating_ratio(still) == 0 < physics.skating_ratio(slides)
-  assert physics.foot_sliding(still) == 0 < physics.foot_sliding(slides)
-  assert physics.penetration(jnp.ones((8, 3))).share == 0
-  assert physics.capsule_penetration(clip, clip + 50).depth == 0
-  assert physics.capsule_penetration(clip, clip).share == 1
   touch = jnp.arange(8) < 3
-  close(physics.scores(touch, touch), np.ones(4))
-  close(physics.scores(touch & False, touch), [0, 0, 5 / 8, 0])
-  assert physics.joint_distance(clip, clip).max() == 0 < physics.joint_distance(clip, other).min()
+
+  @jax.jit
+  def found(clip, other):
+    still = jnp.broadcast_to(clip[:1] * jnp.array([1, 0.01, 1]), clip.shape)
+    slides = still + jnp.arange(8.0)[:, None, None] * jnp.array([0.1, 0, 0])
+    return {
+      "error": physics.mpjpe(clip + jnp.array([1.0, 2, 3]), clip),
+      "skating": (physics.skating_ratio(still), physics.skating_ratio(slides)),
+      "sliding": (physics.foot_sliding(still), physics.foot_sliding(slides)),
+      "outside": physics.penetration(jnp.ones((8, 3))).share,
+      "far": physics.capsule_penetration(clip, clip + 50).depth,
+      "inside": physics.capsule_penetration(clip, clip).share,
+      "same": jnp.stack(physics.scores(touch, touch)),
+      "none": jnp.stack(physics.scores(touch & False, touch)),
+      "apart": (
+        physics.joint_distance(clip, clip).max(),
+        physics.joint_distance(clip, other).min(),
+      ),
+    }
+
+  of = found(clip, other)
+  close(of["error"], 0, atol=1e-2)
+  for pair in ("skating", "sliding", "apart"):
+    assert of[pair][0] == 0 < of[pair][1], pair
+  assert of["outside"] == of["far"] == 0 and of["inside"] == 1
+  close(of["same"], np.ones(4))
+  close(of["none"], [0, 0, 5 / 8, 0])
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
@@ -248,7 +265,7 @@ def test_short_clips_are_measured_or_refused(frames):
   clip = bodies(frames, 1, 1, SMPL22)[0, :, 0]
   for metric in (physics.floor_height, physics.skating_ratio, physics.pfc, physics.foot_sliding):
     try:
-      assert np.isfinite(metric(clip))
+      assert np.isfinite(jax.jit(metric)(clip))
     except ValueError as error:
       assert f"got {frames}" in str(error)
 
@@ -267,29 +284,37 @@ def held_object(frames=6, batch=2):
 
 def test_the_terms_of_guidance():
   joints, thing, mask = bodies(people=1)[:, :, 0], held_object(), jnp.ones((2, 6), bool)
+  terms = jax.jit(
+    lambda joints, contact, mask: {
+      "apart": guidance.hand_distances(joints, thing.points, SBU15),
+      "contact": guidance.hand_contact(
+        guidance.hand_distances(joints, thing.points, SBU15), contact, mask
+      ),
+      "consistency": guidance.consistency(joints, thing, contact, mask, SBU15),
+      "floor": guidance.below_floor(thing.points, mask),
+      "feet": guidance.supporting_foot(joints, mask, SBU15),
+      "total": guidance.object_objective(thing, mask, SBU15, contact=contact)(joints[:, :, None]),
+    }
+  )
   touch = guidance.expected_contact(joints, thing, mask, SBU15)
   assert (touch.sum(-1) == 1).all()
-  none = jnp.zeros_like(touch)
-  apart = guidance.hand_distances(joints, thing.points, SBU15)
-  close(guidance.hand_contact(apart, none, mask), 0)
-  close(guidance.hand_contact(apart, touch, mask),
-        np.maximum(touch * apart - 0.02, 0).mean((1, 2)))  # fmt: skip
+  found = terms(joints, touch, mask)
+  slack = np.maximum(touch * found["apart"] - 0.02, 0)
+  close(found["contact"], slack.mean((1, 2)))
+  close(found["floor"], 0)
+  close(terms(joints, 0 * touch, mask)["contact"], 0)
   # A hand that goes with the object: every cosine is 1; the other does not touch.
   rides = joints[:, :1] + (thing.centre - thing.centre[:, :1])[:, :, None]
-  one = touch.at[..., 0].set(1).at[..., 1].set(0)
-  close(guidance.consistency(rides, thing, one, mask, SBU15), 1)
+  one, both = jnp.ones_like(touch).at[..., 1].set(0), jnp.ones_like(touch)
+  close(terms(rides, one, mask)["consistency"], 1)
   hands = rotations.unit(joints[:, :, jnp.array(SBU15.hands)] - thing.centre[:, :, None])
   cosines = jnp.einsum("bshi,bthi->bhst", hands, hands).mean((-1, -2))
-  both = jnp.ones_like(touch)
-  close(guidance.consistency(joints, thing, both, mask, SBU15), 2 - cosines.sum(1))
-  close(guidance.below_floor(thing.points, mask), 0)
-  low = joints.at[:, :, jnp.array(SBU15.toes), 1].set(0.02)
-  close(guidance.supporting_foot(low, mask, SBU15), 0)
+  close(terms(joints, both, mask)["consistency"], 2 - cosines.sum(1))
+  close(terms(joints.at[:, :, jnp.array(SBU15.toes), 1].set(0.02), one, mask)["feet"], 0)
   # Padding counts for nothing.
   part = jnp.arange(6) < jnp.array([[6], [4]])
   dirty = joints.at[1, 4:].set(99)
-  of = lambda x: guidance.object_objective(thing, part, SBU15, contact=both)(x[:, :, None])
-  close(of(dirty), of(joints))
+  close(terms(dirty, both, part)["total"], terms(joints, both, part)["total"])
 
 
 def test_guidance_lowers_its_objective_inside_the_sampler():
@@ -344,4 +369,4 @@ def test_a_reaction_keeps_the_first_person():
   with pytest.raises(ValueError, match="task: must be"):
     tasks.make(InteractionDenoiser("hhi", 8, 1, 2, 8), "dance", scaling)
   with pytest.raises(ValueError, match="needs a label"):
-    task.sample(params, jax.random.key(0), Condition(first=motion[:, :, 0]), 5, scale=2.0)
+    task.sample(params, jax.random.key(0), condition._replace(label=None), 5, steps=2, scale=2.0)
