@@ -15,22 +15,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import tuning_rates
 from jaxmethods.runtime import launch
+from jaxmethods.stats.matched import lost_at
 
 RESULTS = Path(__file__).parent / "results"
 # Factors around the middle rate of a kind of row; three tries each.
 FACTORS = (1 / 3, 1.0, 3.0)
+FURTHER = 2  # rates tried beyond them, where the best is at the edge
 MIDDLE = {
   "reference": 1e-3,
   "selective": 1e-3,
@@ -64,11 +64,11 @@ def search(args: argparse.Namespace) -> None:
   """Three rates for every row on the validation part, seed 1; up to two more beyond an extreme best."""
   runner = Runner(args, "validation")
   todo = {name: rates_to_try(name) for name in chosen_rows(args) if name != "base"}
-  for _ in range(1 + tuning_rates.FURTHER):
+  for _ in range(1 + FURTHER):
     for run in in_order((name, rate, 1) for name, rates in todo.items() for rate in rates):
       runner.run(*run)
     scores = scores_of(args)
-    todo = {name: tuning_rates.outwards(scores[name]) for name in todo}
+    todo = {name: outwards(scores[name]) for name in todo}
   print(json.dumps(best_rates(args), indent=1))
 
 
@@ -81,6 +81,20 @@ def table(args: argparse.Namespace) -> None:
   seeds = range(1, args.seeds + 1)
   for run in in_order((name, rates[name], seed) for name in names for seed in seeds):
     runner.run(*run)
+
+
+def outwards(scores: Mapping[float, float]) -> list[float]:
+  """The rate beyond the best one, if that is the lowest or the highest; else none.
+
+  Args:
+    scores: rate -> what it is chosen by, at rates that grow by a constant factor.
+  """
+  rates = sorted(scores)
+  best = max(rates, key=lambda rate: (scores[rate], -rate))
+  if best not in (rates[0], rates[-1]) or len(rates) < 2:
+    return []
+  factor = rates[1] / rates[0]
+  return [float(f"{best / factor if best == rates[0] else best * factor:.1e}")]
 
 
 def in_order(runs: Iterable[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
@@ -369,12 +383,11 @@ def matched(of: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def forgetting_at(run: dict[str, Any], level: float) -> float | None:
-  points = [(0.0, 0.0)] + [(p["Target"], p["F"]) for p in run["trajectory"]]
-  points.append((run["metrics"]["Target"], run["metrics"]["F"]))
-  for (x0, y0), (x1, y1) in itertools.pairwise(points):
-    if x0 < level <= x1:
-      return y0 + (y1 - y0) * (level - x0) / (x1 - x0)
-  return None
+  """F where a run first reaches a target accuracy; None where it never does."""
+  points = [{"Target": 0.0, "F": 0.0}, *run["trajectory"], run["metrics"]]
+  target, f = (np.array([point[name] for point in points]) for name in ("Target", "F"))
+  lost = float(lost_at(target, f, level))
+  return None if np.isnan(lost) else -lost
 
 
 def searched(args: argparse.Namespace) -> str:
@@ -384,7 +397,7 @@ def searched(args: argparse.Namespace) -> str:
     if line["split"] == "validation":
       by_row.setdefault(line["row"], []).append(line)
   best, rows = best_rates(args), []
-  most = len(FACTORS) + tuning_rates.FURTHER
+  most = len(FACTORS) + FURTHER
   for name, runs in by_row.items():
     cells = []
     for run in sorted(runs, key=lambda run: run["rate"]):

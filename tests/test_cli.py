@@ -130,6 +130,18 @@ BAD = {
   "far_method": ("train.run", ["--method", "x"], ["methods are acgkd, adafreq, bye,", "--list"]),
   "zero_seeds": ("eval.compare", [*TINY, "--seeds", "0"], ["--seeds", "at least 1"]),
   "json_nowhere": ("eval.compare", [*TINY, "--json", "no/where.json"], ["no/where.json"]),
+  "tune_no_value": ("eval.compare", [*TINY, "--tune", "seed"], ["'seed'", "KEY=VALUE"]),
+  "tune_run": ("eval.compare", [*TINY, "--tune", "steps=1,2"], ["steps", "the run"]),
+  "tune_one": ("eval.compare", [*TINY, "--tune", "pause=1"], ["pause", "two different"]),
+  "tune_typo": ("eval.compare", [*TINY, "--tune", "batch_sise=1,2"], ["batch_sise", "batch_size"]),
+  "tune_text": ("eval.compare", [*TINY, "--tune", "batch_size=1,x"], ["batch_size", "'x'", "int"]),
+  "tune_equal": ("eval.compare", [*TINY, "--tune", "pause=1,1.0"], ["pause", "one value twice"]),
+  "tune_twice": ("eval.compare", [*TINY, "--tune", "pause=1,2;pause=3,4"], ["pause", "twice"]),
+  "tune_untold": (
+    "eval.compare", ["--method", "bye", "--tune", "tau=1,2"], ["bye has no validation split"],
+  ),
+  "along_one": ("eval.compare", [*TINY, "--along", "1"], ["--along", "at least 2"]),
+  "along_untold": ("eval.compare", ["--method", "fedssp", "--along", "3"], ["--along", "no metric"]),
   "seed_map": ("eval.compare", [*TINY, "--seed_map", "pmap"], ["seed_map", "vmap", "scan"]),
 }  # fmt: skip
 
@@ -254,6 +266,47 @@ def test_another_config_stops_and_names_the_keys(cli, tmp_path):
   assert "from 10 to 15 steps" in longer.stdout
   assert [line["step"] for line in lines(tmp_path / "w")] == list(range(1, 16))
   assert (tmp_path / "w/metrics.jsonl").read_text().startswith(before)
+
+
+def test_compare_chooses_settings_on_validation(cli, tmp_path):
+  arguments = (
+    *TINY, "--steps", 20, "--eval_every", 20, "--workdir", "t", "--seeds", 2, "--along", 2,
+    "--tune", "optimizer.learning_rate=1e-9,0.01;batch_size=32,64",
+  )  # fmt: skip
+  result = cli("eval.compare", *arguments)
+  assert result.returncode == 0, result.stderr
+  found = json.loads((tmp_path / "t/compare.json").read_text())
+  for name in ("sgd", "adam"):
+    search = found["tune"][name]
+    assert search["chosen"]["optimizer.learning_rate"] == 0.01
+    scores = [trial["metrics"]["accuracy"]["mean"] for trial in search["trials"]]
+    assert len(scores) == 4
+    best = search["trials"][scores.index(max(scores))]
+    assert best["point"] == search["chosen"]
+    assert best["seeds"] == 1  # 450 items
+  assert "[0." in result.stdout
+  # The chosen rate is the one that is run: the row of a plain run with it.
+  chosen = found["tune"]["adam"]["chosen"]
+  plain = cli(
+    "train.run", *TINY, "--steps", 20, "--eval_every", 20, "--workdir", "w", "--optimizer.name",
+    "adam", *(f"--{key}={value}" for key, value in chosen.items()),
+  )  # fmt: skip
+  assert plain.returncode == 0, plain.stderr
+  (adam,) = [row for row in found["rows"] if row["name"] == "adam"]
+  assert adam["metrics"]["accuracy"]["values"][0] == pytest.approx(
+    lines(tmp_path / "w")[-1]["accuracy"], rel=1e-4
+  )
+  assert adam["along"]["steps"] == [0, 10, 20]
+  assert adam["along"]["metrics"]["accuracy"][-1] == adam["metrics"]["accuracy"]["values"]
+  assert found["matched"]["rows"]["sgd"]["reached"] == 2  # the first row sets the level
+
+  again = cli("eval.compare", *arguments)  # from what is kept
+  assert again.returncode == 0, again.stderr
+  kept = json.loads((tmp_path / "t/compare.json").read_text())
+  assert kept == found
+  other = cli("eval.compare", *arguments[:-1], "batch_size=32,64")
+  assert other.returncode == 2
+  assert "tune" in other.stderr
 
 
 def test_compare(cli, tmp_path):

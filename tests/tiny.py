@@ -9,7 +9,7 @@ from typing import Literal
 from etils import epy
 
 from jaxmethods.errors import InputError
-from jaxmethods.runtime.experiment import Experiment, RunConfig
+from jaxmethods.runtime.experiment import Experiment, RunConfig, Selection
 
 with epy.lazy_imports():
   import jax
@@ -34,6 +34,7 @@ class Config(RunConfig):
   nan_at: int = 0  # step whose features are NaN; 0 for none
   pause: float = 0.0  # seconds before each batch: time for a test to kill the run
   late: float = 0.0  # seconds that the second process needs longer to begin
+  held_out: Literal["test", "validation"] = "test"
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
@@ -46,6 +47,8 @@ def build(config: Config, mesh=None) -> Experiment:
   x = x.reshape(-1, 64)
   order = np.random.default_rng(0).permutation(len(x))
   train, test = order[:1500], order[1500:]
+  if config.held_out == "validation":
+    train, test = train[450:], train[:450]
   optimizer = getattr(optax, config.optimizer.name)(config.optimizer.learning_rate)
 
   def init(key):
@@ -107,9 +110,15 @@ def build(config: Config, mesh=None) -> Experiment:
     figures=figures,
     num_steps=config.steps,
     about="1,797 handwritten digits of 8x8 pixels (scikit-learn), real: 1,500 train, 297 test",
+    validation_items=450,
   )
 
 
 def rows(config: Config) -> dict[str, Config]:
   adam = Optimizer(learning_rate=0.01, name="adam")
   return {"sgd": config, "adam": dataclasses.replace(config, optimizer=adam)}
+
+
+def selection(config: Config) -> Selection:
+  held_out = dataclasses.replace(config, held_out="validation")
+  return Selection(held_out, "accuracy", trade=("accuracy", "a_loss"))

@@ -6,6 +6,7 @@
               rows(config)              -> {row name: config}: method and baselines for eval.compare
               untrained(config)         -> whether there is nothing to train; optional, see eval.run
               studies(config)           -> {name: study} for eval.compare --study; optional
+              selection(config)         -> how a setting of a row is chosen, for --tune; optional
   build.py    build(config, mesh=None)  -> Experiment; imported when a run starts
               comparison(rows)          -> {name: figure} of the rows of eval.compare; optional
 
@@ -175,6 +176,7 @@ def _room(config: ModuleType, heavy: Callable[[], ModuleType]) -> Room:
     untrained=getattr(config, "untrained", lambda config: False),
     comparison=lambda rows: getattr(heavy(), "comparison", lambda rows: {})(rows),
     studies=getattr(config, "studies", lambda config: {}),
+    selection=getattr(config, "selection", lambda config: None),
   )
 
 

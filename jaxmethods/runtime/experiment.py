@@ -117,6 +117,7 @@ class Experiment(NamedTuple):
     programs: (step, evaluate) once more, made of several jitted programs that the loop calls as they
       are: XLA compiles them side by side. None: the loop jits each as one.
     export: how the model leaves in the formats of others; None: it does not.
+    validation_items: size of the validation split; 0: not told.
   """
 
   init: Callable[[jax.Array], State]
@@ -130,6 +131,23 @@ class Experiment(NamedTuple):
   files: Callable[[State], Mapping[str, str | bytes]] = lambda state: {}
   programs: tuple[Callable, Callable] | None = None
   export: Export | None = None
+  validation_items: int = 0
+
+
+class Selection(NamedTuple):
+  """How a setting of a row is chosen: on validation items, never on test ones.
+
+  Attributes:
+    config: the row, evaluated on validation.
+    metric: the highest mean over seeds wins.
+    floors: metric -> least mean of a setting that may win.
+    trade: (metric that is gained, metric that may be lost) along a run, if there are such.
+  """
+
+  config: RunConfig
+  metric: str
+  floors: Mapping[str, float] = {}
+  trade: tuple[str, str] | None = None
 
 
 class Room(NamedTuple):
@@ -142,6 +160,7 @@ class Room(NamedTuple):
     untrained: config -> whether there is nothing to train.
     comparison: rows of the JSON of eval.compare -> {name: figure}.
     studies: config -> {name: `runtime.studies.Study`}, questions that other rows answer.
+    selection: config of a row -> how a setting of it is chosen; None: there is no validation split.
   """
 
   Config: type[RunConfig]
@@ -150,3 +169,4 @@ class Room(NamedTuple):
   untrained: Callable[[RunConfig], bool]
   comparison: Callable[[list[Values]], dict[str, Figure]]
   studies: Callable[[RunConfig], Mapping[str, tuple]] = lambda config: {}
+  selection: Callable[[RunConfig], Selection | None] = lambda config: None

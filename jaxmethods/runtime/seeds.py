@@ -32,12 +32,14 @@ class Trained(NamedTuple):
     step_seconds: median wall time of one step of one seed; None if there were too few to tell.
     step_bytes: what a device holds during a step (of all seeds, where they run in one program); None
       where the backend does not tell.
+    along: metric -> (points, seeds) values along the run, from its start on; None: not measured.
   """
 
   values: dict[str, list[float]]
   seconds: float
   step_seconds: float | None
   step_bytes: int | None
+  along: dict[str, list[list[float]]] | None = None
 
 
 class _Programs(NamedTuple):
@@ -48,7 +50,8 @@ class _Programs(NamedTuple):
   num_bytes: Callable[[State, Batch], int | None]
 
 
-# "state", "sums" (metric -> (seeds,)) and "seconds" (1,): all that a killed comparison needs.
+# "state", "sums" (metric -> (seeds,)), "seconds" (1,) and, if points along the run are asked for,
+# "along" (metric -> (points, seeds)): all that a killed comparison needs.
 _Kept: TypeAlias = dict[str, State]
 
 
@@ -61,6 +64,7 @@ def train(
   seed_map: str,
   title: str,
   mesh: Mesh | None = None,
+  along: int = 0,
 ) -> Trained:
   """Trains `seeds` copies and returns what they reach, per seed, and what it cost.
 
@@ -77,6 +81,7 @@ def train(
       each).
     title: name beside the progress bar.
     mesh: devices to use; None for one.
+    along: parts of the run, at whose ends, and at its start, all metrics are kept; 0: none.
 
   Raises:
     Stopped: SIGTERM or SIGINT came; the state has been saved.
@@ -96,6 +101,8 @@ def train(
       "sums": {name: np.zeros(seeds) for name in names},
       "seconds": np.zeros(1),
     }
+    if along:
+      kept["along"] = {name: np.zeros((along + 1, seeds)) for name in names}
     start, kept = checkpoints.restore(kept) or (0, kept)
     del state  # the loop donates it
     with Display(title, start, last, quiet=jax.process_index() != 0) as display:
@@ -108,6 +115,7 @@ def train(
     # By seed; the first one compiles.
     step_seconds=float(np.median(times[1:]) / seeds) if len(times) > 1 else None,
     step_bytes=num_bytes,
+    along={name: np.asarray(x).tolist() for name, x in kept["along"].items()} if along else None,
   )
 
 
@@ -120,7 +128,21 @@ def joined(parts: Sequence[Trained]) -> Trained:
     seconds=sum(part.seconds for part in parts),
     step_seconds=float(np.median(times)) if times else None,
     step_bytes=max(sizes, default=None),
+    along=_side_by_side([part.along for part in parts if part.along]),
   )
+
+
+def _side_by_side(
+  parts: Sequence[dict[str, list[list[float]]]],
+) -> dict[str, list[list[float]]] | None:
+  """Joins what was measured along the runs of several seeds."""
+  names = parts[0] if parts else ()
+  return {name: np.hstack([part[name] for part in parts]).tolist() for name in names} or None
+
+
+def points_along(last: int, along: int) -> list[int]:
+  """Returns the steps at which a run of `last` steps is measured: its start, then `along` ends."""
+  return [round(i * last / along) for i in range(along + 1)]
 
 
 def _steps(
@@ -134,9 +156,12 @@ def _steps(
   """Does the steps after `start`; returns (kept, seconds of a step between two logs, its bytes)."""
   last, evaluated = experiment.num_steps, _evaluated(config, experiment.num_steps)
   state, sums, earlier = kept.pop("state"), kept["sums"], float(kept["seconds"][0])
+  path = _Path(kept.get("along"), last)
   batches, batch, times = experiment.batches(start), None, []
   clock = time.perf_counter()
   since = (start, clock)
+  if start == 0 and path.asks(0):
+    path.keep(0, _fetch(programs.evaluate(state, experiment.test)))
   for k in range(start + 1, last + 1):
     batch = next(batches)
     if k == start + 1:
@@ -144,10 +169,12 @@ def _steps(
         state, metrics = programs.step(state, batch)
     else:
       state, metrics = programs.step(state, batch)
-    if k in evaluated:
+    if k in evaluated or path.asks(k):
       with waiting("evaluating", quiet=jax.process_index() != 0):
         measured = _fetch(programs.evaluate(state, experiment.test))
-      sums = {name: sums[name] + measured[name] for name in sums}
+      path.keep(k, measured)
+      if k in evaluated:
+        sums = {name: sums[name] + measured[name] for name in sums}
     logged = k % config.log_every == 0 or k == last
     if logged:
       tools.display.update(k, {"loss": float(np.mean(_fetch(metrics)["loss"]))})
@@ -157,13 +184,32 @@ def _steps(
     stop = tools.signals.received(agree=logged)
     seconds = np.array([earlier + time.perf_counter() - clock])
     if stop or k % config.checkpoint_every == 0 or k == last:
-      tools.checkpoints.save(k, {"state": state, "sums": sums, "seconds": seconds})
+      tools.checkpoints.save(k, {"state": state, "sums": sums, "seconds": seconds, **path.kept})
     if stop and k < last:
       tools.checkpoints.wait()
       raise Stopped(stop.name, 128 + stop, k)
   num_bytes = programs.num_bytes(state, batch) if start < last else None
   seconds = np.array([earlier + time.perf_counter() - clock])
-  return {"state": state, "sums": sums, "seconds": seconds}, times, num_bytes
+  return {"state": state, "sums": sums, "seconds": seconds, **path.kept}, times, num_bytes
+
+
+class _Path:
+  """What is measured along a run: metric -> (points, seeds); nothing where it is None."""
+
+  def __init__(self, along: dict[str, np.ndarray] | None, last: int):
+    count = len(next(iter(along.values()))) - 1 if along else 0
+    self._steps = points_along(last, count) if count else []
+    self.kept = {"along": {name: np.array(x) for name, x in along.items()}} if along else {}
+
+  def asks(self, step: int) -> bool:
+    """Tells whether a step is measured."""
+    return step in self._steps
+
+  def keep(self, step: int, measured: Metrics) -> None:
+    """Keeps the metrics of a step that is measured."""
+    for i in (i for i, k in enumerate(self._steps) if k == step):
+      for name, values in self.kept["along"].items():
+        values[i] = measured[name]
 
 
 def _evaluated(config: RunConfig, last: int) -> list[int]:

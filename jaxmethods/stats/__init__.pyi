@@ -7,6 +7,7 @@ from jaxmethods.stats.confidence import (
   token_statistics as token_statistics,
 )
 from jaxmethods.stats.losses import cross_entropy as cross_entropy, mean_of_real as mean_of_real
+from jaxmethods.stats.matched import lost_at as lost_at
 from jaxmethods.stats.poisoning import detection as detection, spectral_scores as spectral_scores
 from jaxmethods.stats.ranking import (
   aupr as aupr,

@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxmethods.runtime import checks
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Selection
 
 Algorithm = Literal["acgkd", "gfkd", "deepinversion", "random", "published", "real", "teacher"]
 Kind = Literal["gcn", "gin"]
@@ -196,3 +196,10 @@ def rows(config: Config) -> dict[str, Config]:
     "real": row(algorithm="real", **plain),
     "teacher": row(algorithm="teacher"),
   }
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by the accuracy on the teacher's graphs; None for rows that train on those."""
+  if config.algorithm in ("real", "teacher"):
+    return None
+  return Selection(config, "validation_accuracy")

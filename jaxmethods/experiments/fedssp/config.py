@@ -14,7 +14,7 @@ import math
 from typing import Any, Literal
 
 from jaxmethods.runtime.checks import at_least, positive, require, within
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Selection
 
 Algorithm = Literal[
   "fedssp",
@@ -144,3 +144,8 @@ def rows(config: Config) -> dict[str, Config]:
     "fedstar": row("fedstar", **{**gin, "backbone": "fedstar"}),
     **{f"{name}_spectral": row(name, backbone="spectral") for name in spectral},
   }
+
+
+def selection(config: Config) -> Selection:
+  """Chooses settings by the clients' mean accuracy on their validation graphs."""
+  return Selection(config, "validation_accuracy")

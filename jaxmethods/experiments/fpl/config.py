@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from jaxmethods.experiments.fpl import grid
 from jaxmethods.runtime import checks
+from jaxmethods.runtime.experiment import Selection
 from jaxmethods.runtime.studies import Study
 from jaxmethods.testbeds.federated_images.settings import ClientSettings, Skew
 from jaxmethods.testbeds.vision_language.settings import SmallClip, TaskSize
@@ -126,6 +127,12 @@ def rows(config: Config) -> dict[str, Config]:
     "fedavg_image_tower": row("image_tower"),
     "fedavg_towers": row("towers"),
   }
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by the accuracy on a part of training; None for a row without training."""
+  held_out = dataclasses.replace(config, held_out="validation")
+  return None if untrained(config) else Selection(held_out, "test_accuracy")
 
 
 def studies(config: Config) -> dict[str, Study]:

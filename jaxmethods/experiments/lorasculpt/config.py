@@ -10,7 +10,8 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from jaxmethods.runtime import checks
-from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
+from jaxmethods.runtime.experiment import Selection
+from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates, selected_by
 
 Row = Literal[
   "lorasculpt",
@@ -75,3 +76,8 @@ def rows(config: Config) -> dict[str, Config]:
     **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
   }
   return at_their_rates(config, config.rates, changes)
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by H on validation; see `testbeds.multimodal.settings`."""
+  return selected_by(config, "H", "Target")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxmethods.testbeds.multimodal.settings import at_their_rates
+from jaxmethods.runtime.experiment import Selection
+from jaxmethods.testbeds.multimodal.settings import at_their_rates, selected_by
 from jaxmethods.testbeds.multimodal.suite_settings import PARADIGMS, SuiteConfig
 
 
@@ -30,3 +31,8 @@ def rows(config: Config) -> dict[str, Config]:
   result = at_their_rates(config, config.rates, changes)
   base = dataclasses.replace(result["base"], steps=1, eval_every=1, log_every=1)
   return result | {"base": base}
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by H on validation; see `testbeds.multimodal.settings`."""
+  return selected_by(config, "H", "Target")

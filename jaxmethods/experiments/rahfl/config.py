@@ -11,7 +11,7 @@ import dataclasses
 from typing import Literal
 
 from jaxmethods.runtime import checks
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Selection
 
 Local = Literal["ce", "sce", "jsd", "supcon", "dcl"]
 Exchange = Literal["none", "hfl", "asym", "fedmd", "feddf", "rhfl", "aughfl", "fedproto"]
@@ -112,3 +112,8 @@ def rows(config: Config) -> dict[str, Config]:
     "fedproto": row("ce", "fedproto"),
     "rhfl": row("sce", "rhfl"),
   }
+
+
+def selection(config: Config) -> Selection:
+  """Chooses settings by the clients' mean accuracy on their validation images."""
+  return Selection(config, "validation_accuracy")

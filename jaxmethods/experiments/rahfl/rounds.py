@@ -230,7 +230,10 @@ def public_batches(parts: Parts, images: Array, key: Array) -> Array:
 
 
 def evaluate(parts: Parts, state: State, test: Mapping[str, Array]) -> Metrics:
-  """Accuracy of every client on corrupted and clean test images, and their means."""
+  """Accuracy of every client on corrupted and clean test images, and their means.
+
+  Where `test` has the "pool" too, the mean accuracy on their validation images stands beside them.
+  """
   sets = jnp.stack([test["corrupted"], test["clean"]])
   scale = functools.partial(normalise, parts)
 
@@ -241,11 +244,30 @@ def evaluate(parts: Parts, state: State, test: Mapping[str, Array]) -> Metrics:
   scores = jnp.concatenate(list(map(reached, parts.networks, state.peers)))
   scores = jnp.nan_to_num(scores)  # outputs that are not finite are wrong
   kinds = ("corrupted", "clean")
-  return {f"{kind}_accuracy": scores[:, i].mean() for i, kind in enumerate(kinds)} | {
+  means = {f"{kind}_accuracy": scores[:, i].mean() for i, kind in enumerate(kinds)}
+  if "pool" in test:
+    means["validation_accuracy"] = _on_validation(parts, state, test["pool"])
+  return means | {
     f"{kind}_accuracy/{name}": scores[k, i]
     for i, kind in enumerate(kinds)
     for k, name in enumerate(parts.names)
   }
+
+
+def _on_validation(parts: Parts, state: State, pool: Array) -> Array:
+  """Mean accuracy of the clients on the images that they keep for that."""
+  scale, held = functools.partial(normalise, parts), state.held
+  own = grouped(parts, {"x": pool[held.validation], "y": held.validation_y})
+  scores = [
+    jax.lax.map(
+      lambda each, network=network: peers.accuracy(
+        network, each[0], scale, each[1]["x"], each[1]["y"]
+      ),
+      (clients, data),
+    )
+    for network, clients, data in zip(parts.networks, state.peers, own, strict=True)
+  ]
+  return jnp.nan_to_num(jnp.concatenate(scores)).mean()
 
 
 def draw_figures(parts: Parts, state: State) -> dict[str, Figure]:

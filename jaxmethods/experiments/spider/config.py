@@ -10,7 +10,8 @@ import dataclasses
 from typing import Literal, get_args
 
 from jaxmethods.runtime import checks
-from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates
+from jaxmethods.runtime.experiment import Selection
+from jaxmethods.testbeds.multimodal.settings import TuningConfig, at_their_rates, selected_by
 
 Row = Literal[
   "spider", "spider_hard", "full", "half", "magnitude_mask", "random_mask", "grad_mask", "l2_sp", "dare",
@@ -50,3 +51,8 @@ class Config(TuningConfig):
 def rows(config: Config) -> dict[str, Config]:
   """Lists SPIDER, its ablation and its rivals on the same layers, at their learning rates."""
   return at_their_rates(config, config.rates, {name: {"row": name} for name in ROWS})
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by H on validation; see `testbeds.multimodal.settings`."""
+  return selected_by(config, "H", "Target")

@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxmethods.runtime import checks
-from jaxmethods.testbeds.multimodal.settings import BudgetConfig, at_their_rates
+from jaxmethods.runtime.experiment import Selection
+from jaxmethods.testbeds.multimodal.settings import BudgetConfig, at_their_rates, selected_by
 
 Row = Literal[
   "thanora", "lora", "dora", "corda", "hydralora", "loramoe", "single", "average", "dare", "ties"
@@ -49,6 +50,7 @@ class Config(BudgetConfig):
   compensate: bool = True  # freeze W - s sum B_t A_t (corda), or start with B = 0
   cooperative: bool = True
   experts: int = 4  # of hydralora and loramoe
+  source_floor: float = 20.0  # least Source, %, of a setting that --tune may choose (ours)
   drop: float = 0.9  # of dare
   keep: float = 0.2  # of ties
 
@@ -78,7 +80,7 @@ class Config(BudgetConfig):
     checks.positive(self, "alpha", "damping")
     # Not `positive`: infinite temperatures are meant.
     checks.require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
-    checks.at_least(self, 0, "gain", "spr_weight")
+    checks.at_least(self, 0, "gain", "spr_weight", "source_floor")
     checks.within(self, "[0, 1)", "dropout", "drop")
     checks.within(self, "(0, 1]", "keep")
 
@@ -100,3 +102,8 @@ def rows(config: Config) -> dict[str, Config]:
     },
   }  # fmt: skip
   return at_their_rates(config, config.rates, changes)
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by the mean over tasks on validation, Source being above its floor."""
+  return selected_by(config, "Mean", "Mean", {"Source": config.source_floor})

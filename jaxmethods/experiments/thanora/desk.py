@@ -114,6 +114,7 @@ def build(config: Config, benchmark: Benchmark | None = None) -> Experiment:
     figures=draw if config.row == "thanora" else lambda state: {},
     num_steps=config.steps,
     about=f"{benchmark.about}; {config.sampler} mixture of {shares} training questions",
+    validation_items=sum(len(benchmark.targets[name].validation.ids) for name in names),
   )
 
 

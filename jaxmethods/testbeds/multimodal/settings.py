@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import checks
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Selection
 
 Target = Literal["digits", "counting", "captions", "checking"]
 
@@ -131,3 +131,20 @@ def at_their_rates(
     name: dataclasses.replace(config, learning_rate=rates.get(name, config.learning_rate), **change)
     for name, change in changes.items()
   }
+
+
+def selected_by(
+  config: BudgetConfig, metric: str, gained: str, floors: Mapping[str, float] | None = None
+) -> Selection | None:
+  """Chooses settings of a row by a metric on validation; None with files, which have no such part.
+
+  Args:
+    config: of the row.
+    metric: the highest wins.
+    gained: metric of what is learnt, beside "Source", which may be lost.
+    floors: metric -> least value.
+  """
+  if config.checkpoint.model:
+    return None
+  judged = dataclasses.replace(config, split="validation")
+  return Selection(judged, metric, floors or {}, (gained, "Source"))

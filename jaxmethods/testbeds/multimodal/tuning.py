@@ -130,6 +130,7 @@ def build(
     figures=functools.partial(_figures, evaluate, test),
     num_steps=config.steps,
     about=benchmark.about,
+    validation_items=len(target.validation.ids),
   )
 
 
