@@ -99,6 +99,7 @@ ARRAYS = {
   "stats.detection": (jm.stats.detection, (YES, ~YES)),
   "stats.fpr_at": (jm.stats.fpr_at, (CURVE,)),
   "stats.gelu": (jm.stats.gelu, (X,)),
+  "stats.lost_at": (lambda a, b: jm.stats.lost_at(a, b, 0.5), (jnp.arange(6.0), X[:, 0])),
   "stats.mean_of_real": (jm.stats.mean_of_real, (X[:, 0], YES)),
   "stats.roc_curve": (jm.stats.roc_curve, (X[:, 0], YES)),
   "stats.self_consistency": (jm.stats.self_consistency, (jnp.arange(12).reshape(4, 3) % 2,)),

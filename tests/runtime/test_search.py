@@ -2,7 +2,8 @@
 
 import math
 
-from jaxmethods.runtime import search
+from jaxmethods import experiments
+from jaxmethods.runtime import command, config as config_lib, search
 
 
 def trial(**means):
@@ -40,3 +41,18 @@ def test_a_summary_says_whether_floors_are_met():
   found = search.summary(rule, points, [trial(Mean=1, Source=10), trial(Mean=2, Source=math.nan)])
   assert found["chosen"] == {"a": 1}
   assert not found["floors_met"]
+
+
+def test_every_room_says_what_it_chooses_by_and_on_what():
+  chosen = {}
+  for name in experiments.METHODS:
+    room = experiments.load(name)
+    config = config_lib.load(room.Config, command.CONFIGS / f"{name}.yaml", method=name)
+    rule = room.selection(config)
+    chosen[name] = rule and rule.metric
+    if rule and hasattr(rule.config, "split"):
+      assert rule.config.split == "validation"
+  assert chosen["lorasculpt"] == chosen["spider"] == chosen["mllm_tuning"] == "H"
+  assert chosen["thanora"] == "Mean"
+  assert chosen["fedssp"] == chosen["rahfl"] == chosen["acgkd"] == "validation_accuracy"
+  assert chosen["bye"] is None
