@@ -22,10 +22,11 @@ FAST = 0.95  # m/s; a foot on the floor is slower: InterHuman's 0.001 m^2 per fr
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5d6b7a; --page: #f4f6f8; --card: #ffffff;
-  --line: #d7dee5; --sky: #eef3f7; --floor: #cfd8e0; --shade: #26323e; --first: #1f7a99; --second: #d1495b;
+  --line: #d7dee5; --sky: #e9eff4; --floor: #b4c1cd; --shade: #26323e;
+  --first: #1f7a99; --second: #d1495b;
   --touch: #f2a900; --foot: #3f9d63; --thing: #6b5b95; --accent: #1f6f8b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #98a6b5; --page: #12171d;
-  --card: #1a2129; --line: #2d3742; --sky: #161d25; --floor: #35414d; --shade: #000000; --first: #4db3d3;
+  --card: #1a2129; --line: #2d3742; --sky: #161d25; --floor: #46545f; --shade: #000000; --first: #4db3d3;
   --second: #f0727f; --touch: #ffc53d; --foot: #5cc283; --thing: #a594d6; --accent: #4db3d3; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
@@ -34,8 +35,8 @@ h1 { font-size: 1.3rem; margin: 0; }
 p.about { margin: .2rem 0 1rem; color: var(--soft); }
 .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem 1rem; margin: .7rem 0; }
 .bar label { color: var(--soft); font-size: .85rem; display: flex; align-items: center; gap: .4rem; }
-button, select { font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line);
-  border-radius: .45rem; padding: .3rem .7rem; cursor: pointer; }
+button, select { font: inherit; color: var(--ink); background: var(--card);
+  border: 1px solid var(--line); border-radius: .45rem; padding: .3rem .7rem; cursor: pointer; }
 button:hover, select:hover { border-color: var(--accent); }
 button:focus-visible, select:focus-visible, input:focus-visible, canvas:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 1px; }
@@ -62,7 +63,7 @@ kbd { font: .78rem system-ui; border: 1px solid var(--line); border-radius: .3re
 
 # The drawing: a camera that orbits, bones as round strokes from the farthest to the nearest.
 _DRAW = """
-const LIFT = 0.85, FOCAL = 1.5, CELL = 0.5;
+const LIFT = 0.85, FOCAL = 2.4, CELL = 0.5;
 const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
 function mix(a, b, share) {
   const of = (c) => [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16));
@@ -114,18 +115,26 @@ function ground(c, cam, centre, reach, far, colour) {
   c.globalAlpha = 1;
 }
 function shadows(c, cam, bodies, colour) {
-  c.globalAlpha = 0.16;
-  for (const joints of bodies) for (const [child, parent, radius] of data.body.bones) {
-    const flat = (p) => cam.place([p[0], 0.002, p[2]]);
-    const [a, b] = [flat(joints[child]), flat(joints[parent])];
-    if (a.depth > 0.2 && b.depth > 0.2) stroke(c, a, b, 2 * radius * a.size, colour);
+  const flat = (p) => cam.place([p[0], 0.002, p[2]]);
+  c.globalAlpha = 0.15; c.strokeStyle = colour;
+  for (const joints of bodies) {
+    c.beginPath();  // one path a body: where bones cross, the shadow is no darker
+    for (const [child, parent] of data.body.bones) {
+      const [a, b] = [flat(joints[child]), flat(joints[parent])];
+      c.lineWidth = 0.09 * a.size;
+      if (a.depth > 0.2 && b.depth > 0.2) { c.moveTo(a.x, a.y); c.lineTo(b.x, b.y); }
+    }
+    c.stroke();
   }
   c.globalAlpha = 1;
 }
 function trails(c, cam, clip, colours) {
   c.globalAlpha = 0.5;
   for (let e = 0; e < clip.persons; e++) for (let t = 1; t < clip.frames; t++) {
-    const at = (t) => { const p = joint(clip, t, e, data.body.root); return cam.place([p[0], 0.004, p[2]]); };
+    const at = (t) => {
+      const p = joint(clip, t, e, data.body.root);
+      return cam.place([p[0], 0.004, p[2]]);
+    };
     stroke(c, at(t - 1), at(t), 2, colours[e]);
   }
   c.globalAlpha = 1;
@@ -134,7 +143,8 @@ function parts(cam, bodies, colours, view, sky) {
   const list = [];
   bodies.forEach((joints, e) => {
     const at = joints.map(p => cam.place(p));
-    const fog = (depth, colour) => mix(colour, sky, Math.min(0.5, Math.max(0, 0.16 * (depth - view.far + 0.6))));
+    const fog = (depth, colour) =>
+      mix(colour, sky, Math.min(0.5, Math.max(0, 0.16 * (depth - view.far + 0.6))));
     const tone = (side, colour) => side > 0 ? mix(hex(colour), '#ffffff', 0.28)
       : side < 0 ? mix(hex(colour), '#000000', 0.22) : colour;
     for (const [child, parent, radius, side] of data.body.bones) {
@@ -155,7 +165,8 @@ function parts(cam, bodies, colours, view, sky) {
     } });
     const head = at[data.body.head];
     list.push({ depth: head.depth - 0.05, draw(c) {
-      disc(c, head, 0.105 * head.size + 1, sky); disc(c, head, 0.105 * head.size, fog(head.depth, colours[e]));
+      disc(c, head, 0.105 * head.size + 1, sky);
+      disc(c, head, 0.105 * head.size, fog(head.depth, colours[e]));
       nose(c, cam, joints, sky);
     } });
   });
@@ -182,7 +193,7 @@ function glow(c, cam, bodies, found, colours) {
   for (const [i, j] of found.pairs) {
     const [a, b] = [cam.place(bodies[0][i]), found.other ? cam.place(j) : cam.place(bodies[1][j])];
     for (const p of [a, b]) {
-      const radius = 0.12 * p.size, shine = c.createRadialGradient(p.x, p.y, 0, p.x, p.y, radius);
+      const radius = 0.09 * p.size, shine = c.createRadialGradient(p.x, p.y, 0, p.x, p.y, radius);
       shine.addColorStop(0, colours.touch); shine.addColorStop(0.35, colours.touch + 'aa');
       shine.addColorStop(1, colours.touch + '00');
       disc(c, p, radius, shine);
@@ -194,7 +205,8 @@ function footprints(c, cam, clip, time, colour) {
   for (const p of standing(clip, time)) {
     c.strokeStyle = colour; c.lineWidth = 2.5; c.beginPath();
     for (let k = 0; k <= 24; k++) {
-      const q = cam.place([p[0] + 0.09 * Math.cos(k * Math.PI / 12), 0.004, p[2] + 0.09 * Math.sin(k * Math.PI / 12)]);
+      const turn = k * Math.PI / 12;
+      const q = cam.place([p[0] + 0.09 * Math.cos(turn), 0.004, p[2] + 0.09 * Math.sin(turn)]);
       k ? c.lineTo(q.x, q.y) : c.moveTo(q.x, q.y);
     }
     c.stroke();
@@ -224,9 +236,11 @@ function prepared(clip) {
   clip.centre = [x, 0, z]; clip.wide = 0.8;
   for (let t = 0; t < clip.frames; t++) for (let e = 0; e < clip.persons; e++)
     for (const [child] of data.body.bones) {
-      const p = joint(clip, t, e, child); clip.wide = Math.max(clip.wide, Math.hypot(p[0] - x, p[2] - z));
+      const p = joint(clip, t, e, child);
+      clip.wide = Math.max(clip.wide, Math.hypot(p[0] - x, p[2] - z));
     }
-  clip.touching = Array.from({ length: clip.frames }, (_, t) => touches(clip, pose(clip, t), t).pairs.length > 0);
+  clip.touching = Array.from({ length: clip.frames },
+    (_, t) => touches(clip, pose(clip, t), t).pairs.length > 0);
   return clip;
 }
 function joint(clip, t, e, j) {
@@ -245,13 +259,15 @@ function points(clip, time) {
   if (!clip.cloud) return [];
   const many = clip.cloud.length / 3 / clip.cloud_frames;
   const t = Math.min(clip.cloud_frames - 1, Math.max(0, Math.round(time)));
-  return Array.from({ length: many }, (_, i) => [0, 1, 2].map(k => clip.cloud[3 * (t * many + i) + k] / 1000));
+  return Array.from({ length: many },
+    (_, i) => [0, 1, 2].map(k => clip.cloud[3 * (t * many + i) + k] / 1000));
 }
 function touches(clip, bodies, time) {
   const apart = (p, q) => Math.hypot(p[0] - q[0], p[1] - q[1], p[2] - q[2]), pairs = [];
   let least = Infinity;
   const other = clip.persons == 1;
-  const mine = other ? data.body.hands : bodies[0].keys(), theirs = other ? points(clip, time) : bodies[1];
+  const mine = other ? data.body.hands : bodies[0].keys();
+  const theirs = other ? points(clip, time) : bodies[1];
   for (const i of mine) {
     let best = null, bound = data.near;
     theirs.forEach((q, j) => {
@@ -277,9 +293,19 @@ const view = { yaw: 0.7, pitch: 0.2, far: 4, pan: [0, 0, 0] };
 const sides = ['real', 'made'];
 const shown = () => sides.map(side => open(data.pairs[state.pair][side]));
 const length = () => Math.max(...shown().filter(Boolean).map(c => (c.frames - 1) / c.fps), 1e-3);
+function aside() {  // from where two people are seen beside each other, a little turned
+  const clip = open(data.pairs[state.pair].made), root = data.body.root;
+  if (clip.persons < 2) return 0.7;
+  let [x, z] = [0, 0];
+  for (let t = 0; t < clip.frames; t++) {
+    const [p, q] = [joint(clip, t, 0, root), joint(clip, t, 1, root)];
+    x += q[0] - p[0]; z += q[2] - p[2];
+  }
+  return Math.atan2(-z, x) + 0.35;
+}
 function reset() {
   const wide = Math.max(...shown().filter(Boolean).map(c => c.wide));
-  Object.assign(view, { yaw: 0.7, pitch: 0.2, far: 2.1 + 1.35 * wide, pan: [0, 0, 0] });
+  Object.assign(view, { yaw: aside(), pitch: 0.22, far: 2.5 + 1.25 * wide, pan: [0, 0, 0] });
 }
 function fit(canvas) {
   const ratio = window.devicePixelRatio || 1, box = canvas.getBoundingClientRect();
@@ -294,7 +320,9 @@ function paint(side, clip, colours) {
   figure.hidden = !clip;
   if (!clip) return;
   const [c, width, height] = fit(figure.querySelector('canvas'));
-  c.fillStyle = colours.sky; c.fillRect(0, 0, width, height);
+  const sky = c.createLinearGradient(0, 0, 0, height);
+  sky.addColorStop(0, colours.card); sky.addColorStop(0.55, colours.sky);
+  c.fillStyle = sky; c.fillRect(0, 0, width, height);
   const frame = state.time * clip.fps, bodies = pose(clip, frame);
   const cam = camera(view, clip.centre, width, height), people = [colours.first, colours.second];
   ground(c, cam, clip.centre, clip.wide + 2.2, view.far, colours.floor);
@@ -302,7 +330,8 @@ function paint(side, clip, colours) {
   if (state.trails) trails(c, cam, clip, people);
   const found = touches(clip, bodies, frame);
   if (state.contacts) footprints(c, cam, clip, frame, colours.foot);
-  const list = parts(cam, bodies, people, view, colours.sky).concat(cloud(cam, clip, frame, colours.thing));
+  const list = [...parts(cam, bodies, people, view, colours.sky),
+    ...cloud(cam, clip, frame, colours.thing)];
   list.sort((a, b) => b.depth - a.depth).forEach(part => part.draw(c));
   if (state.contacts) glow(c, cam, bodies, found, colours);
   const at = Math.min(clip.frames, Math.round(frame) + 1), says = figure.querySelector('.state');
@@ -320,7 +349,8 @@ function strip(colours) {
     c.fillStyle = colours.line; c.fillRect(inset, y, wide * (clip.frames - 1) / clip.fps / end, 10);
     c.fillStyle = colours.touch;
     clip.touching.forEach((lit, t) => {
-      const from = Math.max(0, (t - 0.5) * cell), to = Math.min((t + 0.5) * cell, (clip.frames - 1) * cell);
+      const from = Math.max(0, (t - 0.5) * cell);
+      const to = Math.min((t + 0.5) * cell, (clip.frames - 1) * cell);
       if (lit) c.fillRect(inset + from, y, to - from + 0.5, 10);
     });
     c.fillStyle = colours.ink; c.fillText(data.sides[sides[row]], inset + 5, y + 5.5);
@@ -360,7 +390,8 @@ function tick(now) {
 function step(by) {
   const fps = open(data.pairs[state.pair].made).fps;
   state.play = false;
-  state.time = Math.min(length(), Math.max(0, (Math.round(Math.min(state.time, length()) * fps) + by) / fps));
+  const at = Math.round(Math.min(state.time, length()) * fps) + by;
+  state.time = Math.min(length(), Math.max(0, at / fps));
 }
 function hands(canvas) {
   const held = new Map();
@@ -405,7 +436,9 @@ $('play').addEventListener('click', () => {
   if (!state.play && state.time >= length()) state.time = 0;
   state.play = !state.play;
 });
-$('scrub').addEventListener('input', e => { state.play = false; state.time = e.target.value / 1000 * length(); });
+$('scrub').addEventListener('input', e => {
+  state.play = false; state.time = e.target.value / 1000 * length();
+});
 $('speed').addEventListener('input', e => { state.speed = Number(e.target.value); });
 $('reset').addEventListener('click', reset);
 for (const name of ['trails', 'contacts'])
@@ -422,7 +455,8 @@ const number = (key, otherwise) => asked.has(key) ? Number(asked.get(key)) : oth
 choose(number('clip', 1) - 1);
 state.time = Math.min(length(), Math.max(0, number('time', 0)));
 state.play = number('play', 1) != 0;
-state.trails = $('trails').checked = number('trails', 0) != 0;
+for (const name of ['trails', 'contacts'])
+  state[name] = $(name).checked = number(name, name == 'contacts' ? 1 : 0) != 0;
 view.yaw = number('yaw', view.yaw); view.pitch = number('pitch', view.pitch);
 view.far = number('far', view.far);
 draw();
@@ -445,10 +479,10 @@ _BODY = """<h1>{title}</h1>
   <span class="clock" id="clock"></span>
 </div>
 <div class="views">
-  <figure id="real"><figcaption><span><b></b> <span class="name"></span></span><span class="state"></span>
-    </figcaption><canvas tabindex="0"></canvas></figure>
-  <figure id="made"><figcaption><span><b></b> <span class="name"></span></span><span class="state"></span>
-    </figcaption><canvas tabindex="0"></canvas></figure>
+  <figure id="real"><figcaption><span><b></b> <span class="name"></span></span>
+    <span class="state"></span></figcaption><canvas tabindex="0"></canvas></figure>
+  <figure id="made"><figcaption><span><b></b> <span class="name"></span></span>
+    <span class="state"></span></figcaption><canvas tabindex="0"></canvas></figure>
 </div>
 <div class="bar" style="display:block">
   <input id="scrub" type="range" min="0" max="1000" value="0" aria-label="time">
@@ -456,7 +490,8 @@ _BODY = """<h1>{title}</h1>
 </div>
 <div class="legend">{legend}</div>
 <p class="about">Drag to orbit, wheel or pinch to zoom, shift and drag to pan, double click to reset.
-<kbd>space</kbd> play, <kbd>&#8592;</kbd> <kbd>&#8594;</kbd> a frame, <kbd>n</kbd> <kbd>p</kbd> a clip.</p>
+<kbd>space</kbd> play, <kbd>&#8592;</kbd> <kbd>&#8594;</kbd> a frame,
+<kbd>n</kbd> <kbd>p</kbd> a clip.</p>
 """
 
 
@@ -540,7 +575,7 @@ def _body(skeleton: Skeleton) -> dict:
   """What the page draws of a body: bones (child, parent, radius in m, side), trunk, head, feet."""
   side = lambda name: ("left" in name) - ("right" in name)
   thick = {
-    child: 0.035 if child in skeleton.trunk else 0.028 for child in range(len(skeleton.names))
+    child: 0.042 if child in skeleton.trunk else 0.034 for child in range(len(skeleton.names))
   }
   bones = [
     (child, parent, thick[child], side(skeleton.names[child]))
