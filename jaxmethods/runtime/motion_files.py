@@ -53,6 +53,8 @@ def bvh(clip: Clip, skeleton: Skeleton, person: int = 0, *, exact: bool = True) 
   Rotations are fitted to the bones: a joint with one child turns as little as it can, one with several
   as their directions say (least squares). The body at rest is the clip's most upright frame with the
   mean lengths of its bones. The ends of hands, feet and head are invented: a quarter of the last bone.
+  bvhio 1.5.4 read an exact file to 2e-6 m; without `exact` a clip of SBU, whose bones jitter, was off by
+  1.3 cm on average.
 
   Args:
     clip: what is written.
