@@ -176,21 +176,20 @@ def _draw_bodies(
   draw: ImageDraw.ImageDraw, camera: _Camera, bodies: np.ndarray, skeleton: Skeleton
 ) -> None:
   """Draws bones and heads from the farthest to the nearest, each with a light edge."""
-  parts = []
-  tone: tuple[int, ...]
+  parts: list[tuple[float, np.ndarray, float, tuple[int, ...]]] = []
   for joints, colour in zip(bodies, _PERSONS, strict=False):
     depth = camera.place(joints)[1]
     for child, parent in _bones(skeleton):
       name = skeleton.names[child]
-      tone = _mixed(colour, 255, 0.3) if "left" in name else colour
-      tone = _mixed(colour, 0, 0.22) if "right" in name else tone
+      light = ("left" in name) - ("right" in name)
+      tone = _mixed(colour, 255 * (light > 0), 0.25 * abs(light))
       radius = _THICK if child in skeleton.trunk else _BONE
       parts.append((depth[[child, parent]].mean(), joints[[child, parent]], radius, tone))
     head = end_joint(skeleton)
     parts.append((depth[head] - 0.05, joints[[head, head]], _HEAD, colour))
-  for _, ends, radius, colour in sorted(parts, key=lambda part: -part[0]):
+  for _, ends, radius, tone in sorted(parts, key=lambda part: -part[0]):
     _stroke(draw, camera, ends, radius + 0.009, _SKY)
-    _stroke(draw, camera, ends, radius, colour)
+    _stroke(draw, camera, ends, radius, tone)
 
 
 def _mixed(colour: tuple[int, ...], other: int, share: float) -> tuple[int, ...]:
