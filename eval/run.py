@@ -30,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   args, given = asked.args, command.given(asked)
   untrained = given.method.untrained(given.config)
   workdir = command.workdir(given, "eval-" if untrained else "")
+  kept = workdir / workdir_lib.CONFIG
+  # The config of the run that is there, unless another one is asked for.
+  if not untrained or (args.workdir and kept.exists() and not args.short and not args.config):
+    file = args.config or kept
+    if not untrained:
+      session.require_checkpoints(workdir)
+    given = given._replace(config=command.load(asked, file), file=file)
+    untrained = given.method.untrained(given.config)
   if untrained:
     workdir_lib.check(workdir, given.config, method=args.method)
-  else:  # the config of the run, unless another one is given
-    session.require_checkpoints(workdir)
-    file = args.config or workdir / workdir_lib.CONFIG
-    given = given._replace(config=command.load(asked, file), file=file)
   if command.printed(given):
     return 0
   run = session.start(given, workdir)

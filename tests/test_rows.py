@@ -50,6 +50,10 @@ def test_every_row(cli, method, row):
   assert_trained_and_evaluated(cli, method, row)
 
 
+def test_a_row_with_nothing_to_train_is_evaluated_by_its_workdir_alone(cli):
+  assert_trained_and_evaluated(cli, "epeagent", "masking")
+
+
 @pytest.mark.parametrize("method", experiments.METHODS)
 def test_the_words_of_a_row_make_its_config(method):
   room, file = experiments.load(method), command.CONFIGS / f"{method}.yaml"
