@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
 import pytest
 
 from jaxmethods import experiments
+from jaxmethods.errors import InputError
 from jaxmethods.runtime import command, config as config_lib
 
 
@@ -23,6 +25,16 @@ def commands(method: str) -> dict[str, list[str]]:
   return shown
 
 
+def fewest_steps(method: str) -> int:
+  """The smallest number of steps that the method takes: one, or one a task."""
+  room, file = experiments.load(method), command.CONFIGS / f"{method}.yaml"
+  short = config_lib.load(room.Config, file, short=config_lib.has_short(file))
+  for steps in range(1, short.steps):
+    with contextlib.suppress(InputError):
+      return dataclasses.replace(short, steps=steps).steps
+  return short.steps
+
+
 def value_text(value: object) -> str:
   """A value as it is typed."""
   if isinstance(value, bool):
@@ -36,7 +48,7 @@ def assert_trained_and_evaluated(cli, method: str, row: str) -> None:
   file = command.CONFIGS / f"{method}.yaml"
   short = ["--short"] if config_lib.has_short(file) else []
   words = ["--method", method, "--workdir", row]
-  trained = cli("train.run", *words, *short, "--steps=1", *commands(method)[row])
+  trained = cli("train.run", *words, *short, f"--steps={fewest_steps(method)}", *commands(method)[row])
   assert trained.returncode == 0, trained.stderr
   evaluated = cli("eval.run", *words)
   assert evaluated.returncode == 0, evaluated.stderr
