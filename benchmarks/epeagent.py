@@ -4,9 +4,10 @@
   python -m benchmarks.epeagent attacks
   python -m benchmarks.epeagent search
   python -m benchmarks.epeagent scale
+  python -m benchmarks.epeagent models                    # extras smollm2 and minilm
 
-Agents answer by rule: these are checks of the protocol, not reproductions of the paper's tables. The
-authors' profiles are read from $JAXMETHODS_DATA/epeagent.
+But for the last one agents answer by rule: these are checks of the protocol, not reproductions of the
+paper's tables. The authors' profiles are read from $JAXMETHODS_DATA/epeagent.
 """
 
 from __future__ import annotations
@@ -41,15 +42,13 @@ _STEP, _SUMMARY = jax.jit(build_lib._step), jax.jit(judging.summary)
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("part", choices=("modes", "attacks", "search", "scale"))
+  parser.add_argument("part", choices=("modes", *PARTS))
   parser.add_argument("--data", choices=("finance", "medicine", *AUTHORS), default="finance")
   args = parser.parse_args()
   if args.part == "modes":
     write(f"epeagent_{args.data}", modes(args.data))
   else:
-    write(
-      f"epeagent_{args.part}", {"attacks": attacks, "search": search, "scale": scale}[args.part]()
-    )
+    write(f"epeagent_{args.part}", PARTS[args.part]())
 
 
 def write(name: str, found: Mapping) -> None:
@@ -117,6 +116,19 @@ def single(table: Mapping[str, Mapping[str, float]]) -> list[dict]:
     {"name": name, "metrics": {metric: number(x) for metric, x in values.items()}}
     for name, values in table.items()
   ]
+
+
+def models() -> dict:
+  """Each path through a language model once, by the smallest one: that it runs, not how well."""
+  found = Config(stems=1, users=5, batch_size=26, embedding="wheel:all-minilm-l6-v2")
+  small = Config(stems=1, users=2, batch_size=26, backend="wheel:smollm2-135m")
+  table = {
+    "rule, entries by MiniLM": found,
+    "SmolLM2": small,
+    "SmolLM2, rights by llm": dataclasses.replace(small, matching="llm"),
+    "SmolLM2, paraphrase": dataclasses.replace(small, mode="paraphrase"),
+  }
+  return over_seeds(table, 1)
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -246,6 +258,9 @@ def _by_user(items: np.ndarray, queries: np.ndarray, mask: np.ndarray) -> np.nda
     best = np.argsort(-z, axis=1, kind="stable")[:, :K]
     found[u, a] = np.where(mask[u, a][best], best, -1)
   return found
+
+
+PARTS = {"attacks": attacks, "search": search, "scale": scale, "models": models}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def assert_trained_and_evaluated(cli, method: str, row: str) -> None:
   file = command.CONFIGS / f"{method}.yaml"
   short = ["--short"] if config_lib.has_short(file) else []
   words = ["--method", method, "--workdir", row]
-  trained = cli("train.run", *words, *short, f"--steps={fewest_steps(method)}", *commands(method)[row])
+  trained = cli(
+    "train.run", *words, *short, f"--steps={fewest_steps(method)}", *commands(method)[row]
+  )
   assert trained.returncode == 0, trained.stderr
   evaluated = cli("eval.run", *words)
   assert evaluated.returncode == 0, evaluated.stderr

@@ -147,16 +147,25 @@ def _explained(metrics: Mapping[str, object]) -> list[tuple[str, str, str, str]]
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-  """Prints a table to the terminal."""
-  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for name in header:
-    table.add_column(name, overflow="fold")
-  for row in rows:
-    table.add_row(*row)
+  """Prints a table to the terminal; on its side, a line a column, where it is too wide but so fits."""
   console = Console(highlight=False)
   if not console.is_terminal:
     console = Console(highlight=False, width=160)  # a file is not 80 columns wide
+  lines = [header, *rows]
+  turned = [list(line) for line in zip(*lines, strict=True)]
+  if _width(lines) > console.width and _width(turned) < _width(lines):
+    lines = turned
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for name in lines[0]:
+    table.add_column(name, overflow="fold")
+  for line in lines[1:]:
+    table.add_row(*line)
   console.print(table)
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+  """Characters that a table takes, with the blanks around its cells."""
+  return sum(2 + max(map(len, column)) for column in zip(*lines, strict=True))
 
 
 def curves(lines: Sequence[Values]) -> Figure:

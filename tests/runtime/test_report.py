@@ -94,3 +94,16 @@ def test_curves_need_two_points_and_a_meaning(tmp_path):
   assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["loss", "field leak"]
   assert report._explained_curves(lines, ["loss"])[0].count("<tr>") == 3
   plt.close(figure)
+
+
+def test_a_table_that_is_too_wide_is_printed_on_its_side(capsys):
+  header = ["", *(f"a long name of a metric, number {i}" for i in range(12))]
+  report.print_table("t", header, [["ours", *"0123456789ab"], ["rival", *"cdefghijklmn"]])
+  printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["ours", "rival"] in printed
+  assert printed[-2][-3:] == ["11", "b", "n"]
+
+
+def test_a_table_that_fits_stands_upright(capsys):
+  report.print_table("t", ["", "metric"], [["ours", "1"]])
+  assert ["ours", "1"] in [line.split() for line in capsys.readouterr().out.splitlines()]
