@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train eval compare test lint format bench docs clean
+.PHONY: help train eval compare test lint format bench docs demos clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -56,6 +56,9 @@ bench: $(READY)  ## Time us beside the peers, whose environments are made in .pe
 docs: $(READY)  ## Build the docs site: docs/_build/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+demos: $(READY)  ## Run the notebooks anew and keep small outputs (ARGS=fedssp: one alone)
+	$(BIN)/python -m demos.refresh $(ARGS)
 
 clean:  ## Remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build docs/_build docs/api docs/methods *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from benchmarks import claims
 from benchmarks.claims import Cell, Claim, Need
+from demos import refresh
 from jaxmethods.experiments import METHODS
 from jaxmethods.runtime import seeds
 
@@ -409,7 +410,13 @@ def _at(tree, path: Sequence[str | int]) -> float:
   return float(tree)
 
 
+def notebooks_line() -> str:
+  """The README's line of notebooks, each of which opens in Colab."""
+  return ",\n".join(f"[{name}]({refresh.colab(name)})" for name in METHODS) + "\n"
+
+
 KINDS = {
+  "notebooks": notebooks_line,
   "methods": methods_table,
   "index": index_table,
   "verdicts": verdicts_table,

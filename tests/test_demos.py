@@ -1,10 +1,11 @@
-"""Every method has a notebook, kept without outputs; each is executed as it stands (its short form)."""
+"""Every method has a notebook with small outputs; each is executed as it stands (its short form)."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+from demos import refresh
 from jaxmethods.experiments import METHODS
 
 DEMOS = Path(__file__).resolve().parents[1] / "demos"
@@ -22,10 +23,21 @@ def test_every_method_has_a_notebook():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_notebook_is_kept_without_outputs(method):
-  code = [cell for cell in read(DEMOS / f"{method}.ipynb").cells if cell.cell_type == "code"]
-  assert code
-  assert not any(cell.outputs or cell.execution_count for cell in code)
+def test_notebook_begins_as_all_do(method):
+  notebook = read(DEMOS / f"{method}.ipynb")
+  assert refresh.badge(method) in notebook.cells[0].source
+  first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+  assert first.source == refresh.INSTALL
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_notebook_keeps_small_outputs(method):
+  path = DEMOS / f"{method}.ipynb"
+  outputs = [output for cell in read(path).cells for output in cell.get("outputs", ())]
+  assert path.stat().st_size < 500_000
+  assert any("image/png" in output.get("data", {}) for output in outputs)
+  assert not any(output.output_type == "error" for output in outputs)
+  assert not any(cell.get("execution_count") for cell in read(path).cells)
 
 
 @pytest.mark.slow
