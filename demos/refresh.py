@@ -14,16 +14,18 @@ import re
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
-from nbformat import NotebookNode
 from PIL import Image
+
+if TYPE_CHECKING:
+  from nbformat import NotebookNode
 
 DEMOS = Path(__file__).parent
 ROOT = DEMOS.parent
 INSTALL = """\
-# Installs jaxmethods where it is not there yet, as on Colab. $JAXMETHODS_SOURCE: another source than PyPI,
-# the path of a wheel or of a clone, or an address such as git+https://HOST/OWNER/REPOSITORY.
+# Installs jaxmethods where it is not there yet, as on Colab. $JAXMETHODS_SOURCE: another source than
+# PyPI, the path of a wheel or of a clone, or an address such as git+https://HOST/OWNER/REPOSITORY.
 import importlib.util, os, sys
 from pathlib import Path
 
@@ -40,6 +42,8 @@ LONGEST = 40  # lines of a text that is kept
 
 def main() -> None:
   """Runs the command line."""
+  import nbformat  # of the extra `demos`
+
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("names", nargs="*", help="notebooks (default: all)")
   parser.add_argument("--form", action="store_true", help="write first cell and badge only")
