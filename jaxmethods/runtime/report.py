@@ -151,8 +151,8 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
   console = Console(highlight=False)
   if not console.is_terminal:
     console = Console(highlight=False, width=160)  # a file is not 80 columns wide
-  lines = [header, *rows]
-  turned = [list(line) for line in zip(*lines, strict=True)]
+  lines: list[Sequence[str]] = [header, *rows]
+  turned: list[Sequence[str]] = list(zip(*lines, strict=True))
   if _width(lines) > console.width and _width(turned) < _width(lines):
     lines = turned
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
