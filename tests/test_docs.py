@@ -44,20 +44,6 @@ def test_commands_of_a_guide_exist(page):
   assert set(re.findall(r"--method (\w+)", text)) <= set(METHODS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES, ids=name)
-def test_commands_of_a_guide_run(page, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  for code in blocks(page, "python"):
-    exec(compile(code, page.name, "exec"), {})
-  for line in "\n".join(blocks(page, "console")).splitlines():
-    if line.startswith("python -m") and "FOLDER" not in line:
-      words = line.replace("python", sys.executable, 1)
-      done = subprocess.run(words, shell=True, capture_output=True, text=True)
-      assert done.returncode == 0, (line, done.stderr[-2000:])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_page_of_a_method(method):
   """Its equations name functions with a docstring each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from jaxmethods.experiments import METHODS
 from jaxmethods.runtime import command
+from tests.test_docs import GUIDES, blocks
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("jaxmethods", "train", "eval", "configs", "pyproject.toml", "setup.py", "README.md")
@@ -35,8 +37,13 @@ def installed(tmp_path_factory) -> Path:
 
 def answer(folder: Path, place: Path, *arguments: str) -> str:
   """Standard output of train.run with the package in `place`, in `folder`."""
+  return python(folder, place, "-m", "train.run", *arguments)
+
+
+def python(folder: Path, place: Path, *words: str) -> str:
+  """Standard output of Python with the package in `place`, in `folder`."""
   result = subprocess.run(
-    [sys.executable, "-m", "train.run", *arguments],
+    [sys.executable, *words],
     cwd=folder,
     env={
       **os.environ,
@@ -46,9 +53,9 @@ def answer(folder: Path, place: Path, *arguments: str) -> str:
     },
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
   )
-  assert result.returncode == 0, result.stderr
+  assert result.returncode == 0, (words, result.stderr[-2000:])
   return result.stdout
 
 
@@ -72,6 +79,17 @@ def test_the_wheel_answers_as_the_clone(installed, tmp_path):
 def test_the_wheel_trains(installed, tmp_path):
   assert "steps done" in answer(tmp_path, installed, "--method", "ggeur", "--short")
   assert (tmp_path / "runs/ggeur/default-short/report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_runs_from_the_wheel(page, installed, tmp_path):
+  """Its Python as one script, then its commands in their order."""
+  if script := "\n".join(blocks(page, "python")):
+    python(tmp_path, installed, "-c", script)
+  for line in "\n".join(blocks(page, "console")).splitlines():
+    if line.startswith("python -m") and "FOLDER" not in line:
+      python(tmp_path, installed, *shlex.split(line, comments=True)[1:])
 
 
 def test_a_missing_default_is_an_error(cli, tmp_path, monkeypatch):
