@@ -35,3 +35,4 @@ from jaxmethods.federated.partition import (
   iid as iid,
   shards as shards,
 )
+from jaxmethods.federated.prototypes import fedproto as fedproto

@@ -3,7 +3,9 @@
 scaffold  Karimireddy et al. 2020. SCAFFOLD: stochastic controlled averaging for federated learning.
 feddyn    Acar et al. 2021. Federated learning based on dynamic regularization.
 
-Both add a linear term to the local loss, so every local step stays plain `local_sgd`.
+Both add a linear term to the local loss, so every local step stays plain `local_sgd`. Where only some
+clients take part in a round, what the server keeps of all of them moves by their share of the population:
+pass its size.
 """
 
 from __future__ import annotations
@@ -53,20 +55,22 @@ def scaffold(
   learning_rate: float,
   *,
   server_rate: float = 1.0,
+  population: int | None = None,
   local_epochs: int = 1,
   batches: Batching = prebatched,
 ) -> FederatedAlgorithm:
   """SCAFFOLD with its second rule for the controls; local steps are SGD.
 
   w <- w - lr (g - c_k + c); after S steps c_k' = c_k - c + (w_g - w_k) / (S lr); then
-  w_g += server_rate * mean(w_k - w_g) and c += mean(c_k' - c_k), without weights. With adaptive local
-  steps the controls would lose their meaning, so the optimiser is not an option. The mean over
-  controls assumes that all clients take part.
+  w_g += server_rate * mean(w_k - w_g) and c += |S| / N mean(c_k' - c_k) over the clients S of the round,
+  without weights, so that c stays the mean of all N controls. With adaptive local steps the controls
+  would lose their meaning, so the optimiser is not an option.
 
   Args:
     loss: as in `algorithms.fedavg`.
     learning_rate: lr of the local steps.
     server_rate: of the server's step; 1 puts the mean in place.
+    population: N, all clients that there are; None: all take part in every round.
     local_epochs: passes over a client's batches per round.
     batches: as in `algorithms.fedavg`.
 
@@ -97,7 +101,8 @@ def scaffold(
     part = (weights > 0).astype(weights.dtype)
     mean = weighted_mean(uploads, part)
     params = jax.tree.map(lambda w, m: w + server_rate * (m - w), state.params, mean.params)
-    control = jax.tree.map(jnp.add, state.correction, mean.change)
+    share = _share(part, population)
+    control = jax.tree.map(lambda c, m: c + share * m, state.correction, mean.change)
     return _if_any(part, Server(params, control), state)
 
   return FederatedAlgorithm(_init, _download, local, server, _params)
@@ -136,18 +141,20 @@ def feddyn(
   optimizer: optax.GradientTransformation,
   alpha: float = 0.5,
   *,
+  population: int | None = None,
   local_epochs: int = 1,
   batches: Batching = prebatched,
 ) -> FederatedAlgorithm:
   """FedDyn: local loss - <g_k, w> + (alpha / 2) ||w - w_g||^2.
 
-  g_k <- g_k - alpha (w_k - w_g); h <- h - alpha mean(w_k - w_g); w_g = mean(w_k) - h / alpha. The
-  server's mean is without weights and assumes that all clients take part.
+  g_k <- g_k - alpha (w_k - w_g); h <- h - alpha |S| / N mean(w_k - w_g); w_g = mean(w_k) - h / alpha, the
+  means over the clients S of the round, without weights.
 
   Args:
     loss: as in `algorithms.fedavg`.
     optimizer: of the clients, started anew every round.
     alpha: strength of the regulariser.
+    population: N, all clients that there are; None: all take part in every round.
     local_epochs: passes over a client's batches per round.
     batches: as in `algorithms.fedavg`.
 
@@ -173,9 +180,8 @@ def feddyn(
   def server(state: Server, uploads: Params, weights):
     part = (weights > 0).astype(weights.dtype)
     mean = weighted_mean(uploads, part)
-    h = jax.tree.map(
-      lambda h, m, w: h - alpha * (m - w), state.correction, mean, state.params
-    )  # fmt: skip
+    step = alpha * _share(part, population)
+    h = jax.tree.map(lambda h, m, w: h - step * (m - w), state.correction, mean, state.params)
     params = jax.tree.map(lambda m, h: m - h / alpha, mean, h)
     return _if_any(part, Server(params, h), state)
 
@@ -195,6 +201,11 @@ def _download(server: Server, index: jax.Array) -> Server:
 def _params(message: Server, client: Client) -> Params:
   del client
   return message.params
+
+
+def _share(part: jax.Array, population: int | None) -> jax.Array | float:
+  """Returns which share of all clients takes part, |S| / N."""
+  return part.sum() / population if population else 1.0
 
 
 def _if_any(part: jax.Array, new: Server, old: Server) -> Server:

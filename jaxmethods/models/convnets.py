@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,13 @@ from jaxmethods.models.graph_layers import MaskedBatchNorm
 from jaxmethods.models.init import torch_linear
 
 
+# group: two groups of channels, which keep no statistics (Reddi et al. 2021 for federated learning).
+Norm = Literal["batch", "group"]
+_GROUPS = 2
+
+
 class ConvNorm(nn.Module):
-  """Convolution without bias that keeps the size (stride 1), then batch normalisation.
+  """Convolution without bias that keeps the size (stride 1), then normalisation.
 
   Attributes:
     features: output channels.
@@ -31,6 +37,7 @@ class ConvNorm(nn.Module):
     groups: of channels that do not see each other.
     patches: as in `Conv`.
     dtype: of the convolution.
+    norm: by the batch, or by groups of an image's channels.
   """
 
   features: int
@@ -39,6 +46,7 @@ class ConvNorm(nn.Module):
   groups: int = 1
   patches: bool | None = None
   dtype: DTypeLike | None = None
+  norm: Norm = "batch"
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
@@ -56,6 +64,8 @@ class ConvNorm(nn.Module):
       dtype=self.dtype,
       name="conv",
     )(x)
+    if self.norm == "group":
+      return nn.GroupNorm(num_groups=_GROUPS, dtype=self.dtype, name="norm")(y)
     pixels = None if mask is None else jnp.repeat(mask, y.shape[1] * y.shape[2])
     rows = y.reshape(-1, self.features)
     return MaskedBatchNorm(name="norm")(rows, pixels, train=train).reshape(y.shape)
@@ -149,6 +159,7 @@ class Trunk(nn.Module):
     last: channels of the last unit, None for no such unit.
     patches: as in `Conv`.
     dtype: of the convolutions.
+    norm: as in `ConvNorm`.
   """
 
   stem: tuple[int, int]
@@ -156,13 +167,14 @@ class Trunk(nn.Module):
   last: int | None = None
   patches: bool | None = None
   dtype: DTypeLike | None = None
+  norm: Norm = "batch"
 
   @nn.compact
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
   ) -> jax.Array:
     """Maps images (B, height, width, channels) to features (B, d)."""
-    unit = functools.partial(ConvNorm, patches=self.patches, dtype=self.dtype)
+    unit = functools.partial(ConvNorm, patches=self.patches, dtype=self.dtype, norm=self.norm)
     channels, size = self.stem
     x = nn.relu(unit(channels, size, name="stem")(x, mask, train))
     for i, block in enumerate(self.blocks):
@@ -271,6 +283,7 @@ def classifier(
   stages: int | None = None,
   patches: bool | None = None,
   dtype: DTypeLike | None = None,
+  norm: Norm = "batch",
 ) -> Classifier:
   """Returns a network of RAHFL, or a narrow one of the same blocks.
 
@@ -281,6 +294,7 @@ def classifier(
     stages: one block of each of so many stages, from the first; None: the whole network.
     patches: as in `Conv`.
     dtype: of the convolutions.
+    norm: "batch", or "group": no statistics that a client would have to keep.
 
   Raises:
     InputError: unknown architecture, or `narrow` or `stages` below 1.
@@ -296,7 +310,7 @@ def classifier(
     if value is not None and value < 1:
       raise InputError(f"{name}: must be at least 1, got {value}")
   trunk = ARCHITECTURES[architecture](narrow=narrow, stages=stages, patches=patches, dtype=dtype)
-  return Classifier(trunk, num_classes)
+  return Classifier(trunk.clone(norm=norm), num_classes)
 
 
 def _divide(channels: int, narrow: int) -> int:

@@ -140,6 +140,24 @@ class ViT(nn.Module):
     return self.encoder(self.pre_norm(tokens) if self.config.clip else tokens, **hooks)
 
 
+class ViTClassifier(nn.Module):
+  """A vision transformer with a linear layer, "head", on its class token.
+
+  Attributes:
+    config: its shape.
+    num_classes: number of logits.
+  """
+
+  config: ViTConfig
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Maps images (B, height, width, channels) to logits (B, num_classes)."""
+    tokens = ViT(self.config, name="vit")(pixels).hidden
+    return nn.Dense(self.num_classes, name="head")(tokens[:, 0])
+
+
 def resized_position(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Brings the positions of a square grid of patches to another grid, bilinear between centres.
 

@@ -1,0 +1,1 @@
+"""Plain federated learning on data, models and clients of one's own."""
