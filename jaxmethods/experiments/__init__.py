@@ -66,6 +66,12 @@ METHODS: dict[str, Method] = {
     summary="agents that work together without telling each other what they need not",
     embedded_run="~1 min",
   ),
+  "federated": Method(
+    title="Federated",
+    paper="no paper of ours: FedAvg, McMahan et al., AISTATS 2017, arXiv 1602.05629, and its kin",
+    summary="plain federated learning on data, models and clients of yours, by any algorithm",
+    embedded_run="~20 s",
+  ),
   "fedssp": Method(
     title="FedSSP",
     paper="Tan et al., NeurIPS 2024, arXiv 2410.20105",

@@ -4,8 +4,8 @@ scaffold  Karimireddy et al. 2020. SCAFFOLD: stochastic controlled averaging for
 feddyn    Acar et al. 2021. Federated learning based on dynamic regularization.
 
 Both add a linear term to the local loss, so every local step stays plain `local_sgd`. Where only some
-clients take part in a round, what the server keeps of all of them moves by their share of the population:
-pass its size.
+clients take part in a round, what the server keeps of all of them moves by their share: pass
+`population`.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def feddyn(
 ) -> FederatedAlgorithm:
   """FedDyn: local loss - <g_k, w> + (alpha / 2) ||w - w_g||^2.
 
-  g_k <- g_k - alpha (w_k - w_g); h <- h - alpha |S| / N mean(w_k - w_g); w_g = mean(w_k) - h / alpha, the
-  means over the clients S of the round, without weights.
+  g_k <- g_k - alpha (w_k - w_g); h <- h - alpha |S| / N mean(w_k - w_g); w_g = mean(w_k) - h / alpha.
+  The means are over the clients S of the round, without weights.
 
   Args:
     loss: as in `algorithms.fedavg`.

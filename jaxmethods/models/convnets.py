@@ -21,7 +21,6 @@ from jaxmethods.models.conv import Conv, shifted
 from jaxmethods.models.graph_layers import MaskedBatchNorm
 from jaxmethods.models.init import torch_linear
 
-
 # group: two groups of channels, which keep no statistics (Reddi et al. 2021 for federated learning).
 Norm = Literal["batch", "group"]
 _GROUPS = 2

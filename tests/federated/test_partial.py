@@ -1,4 +1,4 @@
-"""Some clients in a round: SCAFFOLD, FedDyn, MOON and FedProto against a loop that keeps a dict of clients."""
+"""Some clients in a round: SCAFFOLD, FedDyn, MOON and FedProto against a loop with a dict of clients."""
 
 import jax
 import jax.numpy as jnp
@@ -124,13 +124,14 @@ def test_moon():
     near, far = (jnp.exp(cosine(x @ w, x @ other) / tau) for other in (before, previous))
     return -mu * jnp.log(near / (near + far)).mean()
 
+  slope = jax.jit(jax.grad(contrast), static_argnums=3)
   w, own = START.copy(), dict.fromkeys(range(K), START)
   for part, (server, clients) in zip(ROUNDS, engine_run(algorithm, client), strict=True):
     ends = {}
     for k in part:
       end = w.copy()
       for _ in range(EPOCHS):
-        end = end - RATE * (gradient(end, k) + np.asarray(jax.grad(contrast)(end, w, own[k], k)))
+        end = end - RATE * (gradient(end, k) + np.asarray(slope(end, w, own[k], k)))
       ends[k] = end
     own |= ends
     if part:
@@ -153,7 +154,10 @@ def test_fedproto():
       x, y = X[k, : SIZES[k]], Y[k, : SIZES[k]]
       for _ in range(EPOCHS):
         far = np.array(
-          [z - known[int(c)] if int(c) in known else 0 * z for z, c in zip(x @ own[k], y, strict=True)]
+          [
+            z - known[int(c)] if int(c) in known else 0 * z
+            for z, c in zip(x @ own[k], y, strict=True)
+          ]
         )
         pull = x.T @ (2 * weight * far / C) / len(y)
         own[k] = own[k] - RATE * (gradient(own[k], k) + pull)

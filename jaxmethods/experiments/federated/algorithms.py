@@ -17,7 +17,7 @@ from jaxmethods.experiments.federated.config import Algorithm
 from jaxmethods.experiments.federated.nets import Task
 from jaxmethods.federated import algorithms, corrections, guidance, prototypes
 from jaxmethods.federated.algorithm import ClientState, FederatedAlgorithm, Params, Upload
-from jaxmethods.federated.algorithms import ModelState
+from jaxmethods.federated.algorithms import ModelState, Options
 from jaxmethods.federated.batching import Batching
 from jaxmethods.trees import PyTree
 
@@ -79,11 +79,11 @@ def make(
   loss = task.loss(fixed)
   optimizer = {"sgd": optax.sgd, "adam": optax.adam}[rates.optimizer](rates.learning_rate)
   local: Local = {"local_epochs": rates.local_epochs, "batches": batches}
-  average = {**local, "weighted": rates.weighted}
+  average = Options(**local, weighted=rates.weighted)
   plain = algorithms.init_client
   guided = functools.partial(plain, keep_previous=True)
   at_home = functools.partial(plain, shared=trees.nothing, optimizer=optimizer)
-  fedopt = {"server_rate": rates.server_rate, "tau": rates.server_tau, **average}
+  speed = rates.server_rate, rates.server_tau
   match name:
     case "fedavg" | "centralised":
       return _drifting(algorithms.fedavg(loss, optimizer, **average), plain)
@@ -93,9 +93,9 @@ def make(
       momentum = rates.server_momentum
       return _drifting(algorithms.fedavgm(loss, optimizer, 1.0, momentum, **average), plain)
     case "fedadam":
-      return _drifting(algorithms.fedadam(loss, optimizer, **fedopt), plain)
+      return _drifting(algorithms.fedadam(loss, optimizer, *speed, **average), plain)
     case "fedyogi":
-      return _drifting(algorithms.fedyogi(loss, optimizer, **fedopt), plain)
+      return _drifting(algorithms.fedyogi(loss, optimizer, *speed, **average), plain)
     case "fedper":
       own = functools.partial(plain, shared=trees.all_but(*rates.personal))
       return _drifting(algorithms.fedper(loss, optimizer, rates.personal, **average), own)
@@ -119,11 +119,11 @@ def make(
   features, logits = task.features(fixed), task.logits(fixed)
   match name:
     case "moon":
-      options = rates.moon_mu, rates.moon_temperature
-      return _drifting(guidance.moon(loss, optimizer, features, *options, **average), guided)
+      mu, heat = rates.moon_mu, rates.moon_temperature
+      return _drifting(guidance.moon(loss, optimizer, features, mu, heat, **average), guided)
     case "fedntd":
-      options = rates.fedntd_temperature, rates.fedntd_beta
-      return _drifting(guidance.fedntd(loss, optimizer, logits, *options, **average), guided)
+      heat, beta = rates.fedntd_temperature, rates.fedntd_beta
+      return _drifting(guidance.fedntd(loss, optimizer, logits, heat, beta, **average), guided)
     case "fedproto":
       sizes = task.num_classes, task.width, rates.fedproto_weight
       algorithm = prototypes.fedproto(loss, optimizer, features, *sizes, **local)
@@ -140,7 +140,9 @@ def check_personal(names: tuple[str, ...], params: Params) -> None:
   parts = {part for path in trees.flatten(params) for part in path.split("/")}
   for name in names:
     if name not in parts:
-      raise InputError(f"personal: the model has no part {name!r}; {hint(name, sorted(parts), 'parts')}")
+      raise InputError(
+        f"personal: the model has no part {name!r}; {hint(name, sorted(parts), 'parts')}"
+      )
 
 
 def _drifting(

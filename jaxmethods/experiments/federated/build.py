@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments.federated import algorithms, figures, holdings, nets, population, rounds
 from jaxmethods.experiments.federated.config import Config
 from jaxmethods.experiments.federated.figures import Clients
-from jaxmethods.experiments.federated.holdings import Arrays, Holdings
+from jaxmethods.experiments.federated.holdings import Arrays, Holdings, Pool
 from jaxmethods.experiments.federated.nets import Task
 from jaxmethods.federated import engine, padding
 from jaxmethods.federated.batching import shuffled
@@ -69,7 +69,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   material = load(config)
   if config.cohort > material.total:
     raise InputError(f"cohort: {config.cohort} of {material.total} clients")
-  task, rates = material.task, settings(config, algorithms.Rates)
+  task, rates = material.task, algorithms.Rates(**settings(config, algorithms.Rates._fields))
   if config.algorithm == "fedper":
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     algorithms.check_personal(config.personal, params)
@@ -102,7 +102,8 @@ def load(config: Config) -> Material:
   """
   pool = holdings.load(config.data, config.image_size)
   example = pool.arrays["x"][0]
-  module = nets.make(config.model, settings(config, nets.Sizes), example.shape, pool.num_classes)
+  sizes = nets.Sizes(**settings(config, nets.Sizes._fields))
+  module = nets.make(config.model, sizes, example.shape, pool.num_classes)
   task = nets.array_task(config.model, module, example, pool.num_classes)
   if config.population:
     if jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[1]):
@@ -115,19 +116,103 @@ def load(config: Config) -> Material:
   return _of_clients(config, holdings.deal_out(pool, deal, config.data), task)
 
 
-def settings(config: Config, kind: type) -> tuple:
-  """Takes the fields of a named tuple from the config."""
-  return kind(*(getattr(config, field) for field in kind._fields))
+def settings(config: Config, names: Sequence[str]) -> dict:
+  """Takes fields of the config."""
+  return {name: getattr(config, name) for name in names}
 
 
 def _of_clients(config: Config, held: Holdings, task: Task) -> Material:
   """Clients that are all there, in groups of one size."""
-  train = held.train
-  if config.algorithm == "centralised":
-    train = [{name: np.concatenate([own[name] for own in train]) for name in train[0]}]
+  pooled = config.algorithm == "centralised"
+  train = [_joined(held.train)] if pooled else held.train
   buckets = padding.bucket_clients(train, multiple=config.batch_size)
   batch = rounds.Batch(buckets.data, buckets.weights, buckets.ids)
-  order = np.concatenate([np.asarray(ids) for ids in buckets.ids])
-  if config.algorithm == "centralised":
-    own: list[Arrays] = [holdings.stacked([_joined(held.test)])]
-  return rounds, batch, order, own
+  ids = [np.arange(len(held.names))] if pooled else [np.asarray(each) for each in buckets.ids]
+  own = [holdings.stacked([held.test[k] for k in group]) for group in ids]
+  test = _test(own, np.argsort(np.concatenate(ids)), held.published)
+  clients = _clients(held.names, held.train, held.test, held.num_classes)
+  sizes = tuple(len(weights) for weights in buckets.weights)
+  return Material(
+    task, lambda step: itertools.repeat(batch), sizes, len(train), test, clients, held.about
+  )
+
+
+def _of_population(config: Config, pool: Pool, task: Task) -> Material:
+  """Clients that are drawn when a round needs them."""
+  people, test = population.make(
+    pool, config.population, config.population_examples, config.alpha, config.test_share,
+    config.split_seed,
+  )  # fmt: skip
+
+  def batches(first: int) -> Iterator[rounds.Batch]:
+    size = config.cohort
+    for rows, weights, numbers in population.batches(
+      people, size, config.batch_size, config.seed, first
+    ):
+      yield rounds.Batch((rows,), (weights,), (numbers,))
+
+  asked = population.cohort(people, min(_REPORTED, people.size), config.split_seed, 0)
+  train = [population.client(people, int(number)) for number in asked]
+  own = [population.examined(people, test, int(number)) for number in asked]
+  names = [f"client {number}" for number in asked]
+  least, most = population.sizes(people)
+  about = (
+    f"{pool.about}; a population of {people.size:,} clients, each drawn by its number from "
+    f"{len(people.arrays['y'])} examples, with replacement: {least} to {most} examples, "
+    f"Dirichlet({people.alpha:g}) label skew; tested on {len(test['y'])} others, and of "
+    f"{len(names)} clients one by one"
+  )
+  return Material(
+    task, batches, (), people.size,
+    _test([holdings.stacked(own)], np.arange(len(own)), test),
+    _clients(names, train, own, pool.num_classes), about,
+  )  # fmt: skip
+
+
+def _test(own: list[Arrays], order: np.ndarray, published: Arrays) -> rounds.Test:
+  """Puts the tests on the device; the published one in chunks."""
+  chunks: Arrays = {}
+  if published:
+    count = len(published["y"])
+    rows = min(_ROWS, count)
+    cut = [{name: x[i : i + rows] for name, x in published.items()} for i in range(0, count, rows)]
+    chunks = holdings.stacked(cut)
+  return jax.device_put(rounds.Test(tuple(own), order.astype(np.int32), chunks))
+
+
+def _clients(
+  names: list[str], train: list[Arrays], test: list[Arrays], num_classes: int
+) -> Clients:
+  """Counts what the clients hold."""
+  count = lambda parts: np.array([len(part["y"]) for part in parts])
+  classes = np.stack([np.bincount(part["y"], minlength=num_classes) for part in train])
+  return Clients(names, count(train), count(test), classes)
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def _scores(desk: Desk, state: rounds.State) -> tuple[np.ndarray, np.ndarray]:
+  """Returns accuracy and loss of every client, (K,) each, NaN where nothing is tested."""
+  program = compiler.jit(functools.partial(rounds.client_scores, desk.parts))
+  found = jax.device_get(program(state, desk.test))
+  counted = np.where(found.counted > 0, found.counted, np.nan)
+  return found.right / counted, found.loss / counted
+
+
+def _figures(desk: Desk, state: rounds.State) -> dict[str, Figure]:
+  """Draws the clients' accuracies, and what they hold."""
+  accuracy, _ = _scores(desk, state)
+  drawn = {"clients": figures.accuracies(desk.clients, accuracy, desk.title)}
+  if desk.clients.classes is not None:
+    drawn["classes"] = figures.classes_held(desk.clients)
+  return drawn
+
+
+def _files(desk: Desk, state: rounds.State) -> Mapping[str, str | bytes]:
+  """Writes clients.csv."""
+  return {"clients.csv": figures.table(desk.clients, *_scores(desk, state))}

@@ -124,7 +124,7 @@ class Config(RunConfig):
 def rows(config: Config) -> dict[str, Config]:
   """Every algorithm, and a linear model as the floor."""
   names = STATELESS if config.population else ALGORITHMS
-  table = {name: dataclasses.replace(config, algorithm=name) for name in names}
+  table: dict[str, Config] = {name: dataclasses.replace(config, algorithm=name) for name in names}
   if config.model in ("mlp", "convnet", "resnet", "vit"):
     table["linear"] = dataclasses.replace(config, algorithm="fedavg", model="linear")
   return table

@@ -48,7 +48,12 @@ def accuracies(clients: Clients, accuracy: np.ndarray, what: str) -> Figure:
   left.set(xlabel="accuracy on a client's own test", ylabel="clients", xlim=(0, 1))
   left.legend(frameon=False, fontsize=9)
   right.scatter(
-    clients.examples[known], accuracy[known], s=14, color=pictures.COLOURS[0], alpha=0.6, linewidths=0
+    clients.examples[known],
+    accuracy[known],
+    s=14,
+    color=pictures.COLOURS[0],
+    alpha=0.6,
+    linewidths=0,
   )
   right.set(xlabel="examples that a client trains on", ylabel="accuracy", ylim=(-0.03, 1.03))
   figure.suptitle(what, fontsize=10)

@@ -169,9 +169,7 @@ def _natural(groups: Sequence[str]) -> str:
   return "domains" if len(groups) > 1 else "dirichlet"
 
 
-def _parts(
-  pool: Pool, deal: Deal, how: str, name: str
-) -> tuple[list[np.ndarray], list[str]]:
+def _parts(pool: Pool, deal: Deal, how: str, name: str) -> tuple[list[np.ndarray], list[str]]:
   """Returns the examples of every client, and the clients' names."""
   own = _natural(pool.groups) == "clients"
   if how == "clients":
@@ -209,9 +207,7 @@ def _parts(
   return parts, names
 
 
-def _held_out(
-  part: np.ndarray, share: float, seed: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _held_out(part: np.ndarray, share: float, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
   """Splits a client's examples; at least one to train on, and one to test on where there are two."""
   order = np.random.default_rng(seed).permutation(part)
   count = min(max(round(share * len(part)), 1), len(part) - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -123,9 +122,7 @@ def make(name: str, sizes: Sizes, shape: tuple[int, ...], num_classes: int) -> n
     heads=sizes.vit_heads,
     hidden=4 * sizes.vit_width,
   )
-  form = ViTConfig(
-    encoder=encoder, image_size=shape[:2], patch=sizes.vit_patch, channels=shape[2]
-  )
+  form = ViTConfig(encoder=encoder, image_size=shape[:2], patch=sizes.vit_patch, channels=shape[2])
   return ViTClassifier(form, num_classes)
 
 
@@ -171,7 +168,7 @@ def caught(
   model_state: ModelState,
   args: tuple[PyTree, ...],
   key: Key | None,
-  **keywords: bool,
+  **keywords: PyTree,
 ) -> Outputs:
   """Runs a module, and catches what its layer "head" reads; without one, the logits are the features."""
   read: list[Array] = []
@@ -244,7 +241,7 @@ def _checked(
   try:
     params, state = jax.eval_shape(init, jax.random.key(0))
     outputs = jax.eval_shape(run, params, state, batch, jax.random.key(0))
-    tested = jax.eval_shape(functools.partial(run, key=None), params, state, batch)
+    tested = jax.eval_shape(lambda *given: run(*given, None), params, state, batch)
   except InputError:
     raise
   except Exception as error:  # whatever a model of the user does
@@ -281,7 +278,5 @@ def _own(name: str, num_classes: int) -> nn.Module:
       f"model: {name}({num_classes}) fails: {type(error).__name__}: {said}"
     ) from None
   if not isinstance(module, nn.Module):
-    raise InputError(
-      f"model: {name} must return a flax.linen module, got {type(module).__name__}"
-    )
+    raise InputError(f"model: {name} must return a flax.linen module, got {type(module).__name__}")
   return module

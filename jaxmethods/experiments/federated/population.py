@@ -32,8 +32,10 @@ class Population(NamedTuple):
   seed: int
 
 
-def make(pool: Pool, size: int, examples: int, alpha: float, test_share: float, seed: int):
-  """Sets a test aside; (population, rows of the test).
+def make(
+  pool: Pool, size: int, examples: int, alpha: float, test_share: float, seed: int
+) -> tuple[Population, Arrays]:
+  """Sets a test aside; returns the population and the test.
 
   Args:
     pool: all examples.
@@ -48,16 +50,41 @@ def make(pool: Pool, size: int, examples: int, alpha: float, test_share: float, 
   count = 0 if pool.published else max(round(test_share * len(order)), 1)
   test = pool.published or {name: x[np.sort(order[:count])] for name, x in pool.arrays.items()}
   train = {name: x[np.sort(order[count:])] for name, x in pool.arrays.items()}
-  return Population(train, _by_class(train["y"], pool.num_classes), size, examples, alpha, seed), test
+  return Population(
+    train, _by_class(train["y"], pool.num_classes), size, examples, alpha, seed
+  ), test
 
 
 def client(population: Population, number: int) -> Arrays:
   """Draws a client by its number, with replacement: the same at every call."""
   random = np.random.default_rng([population.seed, 0, number])
-  least = max(population.examples // 2, 1)
-  count = random.integers(least, population.examples + population.examples // 2 + 1)
+  least, most = sizes(population)
+  count = int(random.integers(least, most + 1))
   rows = _draw(random, population.members, population.alpha, count)
   return {name: x[rows] for name, x in population.arrays.items()}
+
+
+def examined(population: Population, test: Arrays, number: int) -> Arrays:
+  """Draws a test for a client, from other examples than all clients' and by the shares of its classes.
+
+  Args:
+    population: of the client.
+    test: examples that no client has.
+    number: of the client.
+  """
+  own = np.bincount(client(population, number)["y"], minlength=len(population.members))
+  share = (own / own.sum())[test["y"]] / np.bincount(test["y"])[test["y"]]
+  random = np.random.default_rng([population.seed, _TEST, number])
+  if not share.any():  # no class of the client is tested on
+    return {name: x[:0] for name, x in test.items()}
+  rows = random.choice(len(share), population.examples, p=share / share.sum())
+  return {name: x[rows] for name, x in test.items()}
+
+
+def sizes(population: Population) -> tuple[int, int]:
+  """Returns the fewest and the most examples that a client may have."""
+  half = population.examples // 2
+  return max(half, 1), population.examples + half
 
 
 def cohort(population: Population, size: int, seed: int, step: int) -> np.ndarray:
@@ -78,8 +105,10 @@ def batches(
     seed: of the rounds.
     first: round to begin with.
   """
-  longest = population.examples + population.examples // 2
-  blank = {name: np.zeros((longest, *x.shape[1:]), x.dtype) for name, x in population.arrays.items()}
+  longest = sizes(population)[1]
+  blank = {
+    name: np.zeros((longest, *x.shape[1:]), x.dtype) for name, x in population.arrays.items()
+  }
   while True:
     numbers = cohort(population, size, seed, first)
     drawn = [client(population, int(number)) for number in numbers]

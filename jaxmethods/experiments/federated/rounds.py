@@ -54,9 +54,9 @@ class Batch(NamedTuple):
     ids: per group, (clients,) who they are.
   """
 
-  data: Sequence[Mapping[str, Array]]
-  weights: Sequence[Array]
-  ids: Sequence[Array]
+  data: Sequence[PyTree]
+  weights: Sequence[PyTree]
+  ids: Sequence[PyTree]
 
 
 class Test(NamedTuple):
@@ -68,9 +68,9 @@ class Test(NamedTuple):
     published: arrays (chunks, rows, ...) of a test that belongs to nobody; {} without.
   """
 
-  own: Sequence[Mapping[str, Array]]
-  order: Array
-  published: Mapping[str, Array]
+  own: Sequence[PyTree]
+  order: PyTree
+  published: PyTree
 
 
 class State(NamedTuple):
@@ -124,7 +124,7 @@ def step(parts: Parts, state: State, batch: Batch) -> tuple[State, dict[str, Arr
 
 
 def _summarised(metrics: Mapping[str, Array], counted: Array) -> dict[str, Array]:
-  """Means over the clients that took part, sums of what they sent; a rejected client counts in no mean."""
+  """Means over the clients that took part and were not rejected, sums of the bytes of all that did."""
   good = counted & ~metrics["rejected"]
   mean = lambda x: jnp.where(good, x, 0).sum() / good.sum()  # nobody: not finite, and the run stops
   return {
@@ -145,7 +145,7 @@ def client_scores(parts: Parts, state: State, test: Test) -> Scores:
 
   sizes = [len(rows["mask"]) for rows in test.own]
   clients = state.clients
-  if not parts.sizes:
+  if parts.sizes != tuple(sizes):  # one model that was trained for all of them
     one = jax.tree.map(lambda x: x[0], clients[0])
     clients = tuple(_repeated(one, size) for size in sizes)
   index = np.split(np.arange(sum(sizes), dtype=np.int32), np.cumsum(sizes)[:-1])
