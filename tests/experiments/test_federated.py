@@ -85,7 +85,7 @@ def test_accuracy_is_that_of_each_clients_own_test(source):
   logits = hidden @ params["head"]["kernel"] + params["head"]["bias"]
   hits = (logits.argmax(-1) == own["y"][place])[own["mask"][place]]
   np.testing.assert_allclose(float(table[-1]["test_accuracy"]), hits.mean(), rtol=1e-5)
-  assert set(experiment.figures(state)) == {"clients", "classes"}
+  assert set(experiment.figures(state)) == {"clients", "own_examples"}
 
 
 def test_clients_of_an_archive_domains_and_a_published_test(source, tmp_path):

@@ -209,7 +209,7 @@ def _figures(desk: Desk, state: rounds.State) -> dict[str, Figure]:
   accuracy, _ = _scores(desk, state)
   drawn = {"clients": figures.accuracies(desk.clients, accuracy, desk.title)}
   if desk.clients.classes is not None:
-    drawn["classes"] = figures.classes_held(desk.clients)
+    drawn["own_examples"] = figures.classes_held(desk.clients)
   return drawn
 
 
