@@ -241,7 +241,7 @@ def _checked(
   try:
     params, state = jax.eval_shape(init, jax.random.key(0))
     outputs = jax.eval_shape(run, params, state, batch, jax.random.key(0))
-    tested = jax.eval_shape(lambda *given: run(*given, None), params, state, batch)
+    tested = jax.eval_shape(lambda p, s, b: run(p, s, b, None), params, state, batch)
   except InputError:
     raise
   except Exception as error:  # whatever a model of the user does
