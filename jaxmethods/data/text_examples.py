@@ -21,6 +21,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.trees import Json, PyTree
 
 FILE = "jsonl:"
+_CLIENT = "client"
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 _ROLES = ("system", "user", "assistant")
 _FORMS = '"prompt" and "completion", "question" and "answer", "messages", or "text"'
@@ -40,11 +41,13 @@ class Example(NamedTuple):
     turns: of a conversation, the last one the assistant's; () for plain text.
     text: plain text, all of which counts; "" for a conversation.
     where: place it comes from, for errors.
+    client: who holds it; "" where the file does not say, or was not asked.
   """
 
   turns: tuple[Turn, ...]
   text: str
   where: str
+  client: str = ""
 
   @property
   def answer(self) -> str:
@@ -59,19 +62,20 @@ class Texts(NamedTuple):
   about: str
 
 
-def load(name: str, count: int, seed: int) -> Texts:
+def load(name: str, count: int, seed: int, *, clients: bool = False) -> Texts:
   """Reads at most `count` examples.
 
   Args:
     name: see the module docstring.
     count: how many; a file may have fewer. 0: all of a file.
     seed: of what is generated.
+    clients: whether the field "client" of a file is read.
 
   Raises:
     InputError: an unknown source, an empty file, or a line that cannot be used.
   """
   if name.startswith(FILE):
-    return _file(folders.expanded(name.removeprefix(FILE)), count)
+    return _file(folders.expanded(name.removeprefix(FILE)), count, clients)
   if name != problems.GENERATED and not name.startswith("reasoning-gym:"):
     raise InputError(
       f"data: unknown source {name!r}: sources are {FILE}FILE, {problems.GENERATED}, "
@@ -91,11 +95,14 @@ def _written(problem: problems.Problem) -> str:
   return f"{problem.working} Answer: {problem.answer}".strip()
 
 
-def _file(path: Path, count: int) -> Texts:
+def _file(path: Path, count: int, clients: bool) -> Texts:
   """Reads a file; its digest is over the text of all lines."""
   digest, examples, ignored = hashlib.sha256(), [], set()
   for line in json_lines.read(path, name="data"):
     example, used = _example(line.where, line.entry)
+    if clients and _CLIENT in line.entry:
+      example = example._replace(client=_text(line.where, line.entry, _CLIENT))
+      used = {*used, _CLIENT}
     examples.append(example)
     ignored |= set(line.entry) - used
     digest.update(json.dumps(line.entry, sort_keys=True).encode())

@@ -141,6 +141,33 @@ def batch_graphs(
   ]
 
 
+def batch_alike(
+  data: LabelledGraphs,
+  chunks: Sequence[np.ndarray],
+  *,
+  node_multiple: int = 32,
+  edge_multiple: int = 128,
+) -> jraph.GraphsTuple:
+  """Pads given batches to the shape of the largest and stacks them; a batch may be empty.
+
+  Args:
+    data: the data set.
+    chunks: graphs of every batch.
+    node_multiple: node slots are a multiple of this.
+    edge_multiple: edge slots are a multiple of this.
+
+  Returns:
+    Arrays (chunks, ...), at least one padding node and one padding graph in each.
+
+  Raises:
+    InputError: `data` breaks its contract.
+  """
+  check_graphs(data)
+  whole = [np.asarray(chunk, int) for chunk in chunks]
+  (shape, *_) = _shapes(data.graphs, whole, 1, node_multiple, edge_multiple)
+  return stack([_pad(data, chunk, shape, {}, {}) for chunk in whole])
+
+
 def batch_shape(batch: jraph.GraphsTuple) -> BatchShape:
   """Returns the static sizes of one batch.
 

@@ -17,6 +17,7 @@ _METRICS: Mapping[str, tuple[str, str]] = {
     "share of the training examples that are classified right; no test",
     _HIGHER,
   ),
+  "token_accuracy": ("share of the tokens of the clients' test answers that are foretold", _HIGHER),
   "published_accuracy": ("test_accuracy on the source's own test, of one model for all", _HIGHER),
   "client_accuracy": ("mean over clients of the accuracy on a client's own test", _HIGHER),
   "low_accuracy": ("accuracy that nine tenths of the clients reach on their own tests", _HIGHER),

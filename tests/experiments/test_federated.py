@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import sys
 
 import flax.linen as nn
@@ -257,3 +258,63 @@ def test_a_client_whose_update_is_not_finite_is_left_out(source):
 
 def test_a_config_can_be_changed_and_kept():
   assert dataclasses.replace(Config(), widths=(4, 4)).widths == (4, 4)
+
+
+# --- graphs and texts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["fedproto", "centralised"])
+def test_graphs_by_gin(algorithm):
+  settings = Config(
+    data="embedded:MUTAG", model="gin", clients=4, algorithm=algorithm, steps=10, gin_width=8,
+    gin_layers=2, batch_size=16, learning_rate=0.02, optimizer="adam",
+  )  # fmt: skip
+  experiment, state, _, result = trained(settings)
+  majority = 125 / 188
+  assert result["test_accuracy"] > majority
+  table = list(csv.DictReader(io.StringIO(experiment.files(state)["clients.csv"])))
+  assert sum(int(row["train_examples"]) + int(row["test_examples"]) for row in table) == 188
+
+
+def lines(path, entries):
+  path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+  return f"jsonl:{path}"
+
+
+LM = {
+  "model_type": "llama", "vocab_size": 400, "hidden_size": 16, "intermediate_size": 24,
+  "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+  "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def test_texts_of_named_clients_by_lora(tmp_path):
+  entries = [
+    {"prompt": f"Say {name}", "completion": f"I say {name}.", "client": name}
+    for name in ("ann", "ben", "eve")
+    for _ in range(6)
+  ]
+  settings = Config(
+    data=lines(tmp_path / "texts.jsonl", entries), model=f"random:{json.dumps(LM)}",
+    tokenizer="small:word-problems", max_length=64, optimizer="adam", learning_rate=0.05, steps=15,
+    batch_size=4, rank=4,
+  )  # fmt: skip
+  experiment, state, metrics, result = trained(settings)
+  before = experiment.evaluate(experiment.init(jax.random.key(1)), experiment.test)
+  assert "3 clients (its own clients)" in experiment.about
+  assert result["token_accuracy"] > before["token_accuracy"] + 0.2
+  trained_size = sum(x.size for x in jax.tree.leaves(state.server.params))
+  assert metrics["bytes_up"] == 3 * 4 * trained_size
+  assert trained_size < sum(x.size for x in jax.tree.leaves(state.fixed))
+  table = experiment.files(state)["clients.csv"].split("\n")
+  assert [row.split(",")[0] for row in table[1:4]] == ["client ann", "client ben", "client eve"]
+  assert not {"moon", "fedproto"} & set(rows(settings))
+  with pytest.raises(InputError, match="moon compares classes; texts have none"):
+    build(dataclasses.replace(settings, algorithm="moon"))
+  lines(tmp_path / "texts.jsonl", [*entries, {"text": "nobody's"}])
+  with pytest.raises(InputError, match='line 19: has no "client", as other lines have'):
+    build(settings)
+  lines(tmp_path / "texts.jsonl", [{"text": "a b c"}, {"text": "c d"}] * 4)
+  with pytest.raises(InputError, match='does not say who its clients are: a field "client" does'):
+    build(dataclasses.replace(settings, split="clients"))
+  assert "2 clients (i.i.d.)" in build(dataclasses.replace(settings, clients=2)).about

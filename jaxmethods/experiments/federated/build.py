@@ -13,13 +13,22 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.federated import algorithms, figures, holdings, nets, population, rounds
-from jaxmethods.experiments.federated.config import Config
+from jaxmethods.experiments.federated import (
+  algorithms,
+  figures,
+  graphs,
+  holdings,
+  nets,
+  population,
+  rounds,
+  texts,
+)
+from jaxmethods.experiments.federated.config import GRAPHS, TEXTS, Config
 from jaxmethods.experiments.federated.figures import Clients
 from jaxmethods.experiments.federated.holdings import Arrays, Holdings, Pool
 from jaxmethods.experiments.federated.nets import Task
 from jaxmethods.federated import engine, padding
-from jaxmethods.federated.batching import shuffled
+from jaxmethods.federated.batching import Batching, prebatched, shuffled
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Experiment
 
@@ -38,6 +47,7 @@ class Material(NamedTuple):
     test: what is tested on.
     clients: for the report.
     about: the line for reports.
+    batching: of a client's epoch; None: a fresh order in batches of the config.
   """
 
   task: Task
@@ -47,6 +57,7 @@ class Material(NamedTuple):
   test: rounds.Test
   clients: Clients
   about: str
+  batching: Batching | None = None
 
 
 class Desk(NamedTuple):
@@ -73,8 +84,9 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   if config.algorithm == "fedper":
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     algorithms.check_personal(config.personal, params)
+  batching = material.batching or shuffled(config.batch_size)
   method = lambda fixed: algorithms.make(
-    config.algorithm, rates, task, fixed, shuffled(config.batch_size), material.total
+    config.algorithm, rates, task, fixed, batching, material.total
   )
   method(task.fixed)  # what is wrong with it is said now
   personal = config.algorithm in algorithms.PERSONAL
@@ -100,20 +112,27 @@ def load(config: Config) -> Material:
   Raises:
     InputError: either cannot be used.
   """
+  deal = holdings.Deal(
+    config.split, config.clients, config.alpha, config.shards_per_client, config.min_examples,
+    config.test_share, config.split_seed,
+  )  # fmt: skip
+  if config.data.startswith(TEXTS):
+    tokenizer, limit = config.tokenizer, config.max_length
+    loaded, held = texts.load(config.model, tokenizer, config.data, deal, limit)
+    lm_task = texts.task(loaded, config.adapter, config.rank, config.lora_alpha)
+    return _of_clients(config, held, lm_task)
+  if config.data.startswith(GRAPHS):
+    return _of_graphs(config, deal)
   pool = holdings.load(config.data, config.image_size)
   example = pool.arrays["x"][0]
   sizes = nets.Sizes(**settings(config, nets.Sizes._fields))
   module = nets.make(config.model, sizes, example.shape, pool.num_classes)
   task = nets.array_task(config.model, module, example, pool.num_classes)
-  if config.population:
-    if jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[1]):
-      raise InputError(f"model: {config.model} has statistics that a client of a population loses")
-    return _of_population(config, pool, task)
-  deal = holdings.Deal(
-    config.split, config.clients, config.alpha, config.shards_per_client, config.min_examples,
-    config.test_share, config.split_seed,
-  )  # fmt: skip
-  return _of_clients(config, holdings.deal_out(pool, deal, config.data), task)
+  if not config.population:
+    return _of_clients(config, holdings.deal_out(pool, deal, config.data), task)
+  if jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[1]):
+    raise InputError(f"model: {config.model} has statistics that a client of a population loses")
+  return _of_population(config, pool, task)
 
 
 def settings(config: Config, names: Sequence[str]) -> dict:
@@ -134,6 +153,26 @@ def _of_clients(config: Config, held: Holdings, task: Task) -> Material:
   sizes = tuple(len(weights) for weights in buckets.weights)
   return Material(
     task, lambda step: itertools.repeat(batch), sizes, len(train), test, clients, held.about
+  )
+
+
+def _of_graphs(config: Config, deal: holdings.Deal) -> Material:
+  """Clients of graphs, in batches that are the same in every epoch."""
+  data, clients = graphs.load(config.data, deal, config.batch_size)
+  held, train = clients.held, clients.train
+  task = graphs.task(config.model, data, clients, config.gin_width, config.gin_layers)
+  if config.algorithm == "centralised":
+    train = graphs.pooled(data, clients, config.batch_size)
+  count = len(train.real)
+  weights = train.batch["mask"].sum((1, 2)).astype(np.float32)
+  numbers = np.arange(count, dtype=np.int32)
+  batch = jax.device_put(rounds.Batch((train,), (weights,), (numbers,)))
+  test = jax.device_put(
+    rounds.Test((clients.test,), np.arange(len(held.names), dtype=np.int32), {})
+  )
+  told = _clients(held.names, held.train, held.test, held.num_classes)
+  return Material(
+    task, lambda step: itertools.repeat(batch), (count,), count, test, told, held.about, prebatched
   )
 
 
@@ -184,7 +223,9 @@ def _clients(
   names: list[str], train: list[Arrays], test: list[Arrays], num_classes: int
 ) -> Clients:
   """Counts what the clients hold."""
-  count = lambda parts: np.array([len(part["y"]) for part in parts])
+  count = lambda parts: np.array([len(next(iter(part.values()))) for part in parts])
+  if not num_classes:
+    return Clients(names, count(train), count(test), None)
   classes = np.stack([np.bincount(part["y"], minlength=num_classes) for part in train])
   return Clients(names, count(train), count(test), classes)
 

@@ -20,6 +20,10 @@ Algorithm = Literal[
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 # Their clients keep nothing from round to round, so nobody has to know them before they are drawn.
 STATELESS: tuple[Algorithm, ...] = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedntd")
+# They compare classes, which texts have not.
+OF_CLASSES: tuple[Algorithm, ...] = ("moon", "fedntd", "fedproto")
+GRAPHS = ("tu:", "tfds:tu/", "embedded:MUTAG", "embedded:Cuneiform", "embedded:digit-graphs")
+TEXTS = ("jsonl:",)
 # auto: by the source's own clients or domains where it has some, else by Dirichlet shares.
 Split = Literal["auto", "clients", "domains", "dirichlet", "shards", "iid"]
 
@@ -36,7 +40,7 @@ class Config(RunConfig):
   checkpoint_every: int = 25
   keep_checkpoints: int = 1
 
-  data: str = "digits"  # or any source of arrays
+  data: str = "digits"  # or any source of arrays, tu:NAME (graphs), jsonl:FILE (texts)
   image_size: int = 0  # side of the images of folder:PATH; 0: as they are
   split: Split = "auto"
   clients: int = 100  # unless the source says who they are
@@ -49,7 +53,8 @@ class Config(RunConfig):
   population: int = 0
   population_examples: int = 20  # of such a client, on average
 
-  # mlp, linear, convnet, resnet, vit, or package.module:function, see `nets.make`.
+  # mlp, linear, convnet, resnet, vit, or package.module:function, see `nets.make`; of graphs gin; of
+  # texts a causal LM, as of the method tuning, which is tuned by low-rank factors.
   model: str = "mlp"
   widths: tuple[int, ...] = (128, 64)  # hidden layers of mlp, channels of convnet
   narrow: int = 4  # what the channels of resnet (64 to 512) are divided by
@@ -57,6 +62,13 @@ class Config(RunConfig):
   vit_layers: int = 2
   vit_heads: int = 4
   vit_patch: int = 4
+  gin_width: int = 64
+  gin_layers: int = 3
+  adapter: Literal["lora", "rslora", "dora", "full"] = "lora"  # full: the whole LM is trained
+  rank: int = 8
+  lora_alpha: float = 16.0
+  tokenizer: str = ""  # of texts: small:word-problems, or "" for the model's own
+  max_length: int = 256  # tokens of a text; 0: the model's context
 
   algorithm: Algorithm = "fedavg"
   cohort: int = 0  # clients of a round; 0: all
@@ -83,10 +95,18 @@ class Config(RunConfig):
     checks.at_least(
       self, 1, "clients", "shards_per_client", "min_examples", "local_epochs", "batch_size",
       "narrow", "vit_width", "vit_layers", "vit_heads", "vit_patch", "population_examples",
+      "gin_width", "gin_layers", "rank",
     )  # fmt: skip
-    checks.at_least(self, 0, "image_size", "population", "cohort", "fedprox_mu")
+    checks.at_least(self, 0, "image_size", "population", "cohort", "fedprox_mu", "max_length")
     checks.positive(
-      self, "alpha", "learning_rate", "server_rate", "server_tau", "scaffold_rate", "feddyn_alpha"
+      self,
+      "alpha",
+      "lora_alpha",
+      "learning_rate",
+      "server_rate",
+      "server_tau",
+      "scaffold_rate",
+      "feddyn_alpha",
     )
     checks.within(self, "[0, 1)", "server_momentum")
     checks.within(self, "(0, 1)", "test_share")
@@ -103,6 +123,11 @@ class Config(RunConfig):
     if not self.population:
       return
     need = checks.require
+    need(
+      not self.data.startswith(GRAPHS + TEXTS),
+      "population",
+      f"is drawn from arrays, not from {self.data}",
+    )
     need(
       self.algorithm in STATELESS,
       "algorithm",
@@ -124,6 +149,8 @@ class Config(RunConfig):
 def rows(config: Config) -> dict[str, Config]:
   """Every algorithm, and a linear model as the floor."""
   names = STATELESS if config.population else ALGORITHMS
+  if config.data.startswith(TEXTS):
+    names = tuple(name for name in names if name not in (*OF_CLASSES, "fedper"))
   table: dict[str, Config] = {name: dataclasses.replace(config, algorithm=name) for name in names}
   if config.model in ("mlp", "convnet", "resnet", "vit"):
     table["linear"] = dataclasses.replace(config, algorithm="fedavg", model="linear")

@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 _TRAINING = ("train", "training", "all")
 _TESTING = ("test", "testing")
 _ASIDE = ("validation", "val", "valid")
-_OWN = "client "  # how `local.load_npz` names the clients of an archive
+OWN = "client "  # how `local.load_npz` names the clients of an archive
 
 
 class Deal(NamedTuple):
@@ -164,7 +164,7 @@ def stacked(clients: Sequence[Mapping[str, np.ndarray]], multiple: int = 1) -> A
 
 
 def _natural(groups: Sequence[str]) -> str:
-  if all(group.startswith(_OWN) for group in groups):
+  if all(group.startswith(OWN) for group in groups):
     return "clients"
   return "domains" if len(groups) > 1 else "dirichlet"
 
@@ -181,7 +181,7 @@ def _parts(pool: Pool, deal: Deal, how: str, name: str) -> tuple[list[np.ndarray
     return [np.flatnonzero(pool.group == k) for k in range(len(pool.groups))], pool.groups
   if how == "domains" and (own or len(pool.groups) < 2):
     raise InputError(f"split: {name} has no domains; it has {', '.join(pool.groups[:6])}")
-  count, seed, labels = deal.clients, deal.seed, pool.arrays["y"]
+  count, seed, labels = deal.clients, deal.seed, pool.arrays.get("y", pool.group)
   floor = {"min_examples": deal.min_examples}
   try:
     match how:

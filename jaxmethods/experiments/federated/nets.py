@@ -67,8 +67,9 @@ class Task(NamedTuple):
     scores: (fixed, parameters, model state, batch) -> scores of the examples.
     logits: fixed -> ((parameters, batch) -> (B, C)); None where there are no classes.
     features: fixed -> ((parameters, batch) -> (B, h)); None likewise.
-    num_classes: C.
-    width: h.
+    num_classes: C; 0 of texts.
+    width: h; 0 of texts.
+    measure: name of the accuracy.
   """
 
   init: Callable[[Key], tuple[Params, ModelState]]
@@ -79,6 +80,7 @@ class Task(NamedTuple):
   features: Callable[[PyTree], Callable[[Params, Batch], Array]] | None
   num_classes: int
   width: int
+  measure: str = "test_accuracy"
 
 
 # (parameters, model state, batch, key of dropout or None when tested) -> outputs

@@ -163,7 +163,7 @@ def evaluate(parts: Parts, state: State, test: Test) -> dict[str, Array]:
   own = client_scores(parts, state, test)
   total = jnp.maximum(own.counted.sum(), 1)
   accuracy = jnp.where(own.counted > 0, own.right / jnp.maximum(own.counted, 1), jnp.nan)
-  metrics = {"test_accuracy": own.right.sum() / total}
+  metrics = {parts.task.measure: own.right.sum() / total}
   if test.published and not parts.personal:
     metrics["published_accuracy"] = _published(parts, state, test.published)
   return metrics | {
