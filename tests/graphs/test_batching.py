@@ -146,3 +146,13 @@ def _set(array, index, value):
 
 def _with(data, **fields):
   return data._replace(graphs=data.graphs._replace(**fields))
+
+
+def test_given_batches_of_one_shape_may_be_empty():
+  chunks = [np.array([3, 1]), np.array([], int), np.array([7])]
+  batch = batching.batch_alike(DATA, chunks)
+  for i, chunk in enumerate(chunks):
+    one = jax.tree.map(lambda x, i=i: x[i], batch)
+    check_contract(one)
+    assert one.globals["mask"].sum() == len(chunk)
+    np.testing.assert_array_equal(one.globals["label"][: len(chunk)], DATA.labels[chunk])

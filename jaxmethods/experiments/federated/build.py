@@ -69,15 +69,20 @@ class Desk(NamedTuple):
   title: str
 
 
-def build(config: Config, mesh: Mesh | None = None) -> Experiment:
+def build(config: Config, mesh: Mesh | None = None, material: Material | None = None) -> Experiment:
   """Composes the experiment.
+
+  Args:
+    config: its settings.
+    mesh: devices with an axis "clients"; None: one device.
+    material: data and model; default: those of the config.
 
   Raises:
     InputError: data or a model that cannot be used, or a mesh without clients.
   """
   if mesh is not None and engine.CLIENTS_AXIS not in mesh.shape:
     raise InputError(f"--mesh: needs an axis {engine.CLIENTS_AXIS!r}, got {dict(mesh.shape)}")
-  material = load(config)
+  material = material or load(config)
   if config.cohort > material.total:
     raise InputError(f"cohort: {config.cohort} of {material.total} clients")
   task, rates = material.task, algorithms.Rates(**settings(config, algorithms.Rates._fields))
@@ -120,7 +125,7 @@ def load(config: Config) -> Material:
     tokenizer, limit = config.tokenizer, config.max_length
     loaded, held = texts.load(config.model, tokenizer, config.data, deal, limit)
     lm_task = texts.task(loaded, config.adapter, config.rank, config.lora_alpha)
-    return _of_clients(config, held, lm_task)
+    return of_clients(config, held, lm_task)
   if config.data.startswith(GRAPHS):
     return _of_graphs(config, deal)
   pool = holdings.load(config.data, config.image_size)
@@ -129,7 +134,7 @@ def load(config: Config) -> Material:
   module = nets.make(config.model, sizes, example.shape, pool.num_classes)
   task = nets.array_task(config.model, module, example, pool.num_classes)
   if not config.population:
-    return _of_clients(config, holdings.deal_out(pool, deal, config.data), task)
+    return of_clients(config, holdings.deal_out(pool, deal, config.data), task)
   if jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))[1]):
     raise InputError(f"model: {config.model} has statistics that a client of a population loses")
   return _of_population(config, pool, task)
@@ -140,7 +145,7 @@ def settings(config: Config, names: Sequence[str]) -> dict:
   return {name: getattr(config, name) for name in names}
 
 
-def _of_clients(config: Config, held: Holdings, task: Task) -> Material:
+def of_clients(config: Config, held: Holdings, task: Task) -> Material:
   """Clients that are all there, in groups of one size."""
   pooled = config.algorithm == "centralised"
   train = [_joined(held.train)] if pooled else held.train

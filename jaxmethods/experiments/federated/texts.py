@@ -15,7 +15,7 @@ from jaxmethods.data.records import sealed
 from jaxmethods.data.text_examples import Example
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.federated import holdings
-from jaxmethods.experiments.federated.holdings import Arrays, Deal, Holdings, Pool
+from jaxmethods.experiments.federated.holdings import Deal, Holdings, Pool
 from jaxmethods.experiments.federated.nets import Batch, Scores, Task
 from jaxmethods.federated.algorithm import Params
 from jaxmethods.stats.losses import IGNORED
@@ -44,10 +44,8 @@ def load(
   Raises:
     InputError: model or texts cannot be used.
   """
-  if model == starter.NAME:
-    loaded = starter.load()
-  else:
-    loaded = load_causal_lm(model, key=jax.random.key(0))
+  small = model == starter.NAME
+  loaded = starter.load() if small else load_causal_lm(model, key=jax.random.key(0))
   own = starter.make_tokenizer() if tokenizer == starter.NAME else loaded.files.tokenizer()
   speech = tuning.speech_of(model, loaded, own, "auto")
   limit = tuning.check_context(model, loaded.files.config, limit)
@@ -81,19 +79,23 @@ def task(loaded: LoadedLM, adapter: str, rank: int, alpha: float) -> Task:
   settings = AdapterSettings(rank=rank, alpha=alpha)
   tuner = way_of(adapter, settings, loaded.model, 1).tuner
   start: TunerState = tuner.init(jax.random.key(0), loaded.params, {})
+  empty = {name: part for name, part in start.trainable.items() if not jax.tree.leaves(part)}
+  run = functools.partial(_run, tuner, loaded, empty)
 
   def init(key):
-    return tuner.init(key, loaded.params, {}).trainable, ()
+    parts = tuner.init(key, loaded.params, {}).trainable
+    # The engine splits trees by their leaves: a part without any would get lost.
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}, ()
 
   def loss(fixed: PyTree):
     def of_batch(params, model_state, batch, key):
       del key  # no dropout
-      total, count = text_loss(_run(tuner, loaded, params, fixed), _counted(batch), None)
+      total, count = text_loss(run(params, fixed), _counted(batch), None)
       return total / jnp.maximum(count, 1), (model_state, {})
 
     return of_batch
 
-  scores = functools.partial(_scores, tuner, loaded)
+  scores = lambda fixed, params, model_state, batch: _scores(run(params, fixed), batch)
   fixed = (start.frozen, start.extra)
   return Task(init, fixed, loss, scores, None, None, 0, 0, "token_accuracy")
 
@@ -113,22 +115,19 @@ def _groups(examples: list[Example], data: str, split: str) -> tuple[np.ndarray,
   return np.array([number[example.client] for example in examples]), said
 
 
-def _run(tuner: Tuner, loaded: LoadedLM, params: Params, fixed: PyTree) -> Run:
-  return functools.partial(tuner.apply, loaded.model, params, *fixed)
+def _run(tuner: Tuner, loaded: LoadedLM, empty: Params, params: Params, fixed: PyTree) -> Run:
+  return functools.partial(tuner.apply, loaded.model, {**empty, **params}, *fixed)
 
 
-def _counted(batch: Batch) -> Arrays | Batch:
+def _counted(batch: Batch) -> Batch:
   """Renames the masks as the language model has them; padding examples have no labels."""
   labels = jnp.where(batch["mask"][:, None], batch["labels"], IGNORED)
   return {"ids": batch["ids"], "mask": batch[_TOKENS], "places": batch["places"], "labels": labels}
 
 
-def _scores(
-  tuner: Tuner, loaded: LoadedLM, fixed: PyTree, params: Params, model_state: PyTree, batch: Batch
-) -> Scores:
+def _scores(run: Run, batch: Batch) -> Scores:
   """Counts the tokens of answers that are foretold right."""
-  del model_state
-  run, given = _run(tuner, loaded, params, fixed), _counted(batch)
+  given = _counted(batch)
   hidden = run(given["ids"], logits="none", mask=given["mask"]).hidden
   chosen = jnp.take_along_axis(hidden, given["places"][..., None], axis=1)
   logits = run(chosen, method="logits").astype(jnp.float32)
