@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from jaxmethods.errors import InputError
 from jaxmethods.experiments.federated import holdings
 from jaxmethods.experiments.federated.holdings import Deal, Holdings, Pool
 from jaxmethods.experiments.federated.nets import Batch, Scores, Task
-from jaxmethods.federated.algorithm import Params
+from jaxmethods.federated.algorithm import Metrics, Params
+from jaxmethods.federated.algorithms import ModelState
 from jaxmethods.stats.losses import IGNORED
 from jaxmethods.testbeds.language import starter, tokens, tuning
 from jaxmethods.testbeds.language.settings import AdapterSettings
 from jaxmethods.testbeds.language.tuners import way_of
-from jaxmethods.trees import PyTree
+from jaxmethods.trees import Key, PyTree
 from jaxmethods.tuning.tuner import Run, Tuner, TunerState, text_loss
 
 _TOKENS = "tokens"  # the mask of the tokens, since "mask" is that of the examples
@@ -87,14 +89,7 @@ def task(loaded: LoadedLM, adapter: str, rank: int, alpha: float) -> Task:
     # The engine splits trees by their leaves: a part without any would get lost.
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}, ()
 
-  def loss(fixed: PyTree):
-    def of_batch(params, model_state, batch, key):
-      del key  # no dropout
-      total, count = text_loss(run(params, fixed), _counted(batch), None)
-      return total / jnp.maximum(count, 1), (model_state, {})
-
-    return of_batch
-
+  loss = lambda fixed: functools.partial(_loss, run, fixed)
   scores = lambda fixed, params, model_state, batch: _scores(run(params, fixed), batch)
   fixed = (start.frozen, start.extra)
   return Task(init, fixed, loss, scores, None, None, 0, 0, "token_accuracy")
@@ -117,6 +112,16 @@ def _groups(examples: list[Example], data: str, split: str) -> tuple[np.ndarray,
 
 def _run(tuner: Tuner, loaded: LoadedLM, empty: Params, params: Params, fixed: PyTree) -> Run:
   return functools.partial(tuner.apply, loaded.model, {**empty, **params}, *fixed)
+
+
+def _loss(
+  run: Callable[[Params, PyTree], Run], fixed: PyTree, params: Params, model_state: ModelState,
+  batch: Batch, key: Key,
+) -> tuple[jax.Array, tuple[ModelState, Metrics]]:  # fmt: skip
+  """Mean cross-entropy of the tokens of answers."""
+  del key  # no dropout
+  total, count = text_loss(run(params, fixed), _counted(batch), None)
+  return total / jnp.maximum(count, 1), (model_state, {})
 
 
 def _counted(batch: Batch) -> Batch:
