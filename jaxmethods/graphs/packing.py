@@ -8,7 +8,7 @@ data sets with a few very large graphs (PROTEINS: 620 nodes, mean 39).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -220,7 +220,7 @@ def pack(
     lengths, num_rows, row_edges, num_edges, sum(num_rows) + max(len(ids) for ids in batches)
   )
   nodes = graphs.nodes if isinstance(graphs.nodes, dict) else {"features": graphs.nodes}
-  source = _Source(graphs._replace(nodes=nodes), labels, spectra, hidden, dtype)
+  source = _Source(graphs._replace(nodes=nodes), labels, spectra, hidden, dtype, _Starts.of(graphs))
   packed = [_pack_one(source, layout, shape) for layout in layouts]
   return SpectralBatch(*(_stack(field) for field in zip(*packed, strict=True)))
 
@@ -243,6 +243,25 @@ class _Source(NamedTuple):
   spectra: Spectra
   hidden: int
   dtype: type
+  starts: _Starts
+
+
+class _Starts(NamedTuple):
+  """Where the nodes, edges and eigenvectors of every graph begin in the joined arrays."""
+
+  node: np.ndarray
+  edge: np.ndarray
+  matrix: np.ndarray
+
+  @classmethod
+  def of(cls, graphs: jraph.GraphsTuple) -> _Starts:
+    sizes = np.asarray(graphs.n_node).astype(np.int64)
+    return cls(*map(_cumulated, (sizes, graphs.n_edge, sizes**2)))
+
+
+def _cumulated(counts: np.ndarray) -> np.ndarray:
+  """Returns where each stretch of `counts` entries begins, and where the last one ends."""
+  return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _row_edges(
@@ -277,103 +296,147 @@ def _layout(
 
 def _pack_one(source: _Source, layout: Layout, shape: _Shape) -> SpectralBatch:
   """Fills the arrays of one batch."""
-  graphs, spectra, dtype = source.graphs, source.spectra, source.dtype
-  sizes = np.asarray(graphs.n_node)
-  node_start = np.concatenate([[0], np.cumsum(sizes)])
-  edge_start = np.concatenate([[0], np.cumsum(graphs.n_edge)])
-  matrix_start = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) ** 2)])
-
-  num_slots = sum(r * l for r, l in zip(shape.num_rows, shape.lengths, strict=True))
-  slots = {name: np.zeros((num_slots, x.shape[1]), dtype) for name, x in graphs.nodes.items()}
-  eigenvalues = np.zeros(num_slots)
-  node_mask = np.zeros(num_slots, bool)
-  products = []
-  senders: list[np.ndarray] = [np.zeros(0, np.int32)]  # a batch may be empty
-  receivers, twins, product_of = list(senders), list(senders), list(senders)
-  n_node, n_edge, graph_id = [], [], []
-
-  slot, num_undirected, first_product = 0, 0, 0
-  for rows, count, length, capacity in zip(
-    layout, shape.num_rows, shape.lengths, shape.row_edges, strict=True
-  ):
-    product: np.ndarray = np.zeros((count, capacity, length), dtype)
-    for r in range(count):
-      offset, used = 0, 0
-      for k in rows[r] if r < len(rows) else ():
-        n = int(sizes[k])
-        nodes = slice(node_start[k], node_start[k] + n)
-        here = slice(slot + offset, slot + offset + n)
-        for name, x in graphs.nodes.items():
-          slots[name][here] = x[nodes]
-        eigenvalues[here] = spectra.eigenvalues[nodes]
-        node_mask[here] = True
-        j = graphs.senders[edge_start[k] : edge_start[k + 1]] - node_start[k]
-        i = graphs.receivers[edge_start[k] : edge_start[k + 1]] - node_start[k]
-        low, high = np.minimum(i, j), np.maximum(i, j)
-        pair, undirected = np.unique(low.astype(np.int64) * n + high, return_inverse=True)
-        vectors = spectra.eigenvectors[matrix_start[k] : matrix_start[k + 1]].reshape(n, n)
-        edges = slice(used, used + len(pair))
-        product[r, edges, offset : offset + n] = vectors[pair // n] * vectors[pair % n]
-        product_of.append(first_product + r * capacity + np.arange(used, used + len(pair)))
-        senders.append(j + slot + offset)
-        receivers.append(i + slot + offset)
-        twins.append(num_undirected + undirected)
-        num_undirected += len(pair)
-        n_node.append(n)
-        n_edge.append(len(j))
-        graph_id.append(k)
-        offset, used = offset + n, used + len(pair)
-      n_node.append(length - offset)  # the row's slack, a graph of padding
-      n_edge.append(0)
-      graph_id.append(-1)
-      slot += length
-    first_product += count * capacity
-    products.append(product)
-
-  padding_graphs = shape.num_graphs - len(n_node)  # fewer graphs than the largest batch has
-  n_node += [0] * padding_graphs
-  n_edge += [0] * padding_graphs
-  graph_id += [-1] * padding_graphs
-  ids = np.array(graph_id, np.int32)
-
-  sender, receiver = np.concatenate(senders), np.concatenate(receivers)
-  order = np.lexsort((sender, receiver))
-  padding_edges = shape.num_edges - len(order)
+  rows = list(_rows(layout, shape))
+  num_slots = sum(row.length for row in rows)
+  nodes, eigenvalues = _nodes(source, rows, num_slots)
+  edges = _edges(source, rows, shape)
+  n_node, n_edge, ids = _counts(source, rows, shape)
+  order = np.lexsort((edges.senders, edges.receivers))
   pad = lambda values, fill: np.concatenate(
-    [values[order], np.full(padding_edges, fill)], dtype=np.int32, casting="unsafe"
+    [values[order], np.full(shape.num_edges - len(order), fill)], dtype=np.int32, casting="unsafe"
   )
-  # Padding edges are the last padding graph's: the one that holds the last slot.
-  n_edge[len(ids) - padding_graphs - 1] += padding_edges
   batch = jraph.GraphsTuple(
-    nodes=slots
-    | {
-      "graph": np.repeat(np.arange(len(n_node)), n_node).astype(np.int32),
-      "mask": node_mask,
-    },
+    nodes=nodes | {"graph": np.repeat(np.arange(len(n_node)), n_node).astype(np.int32)},
     edges={"mask": np.arange(shape.num_edges) < len(order)},
-    senders=pad(sender, num_slots - 1),
-    receivers=pad(receiver, num_slots - 1),
-    n_node=np.array(n_node, np.int32),
-    n_edge=np.array(n_edge, np.int32),
+    senders=pad(edges.senders, num_slots - 1),
+    receivers=pad(edges.receivers, num_slots - 1),
+    n_node=n_node,
+    n_edge=n_edge,
     globals={
       "label": np.where(ids >= 0, source.labels[ids], 0).astype(np.int32),
       "mask": ids >= 0,
       "id": ids,
     },
   )
-  encoding: np.ndarray = np.zeros((num_slots, source.hidden + 1), dtype)
-  encoding[node_mask] = sine_encoding(eigenvalues[node_mask], source.hidden)
-  undirected_mask = np.arange(shape.num_edges // 2) < num_undirected
-  undirected_products = np.zeros(len(undirected_mask), np.int32)
-  undirected_products[undirected_mask] = np.concatenate(product_of)
-  return SpectralBatch(
-    batch,
-    encoding,
-    tuple(products),
-    undirected_products,
-    undirected_mask,
-    pad(np.concatenate(twins), 0),
+  real = nodes["mask"]
+  encoding: np.ndarray = np.zeros((num_slots, source.hidden + 1), source.dtype)
+  encoding[real] = sine_encoding(eigenvalues[real], source.hidden)
+  undirected = np.arange(shape.num_edges // 2) < len(edges.product_of)
+  product_of = np.zeros(len(undirected), np.int32)
+  product_of[undirected] = edges.product_of
+  return SpectralBatch(batch, encoding, edges.products, product_of, undirected, pad(edges.twins, 0))
+
+
+class _Row(NamedTuple):
+  """One row of a batch: its group, its place there, its first slot, and its graphs."""
+
+  group: int
+  place: int
+  start: int
+  length: int
+  graphs: Sequence[int]
+
+
+def _rows(layout: Layout, shape: _Shape) -> Iterator[_Row]:
+  """Yields every row of a batch, those without graphs too."""
+  start = 0
+  groups = zip(layout, shape.num_rows, shape.lengths, strict=True)
+  for group, (rows, count, length) in enumerate(groups):
+    for place in range(count):
+      yield _Row(group, place, start, length, rows[place] if place < len(rows) else ())
+      start += length
+
+
+def _nodes(
+  source: _Source, rows: Sequence[_Row], num_slots: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Puts node features and eigenvalues into their slots; "mask" says which are real."""
+  graphs, first = source.graphs, source.starts.node
+  nodes = {
+    name: np.zeros((num_slots, x.shape[1]), source.dtype) for name, x in graphs.nodes.items()
+  }
+  eigenvalues, mask = np.zeros(num_slots), np.zeros(num_slots, bool)
+  for row in rows:
+    start = row.start
+    for k in row.graphs:
+      given, here = slice(first[k], first[k + 1]), slice(start, start + int(graphs.n_node[k]))
+      for name, x in graphs.nodes.items():
+        nodes[name][here] = x[given]
+      eigenvalues[here] = source.spectra.eigenvalues[given]
+      mask[here] = True
+      start = here.stop
+  return nodes | {"mask": mask}, eigenvalues
+
+
+class _Edges(NamedTuple):
+  """Edges of a batch in the order of its graphs, and its products; see `SpectralBatch`."""
+
+  senders: np.ndarray
+  receivers: np.ndarray
+  twins: np.ndarray
+  product_of: np.ndarray
+  products: tuple[np.ndarray, ...]
+
+
+def _edges(source: _Source, rows: Sequence[_Row], shape: _Shape) -> _Edges:
+  """Lists the edges of a batch between slots, and multiplies eigenvectors along them."""
+  forms = list(zip(shape.num_rows, shape.row_edges, shape.lengths, strict=True))
+  products: tuple[np.ndarray, ...] = tuple(np.zeros(form, source.dtype) for form in forms)
+  before = _cumulated(np.array([count * capacity for count, capacity, _ in forms]))
+  nothing: np.ndarray = np.zeros(0, np.int32)  # a batch may be empty
+  senders, receivers, twins, product_of = [nothing], [nothing], [nothing], [nothing]
+  num_undirected = 0
+  for row in rows:
+    capacity = forms[row.group][1]
+    offset = used = 0
+    for k in row.graphs:
+      n = int(source.graphs.n_node[k])
+      i, j, pair, undirected = _pairs(source, k)
+      first, last = source.starts.matrix[k : k + 2]
+      vectors = source.spectra.eigenvectors[first:last].reshape(n, n)
+      edges = slice(used, used + len(pair))
+      values = vectors[pair // n] * vectors[pair % n]
+      products[row.group][row.place, edges, offset : offset + n] = values
+      product_of.append(before[row.group] + row.place * capacity + np.arange(used, edges.stop))
+      senders.append(j + row.start + offset)
+      receivers.append(i + row.start + offset)
+      twins.append(num_undirected + undirected)
+      num_undirected += len(pair)
+      offset, used = offset + n, edges.stop
+  return _Edges(
+    np.concatenate(senders),
+    np.concatenate(receivers),
+    np.concatenate(twins),
+    np.concatenate(product_of),
+    products,
   )
+
+
+def _pairs(source: _Source, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Returns (i, j, pairs, pair of each edge) of graph k: edges j -> i, and low * n + high of a pair."""
+  graphs, n = source.graphs, int(source.graphs.n_node[k])
+  here = slice(*source.starts.edge[k : k + 2])
+  j, i = (ends[here] - source.starts.node[k] for ends in (graphs.senders, graphs.receivers))
+  low, high = np.minimum(i, j), np.maximum(i, j)
+  pair, undirected = np.unique(low.astype(np.int64) * n + high, return_inverse=True)
+  return i, j, pair, undirected
+
+
+def _counts(
+  source: _Source, rows: Sequence[_Row], shape: _Shape
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns (nodes, edges, id) of every graph of a batch; those of padding have the id -1."""
+  n_node, n_edge, ids = [], [], []
+  for row in rows:
+    sizes = [int(source.graphs.n_node[k]) for k in row.graphs]
+    n_node += [*sizes, row.length - sum(sizes)]  # the row's slack, a graph of padding
+    n_edge += [*(int(source.graphs.n_edge[k]) for k in row.graphs), 0]
+    ids += [*row.graphs, -1]
+  # Padding edges are the last padding graph's: the one that holds the last slot.
+  n_edge[-1] = shape.num_edges - sum(n_edge)
+  padding = shape.num_graphs - len(n_node)  # fewer graphs than the largest batch has
+  fill = lambda values, value: np.array([*values, *[value] * padding], np.int32)
+  return fill(n_node, 0), fill(n_edge, 0), fill(ids, -1)
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:

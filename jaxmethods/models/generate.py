@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,27 +74,11 @@ def generate(
     ValueError: prompt and new tokens are longer than the cache, or an impossible setting.
   """
   batch, length = ids.shape
-  total = length + max_new_tokens
-  size = total if cache_size is None else cache_size
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-  if num_samples < 1:
-    raise ValueError(f"num_samples: must be at least 1, got {num_samples}")
-  if total > size:
-    raise ValueError(
-      f"a prompt of {length} tokens and {max_new_tokens} new ones are longer than the cache of {size}"
-    )
-  if (
-    temperature < 0
-    or (top_k is not None and top_k < 1)
-    or (top_p is not None and not 0 < top_p <= 1)
-  ):
-    raise ValueError(f"impossible sampling: {temperature=}, {top_k=}, {top_p=}")
-  if temperature > 0 and key is None:
-    raise ValueError("sampling at a temperature above 0 needs a key")
+  size = length + max_new_tokens if cache_size is None else cache_size
+  _check(max_new_tokens, num_samples, length, size)
+  _check_sampling(temperature, top_k, top_p, key)
   mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
   ids = jnp.asarray(ids, jnp.int32)
-  ends = jnp.asarray(list(eos), jnp.int32)
   apply: Any = model.apply  # linen's own type allows for mutable collections, which are not used
 
   slots = size if use_cache else None
@@ -103,61 +88,130 @@ def generate(
     each = lambda x: jnp.repeat(x, num_samples, axis=0)
     first, ids, mask, prompt = jax.tree.map(each, (first, ids, mask, prompt))
     cache = cache and cache.repeated(num_samples)
-    batch *= num_samples
+  draw = functools.partial(_draw, key, temperature, top_k, top_p)
+  write = functools.partial(_write, draw, jnp.asarray(list(eos), jnp.int32))
+  if use_cache:
+    following = functools.partial(_by_cache, apply, variables)
+  else:
+    following = functools.partial(_by_text, apply, variables, ids, mask, prompt)
 
-  def choose(logits: jax.Array, step: jax.Array | int) -> jax.Array:
-    if temperature == 0:
-      return logits.argmax(-1).astype(jnp.int32)
-    assert key is not None
-    logits = restrict(logits.astype(jnp.float32) / temperature, top_k, top_p)
-    return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+  def body(carry: tuple[jax.Array, _Text, PyTree]) -> tuple[jax.Array, _Text, PyTree]:
+    step, text, cache = carry
+    logits, cache = following(step, text.tokens, cache)
+    return step + 1, write(text, logits, step), cache
 
-  def next_logits(step: jax.Array, tokens: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
-    if use_cache:
-      newest = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-      out = apply(variables, newest, cache=cache, logits="last")
-      return out.logits[:, 0], out.cache
-    text = jnp.concatenate([ids, tokens], axis=1)
-    there = jnp.concatenate(
-      [mask, jnp.arange(max_new_tokens)[None].repeat(batch, 0) < step], axis=1
+  def unfinished(carry: tuple[jax.Array, _Text, PyTree]) -> jax.Array:
+    step, text, _ = carry
+    return (step < max_new_tokens) & ~text.done.all()
+
+  begun = write(_Text.empty(len(ids), max_new_tokens, pad), first, 0)
+  _, text, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), begun, cache))
+  return _ended(text, eos)
+
+
+class _Text(NamedTuple):
+  """What has been written: tokens and log-probabilities (B, N), and which texts are done (B,)."""
+
+  tokens: jax.Array
+  done: jax.Array
+  log_probs: jax.Array
+
+  @classmethod
+  def empty(cls, batch: int, length: int, pad: int) -> _Text:
+    tokens = jnp.full((batch, length), pad, jnp.int32)
+    return cls(tokens, jnp.zeros(batch, bool), jnp.zeros((batch, length)))
+
+
+def _check(max_new_tokens: int, num_samples: int, length: int, size: int) -> None:
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+  if num_samples < 1:
+    raise ValueError(f"num_samples: must be at least 1, got {num_samples}")
+  if length + max_new_tokens > size:
+    raise ValueError(
+      f"a prompt of {length} tokens and {max_new_tokens} new ones are longer than the cache of {size}"
     )
-    hidden = apply(variables, text, mask=there, logits="none", **prompt).hidden
-    newest = jax.lax.dynamic_index_in_dim(hidden, length + step - 1, axis=1, keepdims=False)
-    return apply(variables, newest, method="logits"), None
-
-  def write(tokens, log_probs, done, logits, step):
-    new = choose(logits, step)
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, new[:, None], 1)[:, 0]
-    log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-    log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, log_prob[:, None], step, axis=1)
-    return *_write(tokens, done, new, step, ends), log_probs
-
-  def body(carry):
-    step, tokens, done, log_probs, cache = carry
-    logits, cache = next_logits(step, tokens, cache)
-    return (step + 1, *write(tokens, log_probs, done, logits, step), cache)
-
-  def unfinished(carry):
-    step, _, done, *_ = carry
-    return (step < max_new_tokens) & ~done.all()
-
-  tokens = jnp.full((batch, max_new_tokens), pad, jnp.int32)
-  log_probs = jnp.zeros((batch, max_new_tokens))
-  begun = write(tokens, log_probs, jnp.zeros(batch, bool), first, 0)
-  _, tokens, _, log_probs, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), *begun, cache))
-  ended = jnp.isin(tokens, ends)
-  lengths = jnp.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens)
-  real = jnp.arange(max_new_tokens) < lengths[:, None]
-  return Generated(tokens, lengths, jnp.where(real, log_probs, 0))
 
 
-def _write(tokens, done, new, step, ends):
-  """Puts the new tokens (B,) of the texts that go on at `step`."""
-  kept = jax.lax.dynamic_slice_in_dim(tokens, step, 1, axis=1)
-  column = jnp.where(done[:, None], kept, new[:, None])
-  tokens = jax.lax.dynamic_update_slice_in_dim(tokens, column, step, axis=1)
-  return tokens, done | jnp.isin(new, ends)
+def _check_sampling(
+  temperature: float, top_k: int | None, top_p: float | None, key: jax.Array | None
+) -> None:
+  impossible_k = top_k is not None and top_k < 1
+  impossible_p = top_p is not None and not 0 < top_p <= 1
+  if temperature < 0 or impossible_k or impossible_p:
+    raise ValueError(f"impossible sampling: {temperature=}, {top_k=}, {top_p=}")
+  if temperature > 0 and key is None:
+    raise ValueError("sampling at a temperature above 0 needs a key")
+
+
+def _draw(
+  key: jax.Array | None,
+  temperature: float,
+  top_k: int | None,
+  top_p: float | None,
+  logits: jax.Array,
+  step: jax.Array | int,
+) -> jax.Array:
+  """Chooses the next tokens (B,) by logits (B, V)."""
+  if temperature == 0:
+    return logits.argmax(-1).astype(jnp.int32)
+  assert key is not None
+  logits = restrict(logits.astype(jnp.float32) / temperature, top_k, top_p)
+  return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+
+def _by_cache(
+  apply: Callable, variables: Params, step: jax.Array, tokens: jax.Array, cache: PyTree
+) -> tuple[jax.Array, PyTree]:
+  """Logits (B, V) of the token at `step` from the one before and the cache, and the next cache."""
+  newest = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
+  out = apply(variables, newest, cache=cache, logits="last")
+  return out.logits[:, 0], out.cache
+
+
+def _by_text(
+  apply: Callable,
+  variables: Params,
+  ids: jax.Array,
+  mask: jax.Array,
+  prompt: PyTree,
+  step: jax.Array,
+  tokens: jax.Array,
+  cache: PyTree,
+) -> tuple[jax.Array, PyTree]:
+  """Logits (B, V) of the token at `step` from the whole text so far; there is no cache."""
+  text = jnp.concatenate([ids, tokens], axis=1)
+  written = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < step, tokens.shape)
+  there = jnp.concatenate([mask, written], axis=1)
+  hidden = apply(variables, text, mask=there, logits="none", **prompt).hidden
+  newest = jax.lax.dynamic_index_in_dim(hidden, ids.shape[1] + step - 1, axis=1, keepdims=False)
+  return apply(variables, newest, method="logits"), cache
+
+
+def _write(
+  draw: Callable, ends: jax.Array, text: _Text, logits: jax.Array, step: jax.Array | int
+) -> _Text:
+  """Puts the tokens chosen by logits (B, V) into the texts that go on at `step`."""
+  new = draw(logits, step)
+  logits = logits.astype(jnp.float32)
+  log_prob = jnp.take_along_axis(logits, new[:, None], 1) - jax.nn.logsumexp(
+    logits, axis=-1, keepdims=True
+  )
+  old = jax.lax.dynamic_slice_in_dim(text.tokens, step, 1, axis=1)
+  column = jnp.where(text.done[:, None], old, new[:, None])
+  put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+  return _Text(
+    put(text.tokens, column), text.done | jnp.isin(new, ends), put(text.log_probs, log_prob)
+  )
+
+
+def _ended(text: _Text, eos: Sequence[int]) -> Generated:
+  """Measures texts; what follows an end has log-probability 0."""
+  ended = jnp.isin(text.tokens, jnp.asarray(list(eos), jnp.int32))
+  length = text.tokens.shape[1]
+  lengths = jnp.where(ended.any(1), ended.argmax(1) + 1, length)
+  real = jnp.arange(length) < lengths[:, None]
+  return Generated(text.tokens, lengths, jnp.where(real, text.log_probs, 0))
 
 
 def restrict(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
