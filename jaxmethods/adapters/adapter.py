@@ -107,89 +107,109 @@ def on_linears(rule: Rule, drop_rate: float = 0.0, **settings: object) -> Adapte
   if not 0.0 <= drop_rate < 1.0:
     raise InputError(f"{settings['kind']}: dropout must be in [0, 1), got {drop_rate}")
 
-  def init(key: jax.Array, params: Params, targets: str) -> Tree:
-    linears = _linears(params)
-    found = matching((below(path, "kernel") for path in linears), targets)
-    return unflatten(start(key, {path: linears[path] for path in map(owner, found)}))
+  part = functools.partial
+  return Adapter(
+    part(_init, rule),
+    part(_variables, rule),
+    part(_interceptor, rule, drop_rate),
+    part(_merge, rule) if rule.merge else None,
+    rule.frozen,
+    settings,
+  )
 
-  def start(key: jax.Array, chosen: Mapping[str, Linear]) -> dict[str, jax.Array]:
-    tree = {
-      below(path, name): leaf
-      for path, linear in chosen.items()
-      for name, leaf in start_one(key_of(key, path), linear, path).items()
-    }
-    if rule.shared:
-      widths = [linear.kernel.shape[-2:] for linear in chosen.values()]
-      common = rule.shared(key_of(key, SHARED), *map(max, zip(*widths, strict=True)))
-      tree |= {below(SHARED, name): leaf for name, leaf in common.items()}
-    return tree
 
-  def start_one(key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
-    stack = linear.kernel.shape[:-2]
-    keys = jax.random.split(key, stack) if stack else key
-    return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
+def _init(rule: Rule, key: jax.Array, params: Params, targets: str) -> Tree:
+  """Starts the adapter of every linear layer that `targets` names."""
+  linears = _linears(params)
+  found = matching((below(path, "kernel") for path in linears), targets)
+  return unflatten(_start(rule, key, {path: linears[path] for path in map(owner, found)}))
 
-  def variables(params: Params, tree: Tree) -> Tree:
-    check(params, tree)
-    own = {name: branch for name, branch in tree.items() if name != SHARED}
-    return {"params": params, COLLECTION: own}
 
-  def check(params: Params, tree: Tree) -> None:
-    """The tree has the leaves and shapes that `init` would give it."""
-    linears, modules = _linears(params), layers_of(tree)
-    if strangers := sorted(set(modules) - set(linears)):
-      raise InputError(
-        f"the adapter acts on {strangers[0]}, which is no linear layer of this model"
-      )
-    chosen = {path: linears[path] for path in modules}
-    expected, found = jax.eval_shape(start, jax.random.key(0), chosen), flatten(tree)
-    for path in sorted({*expected, *found}):
-      needed, given = (jnp.shape(x[path]) if path in x else None for x in (expected, found))
-      if needed != given:
-        raise InputError(f"the adapter's {path} has shape {given}, this model needs {needed}")
+def _start(rule: Rule, key: jax.Array, chosen: Mapping[str, Linear]) -> dict[str, jax.Array]:
+  """Draws the leaves of chosen layers, and those that all of them share."""
+  tree = {
+    below(path, name): leaf
+    for path, linear in chosen.items()
+    for name, leaf in _start_one(rule, key_of(key, path), linear, path).items()
+  }
+  if rule.shared:
+    widths = [linear.kernel.shape[-2:] for linear in chosen.values()]
+    common = rule.shared(key_of(key, SHARED), *map(max, zip(*widths, strict=True)))
+    tree |= {below(SHARED, name): leaf for name, leaf in common.items()}
+  return tree
 
-  def interceptor(tree: Tree) -> Interceptor:
-    shared = tree.get(SHARED, {})
 
-    def intercept(next_fun, args, kwargs, context):
-      module = context.module
-      adapts = isinstance(module, nn.Dense) and context.method_name == "__call__"
-      factors = module.variables.get(COLLECTION) if adapts else None
-      if not factors:
-        return next_fun(*args, **kwargs)
+def _start_one(rule: Rule, key: jax.Array, linear: Linear, path: str) -> dict[str, jax.Array]:
+  stack = linear.kernel.shape[:-2]
+  keys = jax.random.split(key, stack) if stack else key
+  return _over_stack(lambda key, linear: rule.init(key, linear, path), linear)(keys, linear)
 
-      def drop(x):
-        if drop_rate == 0.0 or not module.has_rng("dropout"):
-          return x
-        return dropout(x, drop_rate, module.make_rng("dropout"))
 
-      (x,) = args
-      own = module.variables["params"]
-      linear = Linear(own["kernel"], own.get("bias"))
-      dtype = jnp.result_type(x, linear.kernel) if module.dtype is None else module.dtype
-      x = x.astype(dtype)
-      return rule.forward({**factors, **shared}, x, linear, next_fun, drop)
+def _variables(rule: Rule, params: Params, tree: Tree) -> Tree:
+  _check(rule, params, tree)
+  own = {name: branch for name, branch in tree.items() if name != SHARED}
+  return {"params": params, COLLECTION: own}
 
-    return intercept
 
-  def merge_by(plain: Merge, params: Params, tree: Tree) -> Tree:
-    check(params, tree)
-    linears, shared = _linears(params), tree.get(SHARED, {})
-    flat = flatten(params)
-    for path, factors in layers_of(tree).items():
-      old = linears[path]
-      wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), old)
-      one = lambda factors, linear: plain({**factors, **shared}, linear)
-      new = _over_stack(one, old)(factors, wide)
-      if new.bias is not None and old.bias is None:
-        raise InputError(f"{path} has no bias that this adapter could be merged into")
-      for name, before, after in zip(Linear._fields, old, new, strict=True):
-        if before is not None:
-          flat[below(path, name)] = after.astype(before.dtype)
-    return unflatten(flat)
+def _check(rule: Rule, params: Params, tree: Tree) -> None:
+  """Refuses a tree that has other leaves or shapes than `init` would give it."""
+  linears, modules = _linears(params), layers_of(tree)
+  if strangers := sorted(set(modules) - set(linears)):
+    raise InputError(f"the adapter acts on {strangers[0]}, which is no linear layer of this model")
+  chosen = {path: linears[path] for path in modules}
+  start = functools.partial(_start, rule)
+  expected, found = jax.eval_shape(start, jax.random.key(0), chosen), flatten(tree)
+  for path in sorted({*expected, *found}):
+    needed, given = (jnp.shape(x[path]) if path in x else None for x in (expected, found))
+    if needed != given:
+      raise InputError(f"the adapter's {path} has shape {given}, this model needs {needed}")
 
-  merge = functools.partial(merge_by, rule.merge) if rule.merge else None
-  return Adapter(init, variables, interceptor, merge, rule.frozen, settings)
+
+def _interceptor(rule: Rule, drop_rate: float, tree: Tree) -> Interceptor:
+  """Returns what stands for the call of every linear layer; those without factors go on as they are."""
+  shared = tree.get(SHARED, {})
+
+  def intercept(next_fun, args, kwargs, context):
+    module = context.module
+    adapts = isinstance(module, nn.Dense) and context.method_name == "__call__"
+    factors = module.variables.get(COLLECTION) if adapts else None
+    if not factors:
+      return next_fun(*args, **kwargs)
+    (x,) = args
+    own = module.variables["params"]
+    linear = Linear(own["kernel"], own.get("bias"))
+    dtype = jnp.result_type(x, linear.kernel) if module.dtype is None else module.dtype
+    drop = functools.partial(_drop, module, drop_rate)
+    return rule.forward({**factors, **shared}, x.astype(dtype), linear, next_fun, drop)
+
+  return intercept
+
+
+def _drop(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+  """Drops entries of the branch of a layer, where it is applied with an rng stream."""
+  if rate == 0.0 or not module.has_rng("dropout"):
+    return x
+  return dropout(x, rate, module.make_rng("dropout"))
+
+
+def _merge(rule: Rule, params: Params, tree: Tree) -> Tree:
+  """Puts the adapter into the layers' own parameters."""
+  _check(rule, params, tree)
+  assert rule.merge is not None
+  plain = rule.merge
+  linears, shared = _linears(params), tree.get(SHARED, {})
+  flat = flatten(params)
+  for path, factors in layers_of(tree).items():
+    old = linears[path]
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), old)
+    one = lambda factors, linear: plain({**factors, **shared}, linear)
+    new = _over_stack(one, old)(factors, wide)
+    if new.bias is not None and old.bias is None:
+      raise InputError(f"{path} has no bias that this adapter could be merged into")
+    for name, before, after in zip(Linear._fields, old, new, strict=True):
+      if before is not None:
+        flat[below(path, name)] = after.astype(before.dtype)
+  return unflatten(flat)
 
 
 @contextlib.contextmanager
