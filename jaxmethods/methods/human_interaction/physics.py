@@ -31,6 +31,17 @@ def _mean(values: Array, counted: Array | None) -> Array:
   return jnp.where(counted, values, 0).sum() / (total * values[0].size)
 
 
+def _nearest(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
+  """Smallest distance of points (T, I, 3) to points (T, K, 3) along axes of (T, I, K).
+
+  The root of the smallest square; coordinates apart, for they are few.
+  """
+  parts = [jnp.square(a[..., :, None, i] - b[..., None, :, i]) for i in range(a.shape[-1])]
+  square = sum(parts[1:], parts[0]).min(axis)
+  nothing = square == 0
+  return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
+
+
 def _frames(joints: Array, mask: Array | None) -> Array:
   return jnp.ones(len(joints), bool) if mask is None else mask.astype(bool)
 
@@ -269,8 +280,8 @@ def sliding_share(
   """
   real = _frames(points, mask)
   low = points[1:-1, :, up].argmin(1)
-  speed = length(points[2:] - points[:-2]) / 2
-  speed = jnp.take_along_axis(speed, low[:, None], axis=1)[:, 0]
+  at = lambda x: jnp.take_along_axis(x, low[:, None, None], axis=1)[:, 0]
+  speed = length(at(points[2:]) - at(points[:-2])) / 2
   return 100.0 * ((speed > bound) & real[2:]).sum() / jnp.maximum(real.sum(), 1)
 
 
@@ -379,7 +390,7 @@ def hand_distances(
   """
   hands = joints[:, jnp.array(skeleton.hands)]
   shapes.check(hands=(hands, "T H 3"), points=(points, "T V 3"))
-  return length(hands[:, :, None] - points[:, None]).min(-1)
+  return _nearest(hands, points, -1)
 
 
 def touching(distances: Float[Array, "T ..."], bound: float = 0.1) -> Bool[Array, " T"]:
@@ -403,7 +414,7 @@ def share_of_frames(
 
 def joint_distance(a: Float[Array, "T J 3"], b: Float[Array, "T J 3"]) -> Float[Array, " T"]:
   """Smallest distance of a joint of one body to a joint of the other, m; contact below 0.1."""
-  return length(a[:, :, None] - b[:, None]).min((1, 2))
+  return _nearest(a, b, (1, 2))
 
 
 # --- penetration ----------------------------------------------------------------------------------
