@@ -8,8 +8,8 @@ step     a training step of two persons (InterHuman features, width 128, 4 layer
 sample   clips a second: DDIM of 20 steps with classifier-free guidance, in one program of 256 clips.
 metrics  all metrics of 1,000 clips beside their NumPy, SciPy and scikit-learn definitions, one clip
          after the other as published; float64; their largest difference.
-All run on one pinned core, step and sample in fresh processes, which take turns; the allocator's settings are
-those of our entry point for both. Writes results/human_interaction_speed.json.
+All run on one pinned core, step and sample in fresh processes, which take turns; the allocator's
+settings are those of our entry point for both. Writes results/human_interaction_speed.json.
 """
 
 from __future__ import annotations

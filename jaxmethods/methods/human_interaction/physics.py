@@ -31,15 +31,16 @@ def _mean(values: Array, counted: Array | None) -> Array:
   return jnp.where(counted, values, 0).sum() / (total * values[0].size)
 
 
-def _nearest(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
-  """Smallest distance of points (T, I, 3) to points (T, K, 3) along axes of (T, I, K).
+def _nearest(a: Array, b: Array) -> Array:
+  """Distances (T, I) of points a (T, I, 3) to the nearest of b (T, K, 3).
 
-  The root of the smallest square; coordinates apart, for they are few.
+  The root of the smallest square. Frames are the last axis and coordinates apart: a CPU then takes
+  several frames at once.
   """
-  parts = [jnp.square(a[..., :, None, i] - b[..., None, :, i]) for i in range(a.shape[-1])]
-  square = sum(parts[1:], parts[0]).min(axis)
+  parts = [jnp.square(x[:, None] - y) for x, y in zip(a.T, b.T, strict=True)]
+  square = sum(parts[1:], parts[0]).min(1)
   nothing = square == 0
-  return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
+  return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square))).T
 
 
 def _frames(joints: Array, mask: Array | None) -> Array:
@@ -390,7 +391,7 @@ def hand_distances(
   """
   hands = joints[:, jnp.array(skeleton.hands)]
   shapes.check(hands=(hands, "T H 3"), points=(points, "T V 3"))
-  return _nearest(hands, points, -1)
+  return _nearest(hands, points)
 
 
 def touching(distances: Float[Array, "T ..."], bound: float = 0.1) -> Bool[Array, " T"]:
@@ -414,7 +415,7 @@ def share_of_frames(
 
 def joint_distance(a: Float[Array, "T J 3"], b: Float[Array, "T J 3"]) -> Float[Array, " T"]:
   """Smallest distance of a joint of one body to a joint of the other, m; contact below 0.1."""
-  return _nearest(a, b, (1, 2))
+  return _nearest(a, b).min(1)
 
 
 # --- penetration ----------------------------------------------------------------------------------
