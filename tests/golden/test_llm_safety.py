@@ -18,8 +18,8 @@ from jaxmethods.methods.llm_safety import (
   unlearning,
   watermark,
 )
+from jaxmethods.models import tiny_gpt
 from jaxmethods.stats import poisoning
-from tests import tiny_lm
 
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
 TOLERANCE = {"float64": 1e-8, "float32": 2e-4}
@@ -72,7 +72,8 @@ def golden(golden_file):
 def test_tiny_lm(golden, dtype):
   g = golden(dtype)
   g.close(
-    jax.jit(tiny_lm.apply, static_argnums=2)(g.params, g["tiny_lm/ids"], g.heads), "tiny_lm/logits"
+    jax.jit(tiny_gpt.read, static_argnums=2)(g.params, g["tiny_lm/ids"], g.heads).logits,
+    "tiny_lm/logits",
   )
 
 
@@ -82,7 +83,7 @@ def test_dpsgd(golden, dtype):
   ids, params = g["dpsgd/ids"], g.params
   labels = likelihood.labels_of(ids, g["dpsgd/mask"] > 0)
   loss = lambda params, example: likelihood.mean_token_nll(
-    tiny_lm.apply(params, example[0][None], g.heads), example[1][None]
+    tiny_gpt.read(params, example[0][None], g.heads).logits, example[1][None]
   )
   losses, gradients = jax.jit(partial(privacy.per_example_gradients, loss))(params, (ids, labels))
   g.close(losses, "dpsgd/per_example_loss")
@@ -284,7 +285,7 @@ def gcg_loss(g, embedded_suffix):
   params, target = g.params, g["gcg/target"]
   wte = params["wte"]
   parts = (wte[g["gcg/prefix"]], embedded_suffix, wte[g["gcg/after"]], wte[target])
-  return attacks.target_loss(tiny_lm.logits_of(params, jnp.concatenate(parts), g.heads), target)
+  return attacks.target_loss(tiny_gpt.read_embedded(params, jnp.concatenate(parts), g.heads).logits, target)
 
 
 @DTYPES

@@ -18,8 +18,8 @@ from jaxmethods.methods.llm_safety import (
   unlearning,
   watermark,
 )
+from jaxmethods.models import tiny_gpt
 from jaxmethods.stats.losses import IGNORED
-from tests import tiny_lm
 
 KEY = jax.random.key(0)
 
@@ -54,9 +54,9 @@ def test_a_later_token_never_changes_earlier_logits():
     "0.ln2_g": (width,), "0.ln2_b": (width,),
   }  # fmt: skip
   params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-  logits = jax.jit(tiny_lm.apply, static_argnums=2)(
+  logits = jax.jit(tiny_gpt.read, static_argnums=2)(
     params, jnp.array([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]), 2
-  )
+  ).logits
   np.testing.assert_array_equal(logits[0, :3], logits[1, :3])
   assert (logits[0, 3] != logits[1, 3]).any()
 

@@ -153,3 +153,37 @@ class AdapterSettings:
       checks.require(0 < getattr(self, name) <= 1, f"tuner.{name}", "must be in (0, 1]")
     for name in ("dare_rate", "dropout"):
       checks.require(0 <= getattr(self, name) < 1, f"tuner.{name}", "must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToySettings:
+  """The small models of the toy world: base, then aligned (inferred)."""
+
+  width: int = 64
+  layers: int = 2
+  heads: int = 4
+  hidden: int = 256
+  sequences: int = 4000  # of the base corpus
+  base_steps: int = 400
+  base_rate: float = 3e-3
+  base_batch: int = 64
+  aligned_steps: int = 300
+  aligned_rate: float = 5e-4
+  aligned_batch: int = 64
+  aligned_examples: int = 512  # of each kind: refuse, benign, fact
+  augment: float = 0.5  # share of chat whose fillers are any tokens, when a model is aligned; 0: off
+  prompts: int = 128  # of each score
+
+  def __post_init__(self) -> None:
+    sizes = (
+      "width", "layers", "heads", "hidden", "sequences", "base_steps", "base_batch", "aligned_steps",
+      "aligned_batch", "aligned_examples", "prompts",
+    )  # fmt: skip
+    checks.at_least(self, 1, *sizes, prefix="toy.")
+    checks.positive(self, "base_rate", "aligned_rate", prefix="toy.")
+    checks.within(self, "[0, 1]", "augment", prefix="toy.")
+    checks.require(
+      self.width % self.heads == 0,
+      "toy.width",
+      f"must be a multiple of the {self.heads} heads, got {self.width}",
+    )
