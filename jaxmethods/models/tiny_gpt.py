@@ -4,8 +4,8 @@ Plain functions over a flat dict of parameters, so that a method can put a chang
 read what stands between layers (RMU, spectral filters), or feed mixtures of embeddings (GCG). Padding
 stands at the end: attention is causal, so it never changes what comes before it.
 
-Parameters: wte (V, D), wpe (T, D), "0.wqkv" (D, 3D), "0.wo" (D, D), "0.w1" (D, F), "0.b1", "0.w2" (F, D),
-"0.b2", "0.ln1_g", "0.ln1_b", "0.ln2_g", "0.ln2_b", ..., lnf_g, lnf_b, head (D, V).
+Parameters: wte (V, D), wpe (T, D), "0.wqkv" (D, 3D), "0.wo" (D, D), "0.w1" (D, F), "0.b1", "0.w2"
+(F, D), "0.b2", "0.ln1_g", "0.ln1_b", "0.ln2_g", "0.ln2_b", ..., lnf_g, lnf_b, head (D, V).
 """
 
 from __future__ import annotations

@@ -285,7 +285,9 @@ def gcg_loss(g, embedded_suffix):
   params, target = g.params, g["gcg/target"]
   wte = params["wte"]
   parts = (wte[g["gcg/prefix"]], embedded_suffix, wte[g["gcg/after"]], wte[target])
-  return attacks.target_loss(tiny_gpt.read_embedded(params, jnp.concatenate(parts), g.heads).logits, target)
+  return attacks.target_loss(
+    tiny_gpt.read_embedded(params, jnp.concatenate(parts), g.heads).logits, target
+  )
 
 
 @DTYPES

@@ -171,7 +171,9 @@ class ToySettings:
   aligned_rate: float = 5e-4
   aligned_batch: int = 64
   aligned_examples: int = 512  # of each kind: refuse, benign, fact
-  augment: float = 0.5  # share of chat whose fillers are any tokens, when a model is aligned; 0: off
+  augment: float = (
+    0.5  # share of chat whose fillers are any tokens, when a model is aligned; 0: off
+  )
   prompts: int = 128  # of each score
 
   def __post_init__(self) -> None:

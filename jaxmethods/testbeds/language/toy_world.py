@@ -123,7 +123,9 @@ def fillers(rng: np.random.Generator, most: int, alphabet: Sequence[int] = FILLE
 
 def all_pairs(subjects: Iterable[int] = range(len(SUBJECTS))) -> np.ndarray:
   """Lists (subject, relation), both counted from 0, of every fact of some subjects."""
-  return np.array([(s, r) for s in subjects for r in range(len(RELATIONS))], np.int32).reshape(-1, 2)
+  return np.array([(s, r) for s in subjects for r in range(len(RELATIONS))], np.int32).reshape(
+    -1, 2
+  )
 
 
 def fact_prompt(pair: Sequence[int], before: Tokens) -> Tokens:
