@@ -4,7 +4,7 @@
   python -m eval.run --method llm_safety --task unlearn        # one stage
   python -m eval.compare --method llm_safety --task unlearn    # its rows, five seeds
 
-A step makes one row: a model attacked or defended in one way, and scored. Everything harmful is synthetic
+A step makes one row: a model attacked or defended in one way, and scored. What is harmful is synthetic
 tokens of a toy world. Numbers marked (code), (known), (inferred) say where a default comes from.
 """
 
