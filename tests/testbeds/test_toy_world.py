@@ -32,7 +32,7 @@ def test_bad_sequences_are_refused():
   world = w.draw(np.random.default_rng(0))
   with pytest.raises(InputError, match=r"fact \(40, 0\) is unknown"):
     w.facts(world, np.array([[40, 0]]), np.random.default_rng(0))
-  with pytest.raises(InputError, match="token 200 is none of 0..159"):
+  with pytest.raises(InputError, match="token 200 is none of"):
     w.pack([[1, 200]], [1], w.FACT)
   with pytest.raises(InputError, match="at most 16"):
     w.pack([[1] * 17], [1], w.FACT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ _CHUNK = 20  # steps of one program: one compilation serves every length of trai
 Batch: TypeAlias = Mapping[str, Array]
 # (parameters, batch, what stays fixed) -> loss; a function of a module, so that it compiles once.
 Loss: TypeAlias = Callable[[Params, Batch, PyTree], Array]
-# (what stays fixed, gradient) -> the update's gradient, for losses that are not plain.
+Gradient: TypeAlias = Callable[[Params, Batch, PyTree], Params]
 Examples: TypeAlias = Mapping[str, np.ndarray]  # arrays with one leading axis
 
 
@@ -63,6 +63,18 @@ def heads_of(settings: ToySettings) -> PyTree:
   return {"heads": jnp.zeros(settings.heads)}
 
 
+class Learner(NamedTuple):
+  """A model that is being trained: parameters and the state of Adam."""
+
+  params: Params
+  optimizer: optax.OptState
+
+
+def learner(params: Params) -> Learner:
+  """Starts training."""
+  return Learner(params, optax.scale_by_adam().init(params))
+
+
 def fit(
   loss: Loss,
   params: Params,
@@ -86,7 +98,9 @@ def fit(
     rate: learning rate.
     batch_size: examples of a step.
   """
-  return fit_batches(loss, params, drawn(examples, rng, batch_size), fixed, steps=steps, rate=rate)
+  batches = drawn(examples, rng, batch_size)
+  start = learner(params)
+  return advance(gradient_of(loss), start, batches, fixed, steps=steps, rate=rate).params
 
 
 def drawn(examples: Examples, rng: np.random.Generator, size: int) -> Iterator[Examples]:
@@ -103,37 +117,61 @@ def drawn(examples: Examples, rng: np.random.Generator, size: int) -> Iterator[E
     yield {name: x[rows] for name, x in examples.items()}
 
 
-def fit_batches(
-  loss: Loss, params: Params, batches: Iterator[Examples], fixed: PyTree, *, steps: int, rate: float
-) -> Params:
-  """Trains by Adam at a constant rate on given batches, all of one shape."""
-  state = optax.scale_by_adam().init(params)
-  for first in range(0, steps, _CHUNK):
-    count = min(_CHUNK, steps - first)
-    taken = [next(batches) for _ in range(count)]
-    stacked = {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
-    params, state = _chunk()(loss, params, state, stacked, fixed, rate)
-  return params
+def both(*parts: Iterator[Examples]) -> Iterator[Examples]:
+  """Yields batches that hold the arrays of several."""
+  for batches in zip(*parts, strict=False):
+    yield {name: x for batch in batches for name, x in batch.items()}
 
 
 @functools.cache
-def _chunk() -> Callable:
+def gradient_of(loss: Loss) -> Gradient:
+  """Returns the gradient of a loss, the same function at every call."""
+  return jax.grad(loss)
+
+
+def advance(
+  gradient: Gradient,
+  start: Learner,
+  batches: Iterator[Examples],
+  fixed: PyTree,
+  *,
+  steps: int,
+  rate: float,
+) -> Learner:
+  """Trains by Adam at a constant rate on given batches, all of one shape.
+
+  Args:
+    gradient: of a batch; the same function again compiles nothing again.
+    start: where training stands.
+    batches: at least as many as steps.
+    fixed: what the gradient takes beside them.
+    steps: of Adam.
+    rate: learning rate.
+  """
+  for first in range(0, steps, _CHUNK):
+    taken = [next(batches) for _ in range(min(_CHUNK, steps - first))]
+    stacked = {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
+    start = _program()(gradient, start, stacked, fixed, rate)
+  return start
+
+
+@functools.cache
+def _program() -> Callable:
   return compiler.jit(adam_steps, static_argnums=0)
 
 
 def adam_steps(
-  loss: Loss, params: Params, state: optax.OptState, batches: Batch, fixed: PyTree, rate: Array
-) -> tuple[Params, optax.OptState]:
+  gradient: Gradient, start: Learner, batches: Batch, fixed: PyTree, rate: Array
+) -> Learner:
   """Does a step of Adam for each of the stacked batches."""
   adam = optax.scale_by_adam()
 
-  def one(carry: tuple, batch: Batch) -> tuple[tuple, None]:
-    params, state = carry
-    gradient = jax.grad(loss)(params, batch, fixed)
-    update, state = adam.update(gradient, state)
-    return (jax.tree.map(lambda p, u: p - rate * u, params, update), state), None
+  def one(state: Learner, batch: Batch) -> tuple[Learner, None]:
+    update, optimizer = adam.update(gradient(state.params, batch, fixed), state.optimizer)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
+    return Learner(params, optimizer), None
 
-  return jax.lax.scan(one, (params, state), batches)[0]
+  return jax.lax.scan(one, start, batches)[0]
 
 
 # --- asking ---------------------------------------------------------------------------------------
