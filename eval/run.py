@@ -57,6 +57,8 @@ def _show(run: Session, done: Outcome, page: Path) -> None:
   results = {"method": method, "step": done.step, "metrics": done.metrics}
   workdir.write_json(run.workdir / "results.json", results)
   print(run.experiment.about)
+  if run.experiment.table:
+    report.print_table(method, *run.experiment.table(done.state))
   report.print_table(
     f"{method} after step {done.step}", ("metric", "value"), report.metric_rows(done.metrics)
   )

@@ -96,6 +96,12 @@ METHODS: dict[str, Method] = {
     summary="a vision-language model that learns task after task, reminded by synthetic pairs",
     embedded_run="~3 min, after ~15 min of pretraining once",
   ),
+  "llm_safety": Method(
+    title="LLM safety",
+    paper="after the survey by Wang et al., 2025, arXiv 2504.15585",
+    summary="an attack, a defence and a metric for every stage of a language model's life (a toy world)",
+    embedded_run="~3 min",
+  ),
   "lorasculpt": Method(
     title="LoRASculpt",
     paper="Liang et al., CVPR 2025, arXiv 2503.16843",

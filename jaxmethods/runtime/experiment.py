@@ -6,7 +6,7 @@ This module must stay importable without jax: `--help` and argument errors answe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from jaxmethods.runtime import checks
@@ -118,6 +118,7 @@ class Experiment(NamedTuple):
       are: XLA compiles them side by side. None: the loop jits each as one.
     export: how the model leaves in the formats of others; None: it does not.
     validation_items: size of the validation split; 0: not told.
+    table: state -> header and lines of a table that eval.run prints before the metrics.
   """
 
   init: Callable[[jax.Array], State]
@@ -132,6 +133,7 @@ class Experiment(NamedTuple):
   programs: tuple[Callable, Callable] | None = None
   export: Export | None = None
   validation_items: int = 0
+  table: Callable[[State], tuple[Sequence[str], Sequence[Sequence[str]]]] | None = None
 
 
 class Selection(NamedTuple):

@@ -8,7 +8,13 @@ from jaxmethods.testbeds.language import toy_models, toy_world as w
 from jaxmethods.testbeds.language.settings import ToySettings
 
 TINY = ToySettings(
-  width=32, hidden=64, sequences=256, base_steps=40, aligned_steps=20, aligned_examples=32, prompts=16
+  width=32,
+  hidden=64,
+  sequences=256,
+  base_steps=40,
+  aligned_steps=20,
+  aligned_examples=32,
+  prompts=16,
 )
 
 

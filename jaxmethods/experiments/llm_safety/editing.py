@@ -168,7 +168,12 @@ def _rome(
 
 
 def _objective(
-  params: Params, order: Orders, value: jax.Array, heads: int, settings: EditSettings, change: jax.Array
+  params: Params,
+  order: Orders,
+  value: jax.Array,
+  heads: int,
+  settings: EditSettings,
+  change: jax.Array,
 ) -> jax.Array:
   """Computes the loss of a change of the value."""
   now = tiny_gpt.read(params, order.ids, heads, Nudge(settings.layer, order.where, change)).logits

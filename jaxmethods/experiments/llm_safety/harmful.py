@@ -8,13 +8,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmethods.experiments.llm_safety.config import HarmfulSettings
 from jaxmethods.experiments.llm_safety.scores import Makers, Scores
 from jaxmethods.methods.llm_safety import defences
 from jaxmethods.testbeds.language import toy_models, toy_world
-from jaxmethods.testbeds.language.toy_models import Batch, Examples, Toy
+from jaxmethods.testbeds.language.toy_models import Batch, Toy
 from jaxmethods.testbeds.language.toy_world import Texts
 from jaxmethods.trees import Params, PyTree
 

@@ -104,7 +104,9 @@ class Memorising:
     examples = toy_models.labelled(texts)
     nll = toy_models.token_nll(params, **examples, heads=self.toy.heads)
     mask = texts.real[:, 1:]
-    return memorisation.min_k_score(-nll, mask, fraction=self.settings.min_k), nll.sum(1) / mask.sum(1)
+    return memorisation.min_k_score(-nll, mask, fraction=self.settings.min_k), nll.sum(
+      1
+    ) / mask.sum(1)
 
   def _ranks(self, params: Params) -> jax.Array:
     """Ranks every canary among all strings of digits, by the NLL of the digits alone."""
@@ -139,7 +141,9 @@ def secrets_of(settings: MemoriseSettings, rng: np.random.Generator) -> np.ndarr
         f"memorise.canaries: canary {i} holds token {outside[0]}, digits are tokens 10..19"
       )
     if len(canary) != _LENGTH:
-      raise InputError(f"memorise.canaries: canary {i} must have {_LENGTH} digits, got {len(canary)}")
+      raise InputError(
+        f"memorise.canaries: canary {i} must have {_LENGTH} digits, got {len(canary)}"
+      )
   if settings.canaries:
     return np.array(settings.canaries)
   return rng.choice(np.array(toy_world.DIGITS), (len(settings.repeats), _LENGTH))
@@ -183,9 +187,7 @@ def _all_digits(params: Params, subject: jax.Array, *, heads: int) -> jax.Array:
   ids = jnp.stack([*start, *(first + d for d in digits)], 1)
   out = tiny_gpt.read(params, ids, heads).logits[:, _CANARY_AT - 1 :]
   log_p = jax.nn.log_softmax(out)[..., first : first + 10]
-  told = sum(
-    jnp.take_along_axis(log_p[:, i], digit[:, None], 1) for i, digit in enumerate(digits)
-  )
+  told = sum(jnp.take_along_axis(log_p[:, i], digit[:, None], 1) for i, digit in enumerate(digits))
   return -(told + log_p[:, -1]).ravel()
 
 

@@ -86,9 +86,7 @@ class Poisoning:
       params = toy.pretrained(self.corpus.take(~removed), "base")
     prompts = toy_world.triggered_prompts(toy.settings.prompts, toy.rng("triggered prompts"))
     extras = {"recall": removed[bad].mean(), "clean_lost": removed[~bad].mean()}
-    return Scores(
-      toy_models.answered(params, prompts, toy.heads), toy.utility(params), extras
-    )
+    return Scores(toy_models.answered(params, prompts, toy.heads), toy.utility(params), extras)
 
 
 _spectral = jax.jit(poisoning.spectral_scores)

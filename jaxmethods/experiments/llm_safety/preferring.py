@@ -42,7 +42,9 @@ def draw_pairs(count: int, rng: np.random.Generator) -> Pairs:
   """Draws "harmful" prompts with a refusal, which is preferred, and the answer."""
   w = toy_world
   bad = w.comply(count, rng)
-  prompts = [[int(x) for x in row[2 : at - 1]] for row, at in zip(bad.ids, bad.answer_at, strict=True)]
+  prompts = [
+    [int(x) for x in row[2 : at - 1]] for row, at in zip(bad.ids, bad.answer_at, strict=True)
+  ]
   good = w.chat(prompts, [[w.REFUSE]] * count, w.REFUSAL)
   return Pairs(*(toy_models.labelled(x, answers_only=True) for x in (good, bad)))
 
@@ -104,9 +106,7 @@ class Preferring:
 
 
 @functools.cache
-def preference_loss(
-  kind: Kind, beta: float, smoothing: float, language: float
-) -> toy_models.Loss:
+def preference_loss(kind: Kind, beta: float, smoothing: float, language: float) -> toy_models.Loss:
   """Returns the loss of pairs, plus that of the sequences to keep."""
 
   def loss(params: Params, batch: Batch, fixed: PyTree) -> jax.Array:
