@@ -33,6 +33,12 @@ from jaxmethods.runtime.experiment import Experiment, Values
 from jaxmethods.testbeds.language.toy_models import Toy
 
 
+class Suite(NamedTuple):
+  """The table so far, (rows, WIDTH); NaN where nothing was made."""
+
+  values: jax.Array
+
+
 class Row(NamedTuple):
   """A row as it joins the table: its number, and its columns, (WIDTH,)."""
 
@@ -61,9 +67,9 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
       yield row(step % count)
       step += 1
 
-  def init(key: jax.Array) -> jax.Array:
+  def init(key: jax.Array) -> Suite:
     del key  # the seed of the config is that of worlds and models
-    return jnp.full((len(made), WIDTH), jnp.nan)
+    return Suite(jnp.full((len(made), WIDTH), jnp.nan))
 
   return Experiment(
     init, batches, _step, functools.partial(_evaluate, made), (),
@@ -98,42 +104,43 @@ def _values(place: Place, stages: Mapping[str, Makers]) -> np.ndarray:
   return np.array([*values, *[math.nan] * (WIDTH - len(values))], np.float32)
 
 
-def _step(state: jax.Array, row: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  return state.at[row.number].set(row.values), {"loss": row.values[0]}
+def _step(state: Suite, row: Row) -> tuple[Suite, dict[str, jax.Array]]:
+  return Suite(state.values.at[row.number].set(row.values)), {"loss": row.values[0]}
 
 
-def _evaluate(made: tuple[Place, ...], state: jax.Array, test: tuple) -> dict[str, jax.Array]:
+def _evaluate(made: tuple[Place, ...], state: Suite, test: tuple) -> dict[str, jax.Array]:
   """Summarises: a row by its columns, a task by its two rows, all tasks by their means."""
   del test
+  values = state.values
   if len(made) == 1:
-    return dict(zip(columns(made[0].task), state[0], strict=False))
+    return dict(zip(columns(made[0].task), values[0], strict=False))
   tasks = list(dict.fromkeys(place.task for place in made))
-  lines = {task: figures.line(made, state, task) for task in tasks}
+  lines = {task: figures.line(made, values, task) for task in tasks}
   if len(tasks) == 1:
     parts = {
-      f"{name}/{place.row}": state[i, j]
+      f"{name}/{place.row}": values[i, j]
       for i, place in enumerate(made)
       for j, name in enumerate(columns(place.task))
     }
     return lines[tasks[0]] | parts
   mean = lambda name: jnp.nanmean(jnp.stack([line[name] for line in lines.values()]))
   whole = {name: mean(name) for name in ("attack", "defended", "utility", "epsilon")}
-  whole["seconds"] = jnp.nansum(state[:, 3])
+  whole["seconds"] = jnp.nansum(values[:, 3])
   parts = {f"{name}/{task}": lines[task][name] for name in whole for task in tasks}
   return whole | parts
 
 
-def _host(state: jax.Array) -> np.ndarray:
-  return np.asarray(jax.device_get(state))
+def _host(state: Suite) -> np.ndarray:
+  return np.asarray(jax.device_get(state.values))
 
 
-def _figures(made: tuple[Place, ...], state: jax.Array) -> dict[str, Figure]:
+def _figures(made: tuple[Place, ...], state: Suite) -> dict[str, Figure]:
   found, tasks = _host(state), list(dict.fromkeys(place.task for place in made))
   drawn = {task: figures.task_picture(made, found, task) for task in tasks}
   return ({"lifecycle": figures.lifecycle(made, found)} if len(tasks) > 1 else {}) | drawn
 
 
-def _files(made: tuple[Place, ...], about: str, state: jax.Array) -> dict[str, str]:
+def _files(made: tuple[Place, ...], about: str, state: Suite) -> dict[str, str]:
   found = _host(state)
   return {
     "lifecycle.md": f"{about}\n\n{figures.markdown(*figures.table(made, found))}",
@@ -142,7 +149,7 @@ def _files(made: tuple[Place, ...], about: str, state: jax.Array) -> dict[str, s
   }
 
 
-def _table(made: tuple[Place, ...], state: jax.Array) -> tuple[list[str], list[list[str]]]:
+def _table(made: tuple[Place, ...], state: Suite) -> tuple[list[str], list[list[str]]]:
   return figures.table(made, _host(state))
 
 
@@ -151,8 +158,8 @@ def _about(config: Config) -> str:
   toy = config.toy
   return (
     f"a toy world of 160 generated tokens, seed {config.seed}: everything harmful in it is synthetic "
-    f"tokens, no text; {toy.sequences} sequences of pre-training, a GPT of {toy.layers} layers and width "
-    f"{toy.width} trained here"
+    f"tokens, no text; {toy.sequences} sequences of pre-training, a GPT of {toy.layers} layers and "
+    f"width {toy.width} trained here"
   )
 
 

@@ -1,7 +1,7 @@
 """Alignment by preferences, and flipped ones (stage 4 of the survey).
 
-RankPoison flips the pairs whose preferred answer is the shorter one. Here a refusal is always shorter than
-an answer, so that it would choose among all pairs: the flips are drawn.
+RankPoison flips the pairs whose preferred answer is the shorter one. Here a refusal is always shorter
+than an answer, so that it would choose among all pairs: the flips are drawn.
 """
 
 from __future__ import annotations

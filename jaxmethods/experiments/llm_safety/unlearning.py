@@ -1,7 +1,8 @@
 """Unlearning the facts of some subjects, beside a model that never read them (stage 5 of the survey).
 
-Model utility is the harmonic mean of four metrics, not of TOFU's nine: probability, greedy accuracy (in
-place of ROUGE: an answer is one token) and truth ratio of retained facts, and benign prompts answered right.
+Model utility is the harmonic mean of four metrics, not of TOFU's nine: probability, greedy accuracy
+(in place of ROUGE: an answer is one token) and truth ratio of retained facts, and benign prompts
+answered right.
 """
 
 from __future__ import annotations
