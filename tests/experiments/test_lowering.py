@@ -25,6 +25,13 @@ DESK = {
   "desk.limit": 40, "desk.width": 16, "desk.num_heads": 2, "desk.mlp_width": 32,
   "desk.tower_width": 8, "desk.tower_layers": 1, "desk.tower_heads": 2,
 }  # fmt: skip
+TOY = {
+  "task": "watermark",
+  "toy.base_steps": 2,
+  "toy.sequences": 40,
+  "watermark.documents": 4,
+  "watermark.pools": 1,
+}
 SMALLER = {
   "acgkd": {"teacher_epochs": 1, "teacher_layers": 3, "teacher_width": 8},
   "bye": DESK,
@@ -34,6 +41,7 @@ SMALLER = {
   },
   "epeagent": {"users": 4, "batch_size": 16},
   "ggeur": {"encoder_epochs": 1},
+  "llm_safety": TOY,
   "lorasculpt": DESK,
   "mllm_tuning": DESK,
   "spider": DESK,
@@ -51,6 +59,7 @@ PAPER = {
   "bye": {**DESK, "rank": 4},
   "fedssp": {"data": "embedded:MUTAG"},
   "ggeur": {"data": "embedded:digit-domains", "encoder_epochs": 1},
+  "llm_safety": TOY,
   "lorasculpt": {**QUESTIONS, "rank": 4},
   "mllm_tuning": {**QUESTIONS, "rank": 4},
   "rahfl": {
