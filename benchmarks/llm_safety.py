@@ -1,4 +1,4 @@
-"""Runs the safety suite over seeds, a task and a seed at a time, and writes results/llm_safety_TASK.json.
+"""Runs the safety suite over seeds, a task and a seed at a time; writes results/llm_safety_TASK.json.
 
   python -m benchmarks.llm_safety run --parts DIR --seeds 1 2 3 4 5 [--tasks poison dpo]
   python -m benchmarks.llm_safety join --parts DIR
