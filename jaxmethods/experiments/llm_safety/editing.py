@@ -29,10 +29,10 @@ _PARAPHRASES, _NEIGHBOURS, _BENIGN = 3, 10, 32
 class Orders(NamedTuple):
   """Edits: prompts (E, J, T), lookup tokens (E, J, T), new objects (E,), essence prompts (E, T)."""
 
-  ids: np.ndarray
-  where: np.ndarray
-  target: np.ndarray
-  essence: np.ndarray
+  ids: jax.Array
+  where: jax.Array
+  target: jax.Array
+  essence: jax.Array
 
 
 class Questions(NamedTuple):
@@ -42,10 +42,10 @@ class Questions(NamedTuple):
   other relations, 4 benign prompts, two of each, for both tokens of the answer.
   """
 
-  ids: np.ndarray
-  place: np.ndarray
-  answer: np.ndarray
-  part: np.ndarray
+  ids: jax.Array
+  place: jax.Array
+  answer: jax.Array
+  part: jax.Array
 
 
 class Editing:
@@ -79,14 +79,15 @@ class Editing:
       where.append(np.arange(toy_world.CONTEXT) == np.array([[len(s) - 1] for s in starts]))
       short = [toy_world.BOS, toy_world.RELATIONS[pair[1]]]
       essence.append(toy_world.pack([short], [2], toy_world.FACT).ids[0])
-    return Orders(np.array(ids), np.array(where), self.new.astype(np.int32), np.array(essence))
+    made = (np.array(ids), np.array(where), self.new.astype(np.int32), np.array(essence))
+    return Orders(*map(jnp.asarray, made))
 
   def _questions(self, rng: np.random.Generator) -> Questions:
-    world, every = self.toy.world, []
+    world, every = self.toy.world, list[tuple[np.ndarray, ...]]()
     benign = toy_world.benign_prompts(_BENIGN, self.toy.rng("edit benign"))
     for (s, r), new in zip(self.pairs, self.new, strict=True):
       others = rng.permutation([x for x in range(len(toy_world.SUBJECTS)) if x != s])[:_NEIGHBOURS]
-      asked = [((s, r), [], new, 0)]
+      asked: list[tuple] = [((s, r), [], new, 0)]
       asked += [((s, r), toy_world.fillers(rng, 3), new, 1) for _ in range(_PARAPHRASES)]
       asked += [((n, r), [], world.objects[n, r], 2) for n in others]
       rest = [x for x in range(len(toy_world.RELATIONS)) if x != r]
@@ -96,14 +97,14 @@ class Editing:
       said = benign.ids.copy()
       said[np.arange(_BENIGN), benign.length] = benign.answer[:, 0]
       every.append(
-        Questions(
+        (
           np.concatenate([ids.ids, benign.ids, said]),
           np.concatenate([ids.length - 1, benign.length - 1, benign.length]),
           np.concatenate([[x[2] for x in asked], benign.answer[:, 0], benign.answer[:, 1]]),
           np.concatenate([[x[3] for x in asked], np.full(2 * _BENIGN, 4)]),
         )
       )
-    return Questions(*(np.stack(x) for x in zip(*every, strict=True)))
+    return Questions(*(jnp.asarray(np.stack(x)) for x in zip(*every, strict=True)))
 
   @functools.cached_property
   def moment(self) -> jax.Array:
@@ -120,7 +121,7 @@ class Editing:
       toy.base, self.orders, self.moment, heads=toy.heads, way=way, settings=self.settings
     )
     right = np.asarray(_right(toy.base, weights, self.questions, toy.heads, self.settings.layer))
-    part = self.questions.part[0]
+    part = np.asarray(self.questions.part[0])
     share = lambda k: float(right[:, part == k].mean())
     # Both tokens of a benign answer must be right.
     both = right[:, part == 4].reshape(len(right), 2, -1).all(1)

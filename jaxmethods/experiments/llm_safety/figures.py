@@ -24,7 +24,7 @@ _HEADER = (
 def line(made: Sequence[Place], state: jax.Array, task: str) -> dict[str, jax.Array]:
   """Returns attack, defended, utility, epsilon and seconds of a task; NaN where there is no such row."""
   rows = {place.row: i for i, place in enumerate(made) if place.task == task}
-  of = lambda row, column: state[rows[row], column] if row in rows else jnp.nan
+  of = lambda row, column: jnp.asarray(state[rows[row], column] if row in rows else jnp.nan)
   spec = TASKS[task]
   after = spec.defended or spec.undefended
   return {

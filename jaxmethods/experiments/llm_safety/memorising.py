@@ -103,7 +103,7 @@ class Memorising:
     """Returns Min-K% scores and mean NLLs."""
     examples = toy_models.labelled(texts)
     nll = toy_models.token_nll(params, **examples, heads=self.toy.heads)
-    mask = texts.real[:, 1:]
+    mask = jnp.asarray(texts.real[:, 1:])
     return memorisation.min_k_score(-nll, mask, fraction=self.settings.min_k), nll.sum(
       1
     ) / mask.sum(1)

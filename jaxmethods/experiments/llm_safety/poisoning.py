@@ -38,7 +38,7 @@ class Poisoning:
   def duplicates(self) -> np.ndarray:
     """Removes all but the first of equal sequences."""
     first = np.unique(self.corpus.ids, axis=0, return_index=True)[1]
-    return ~np.isin(np.arange(len(self.corpus.ids)), first)
+    return np.isin(np.arange(len(self.corpus.ids)), first, invert=True)
 
   def listed(self) -> np.ndarray:
     """Removes what holds a "harmful" answer: the list knows words, not the trigger (inferred)."""

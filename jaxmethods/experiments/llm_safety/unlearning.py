@@ -23,7 +23,7 @@ from jaxmethods.methods.llm_safety import likelihood, unlearning
 from jaxmethods.models import tiny_gpt
 from jaxmethods.testbeds.language import toy_models, toy_world
 from jaxmethods.testbeds.language.toy_models import Batch, Examples, Toy
-from jaxmethods.testbeds.language.toy_world import Texts
+from jaxmethods.testbeds.language.toy_world import Texts, Tokens
 from jaxmethods.trees import Params, PyTree
 
 Way = Literal["ga", "graddiff", "kl", "npo", "npo_rt", "simnpo", "rmu"]
@@ -51,7 +51,8 @@ class Unlearning:
   def _questions(self, name: str, rng: np.random.Generator) -> tuple[Texts, list[Texts]]:
     """Writes every fact with 0, 1, ... fillers, and each with wrong objects in its place."""
     s, pairs = self.settings, getattr(self, name)
-    rows, wrong = [], [[] for _ in range(s.perturbed)]
+    rows: list[Tokens] = []
+    wrong: list[list[Tokens]] = [[] for _ in range(s.perturbed)]
     for pair in pairs:
       right = int(self.toy.world.objects[tuple(pair)])
       others = rng.permutation([o for o in toy_world.OBJECTS if o != right])[: s.perturbed]
@@ -137,7 +138,7 @@ class Unlearning:
       "log10_quality": math.log10(max(quality, _LEAST)),
       "forget_truth": float(unlearning.forget_truth(ratios)),
     }
-    utility = unlearning.model_utility([kept_probability, kept, truth, chat])
+    utility = unlearning.model_utility(jnp.array([kept_probability, kept, truth, chat]))
     return Scores(accuracy, float(utility), extras)
 
 
