@@ -42,7 +42,7 @@ class Poisoning:
 
   def listed(self) -> np.ndarray:
     """Removes what holds a "harmful" answer: the list knows words, not the trigger (inferred)."""
-    return np.isin(self.corpus.ids, toy_world.TOPIC_ANSWERS).any(1)
+    return np.asarray(np.isin(self.corpus.ids, toy_world.TOPIC_ANSWERS).any(1))
 
   def outlying(self, by_class: bool) -> np.ndarray:
     """Removes the largest spectral signatures, of every answer class or of all chat at once.

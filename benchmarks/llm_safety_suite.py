@@ -1,7 +1,7 @@
 """Runs the safety suite over seeds, a task and a seed at a time; writes results/llm_safety_TASK.json.
 
-  python -m benchmarks.llm_safety run --parts DIR --seeds 1 2 3 4 5 [--tasks poison dpo]
-  python -m benchmarks.llm_safety join --parts DIR
+  python -m benchmarks.llm_safety_suite run --parts DIR --seeds 1 2 3 4 5 [--tasks poison dpo]
+  python -m benchmarks.llm_safety_suite join --parts DIR
 
 What is done lies in DIR, and is not done again. Shares are written in per cent.
 """
