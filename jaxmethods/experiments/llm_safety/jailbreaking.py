@@ -133,13 +133,16 @@ class Jailbreaking:
 
   def _voted(self, prompts: Prompts, name: str) -> np.ndarray:
     """Returns the answer of a copy that agrees with the vote, for every prompt."""
-    answers = np.zeros_like(prompts.answer)
+    toy, s = self.toy, self.settings
+    said = toy_models.greedy(toy.aligned, prompts.ids, prompts.length, heads=toy.heads, new=_ANSWER)
+    answers = np.array(said)
     for length in np.unique(prompts.length):
+      if not defences.perturbed_count(int(length) - 3, s.percent):
+        continue  # no token of so short a prompt is changed: all copies say the same
       rows = np.flatnonzero(prompts.length == length)
       answers[rows] = _smoothed(
-        self.toy.aligned, prompts.ids[rows], self.toy.key(f"smooth {name} {length}"),
-        heads=self.toy.heads, length=int(length), copies=self.settings.copies,
-        percent=self.settings.percent,
+        toy.aligned, prompts.ids[rows], toy.key(f"smooth {name} {length}"),
+        heads=toy.heads, length=int(length), copies=s.copies, percent=s.percent,
       )  # fmt: skip
     return answers
 
