@@ -178,28 +178,37 @@ def _search(
   params: Params, start: jax.Array, key: Key, *, heads: int, steps: int, candidates: int, top: int
 ) -> tuple[jax.Array, jax.Array]:
   """Searches for all topics; returns suffixes (16, steps + 1, n) and their losses (16, steps + 1)."""
-  forbidden = jnp.array(toy_world.RESERVED)
-
-  def one(first: jax.Array, topic: jax.Array) -> tuple[jax.Array, jax.Array]:
-    losses = lambda drawn: _loss(params, params["wte"][drawn], topic, heads)
-    relaxed = lambda onehot: _loss(params, (onehot @ params["wte"])[None], topic, heads)[0]
-
-    def step(search: attacks.Search, key: Key) -> tuple[attacks.Search, tuple]:
-      search = attacks.gcg_step(
-        search, key, relaxed, losses, forbidden,
-        vocabulary=toy_world.VOCABULARY, candidates=candidates, top=top,
-      )  # fmt: skip
-      return search, (search.suffix, losses(search.suffix[None])[0])
-
-    begun = attacks.start(first, losses)
-    keys = jax.random.split(jax.random.fold_in(key, topic), steps)
-    _, (suffixes, found) = jax.lax.scan(step, begun, keys)
-    return (
-      jnp.concatenate([first[None], suffixes]),
-      jnp.concatenate([begun.best_loss[None], found]),
-    )
-
+  one = lambda first, topic: _search_one(
+    params, first, topic, jax.random.split(jax.random.fold_in(key, topic), steps),
+    heads=heads, candidates=candidates, top=top,
+  )  # fmt: skip
   return jax.vmap(one)(jnp.asarray(start), jnp.arange(len(start)))
+
+
+def _search_one(
+  params: Params,
+  first: jax.Array,
+  topic: jax.Array,
+  keys: Key,
+  *,
+  heads: int,
+  candidates: int,
+  top: int,
+) -> tuple[jax.Array, jax.Array]:
+  forbidden = jnp.array(toy_world.RESERVED)
+  losses = lambda drawn: _loss(params, params["wte"][drawn], topic, heads)
+  relaxed = lambda onehot: _loss(params, (onehot @ params["wte"])[None], topic, heads)[0]
+
+  def step(search: attacks.Search, key: Key) -> tuple[attacks.Search, tuple]:
+    search = attacks.gcg_step(
+      search, key, relaxed, losses, forbidden,
+      vocabulary=toy_world.VOCABULARY, candidates=candidates, top=top,
+    )  # fmt: skip
+    return search, (search.suffix, losses(search.suffix[None])[0])
+
+  begun = attacks.start(first, losses)
+  _, (suffixes, found) = jax.lax.scan(step, begun, keys)
+  return jnp.concatenate([first[None], suffixes]), jnp.concatenate([begun.best_loss[None], found])
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "length", "copies", "percent"))
