@@ -42,7 +42,8 @@ class Poisoning:
 
   def listed(self) -> np.ndarray:
     """Removes what holds a "harmful" answer: the list knows words, not the trigger (inferred)."""
-    return np.asarray(np.isin(self.corpus.ids, toy_world.TOPIC_ANSWERS).any(1))
+    held: np.ndarray = np.isin(self.corpus.ids, toy_world.TOPIC_ANSWERS)
+    return np.asarray(held.any(1))
 
   def outlying(self, by_class: bool) -> np.ndarray:
     """Removes the largest spectral signatures, of every answer class or of all chat at once.
