@@ -25,7 +25,9 @@ _ATTEMPTS = 10  # at a crop that fits, as in torchvision
 _LARGEST_BLUR = 2.0
 
 
-def crop_and_flip(key: Array, image: Square, *, pad: int = 4, border: Border = "reflect") -> View:
+def crop_and_flip(
+  key: Array, image: Square, *, pad: int = 4, border: Border = "reflect", flip: bool = True
+) -> View:
   """The image shifted by up to `pad` pixels each way, mirrored half the time.
 
   Args:
@@ -33,6 +35,7 @@ def crop_and_flip(key: Array, image: Square, *, pad: int = 4, border: Border = "
     image: (side, side, 3).
     pad: width of the border that crops may reach into.
     border: "reflect" (private images) or "constant", zeros (public ones).
+    flip: whether a mirror image means the same, as it does not of digits.
 
   >>> jm.images.crop_and_flip(key, jnp.ones((8, 8, 3))).shape
   (8, 8, 3)
@@ -41,10 +44,13 @@ def crop_and_flip(key: Array, image: Square, *, pad: int = 4, border: Border = "
   crop_key, flip_key = jax.random.split(key)
   padded = _pad(image, pad, border)
   row, column = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
-  return _flip(flip_key, jax.lax.dynamic_slice(padded, (row, column, 0), image.shape))
+  cut = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
+  return _flip(flip_key, cut) if flip else cut
 
 
-def public_view(key: Array, image: Square, *, pad: int = 4, degrees: float = 15.0) -> View:
+def public_view(
+  key: Array, image: Square, *, pad: int = 4, degrees: float = 15.0, flip: bool = True
+) -> View:
   """A view of a public image: crop with a border of zeros, mirror, rotation by up to `degrees`.
 
   The rotation is bilinear, as AugMix's (inferred).
@@ -52,7 +58,8 @@ def public_view(key: Array, image: Square, *, pad: int = 4, degrees: float = 15.
   shapes.check(image=(image, "side side 3"))
   crop_key, turn_key = jax.random.split(key)
   turn = jax.random.uniform(turn_key, minval=-degrees, maxval=degrees)
-  return augment.rotate(crop_and_flip(crop_key, image, pad=pad, border="constant"), turn)
+  moved = crop_and_flip(crop_key, image, pad=pad, border="constant", flip=flip)
+  return augment.rotate(moved, turn)
 
 
 def weak_view(
@@ -63,6 +70,7 @@ def weak_view(
   smallest: float = 0.2,
   jitter: float = 0.4,
   hue: float = 0.1,
+  flip: bool = True,
 ) -> View:
   """SimCLR's view: resized crop, colour jitter (0.8), grey (0.2), blur (0.5), mirror (0.5).
 
@@ -73,6 +81,7 @@ def weak_view(
     smallest: least share of the padded image's area that a crop keeps.
     jitter: brightness, contrast and saturation are scaled by 1 - jitter..1 + jitter,
     hue: and the hue is turned by up to this share of the circle, all four in random order.
+    flip: whether a mirror image means the same.
 
   >>> jm.images.weak_view(key, jnp.full((8, 8, 3), 100.0)).shape
   (8, 8, 3)
@@ -85,7 +94,7 @@ def weak_view(
   x = jnp.where(grey, augment.grey(x)[..., None], x)
   sigma = jax.random.uniform(blur_key, minval=0.1, maxval=_LARGEST_BLUR)
   x = jnp.where(blurred, _blur(x, sigma), x)
-  return _flip(flip_key, x)
+  return _flip(flip_key, x) if flip else x
 
 
 def resized_crop(key: Array, image: Square, side: int, smallest: float) -> View:

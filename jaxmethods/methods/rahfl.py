@@ -40,7 +40,12 @@ def border(image: Array) -> int:
 
 
 def private_views(
-  key: Array, image: Shaped[Array, "side side 3"], *, strong: bool = True, weak: bool = True
+  key: Array,
+  image: Shaped[Array, "side side 3"],
+  *,
+  strong: bool = True,
+  weak: bool = True,
+  flip: bool = True,
 ) -> Float[Array, "views side side 3"]:
   """The views of a private image, drawn anew every time it is used, whole values 0..255.
 
@@ -49,6 +54,7 @@ def private_views(
     image: (side, side, 3) uint8.
     strong: two AugMix draws of the crop, or none.
     weak: SimCLR's view, or none.
+    flip: whether a mirror image means the same (code: of CIFAR).
 
   Returns:
     (views, side, side, 3) float32: the crop, then the strong views, then the weak one.
@@ -56,12 +62,12 @@ def private_views(
   shapes.check(image=(image, "side side 3"))
   crop_key, strong_key, weak_key = jax.random.split(key, 3)
   pad = border(image)
-  crop = views.crop_and_flip(crop_key, image, pad=pad)
+  crop = views.crop_and_flip(crop_key, image, pad=pad, flip=flip)
   drawn = [crop[None]]
   if strong:
     drawn.append(jax.lax.map(lambda k: augment.augmix(k, crop), jax.random.split(strong_key)))
   if weak:
-    drawn.append(views.weak_view(weak_key, image, pad=pad)[None])
+    drawn.append(views.weak_view(weak_key, image, pad=pad, flip=flip)[None])
   return jnp.concatenate(drawn)
 
 

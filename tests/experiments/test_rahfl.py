@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.rahfl import clients, peers, teaching
+from jaxmethods.experiments.rahfl import clients, floor, peers, teaching
 from jaxmethods.experiments.rahfl.build import build
 from jaxmethods.experiments.rahfl.config import Config, rows
 from jaxmethods.methods import rahfl as method
@@ -143,6 +143,47 @@ def test_rows_share_the_time_alone(folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "trained_alone").iterdir())) == 1
 
 
+def test_ridge_is_the_best_linear_reader_of_pixels(folder):
+  """Its images are those of the other rows, and its solution that of the normal equations."""
+  settings = rows(config(folder))["ridge"]
+  experiment, _, state, metrics = trained(settings)
+  assert experiment.num_steps == 1
+  networks = build(config(folder)).init(jax.random.key(settings.seed))
+  chex.assert_trees_all_equal(state.held, networks.held)
+  data = clients.load(settings)
+  held = jax.tree.map(np.asarray, state.held)
+  x = np.asarray(data.pool)[held.rows[0]].astype(np.float64)
+  x = ((x / 255 - data.scale[0][0]) / data.scale[0][1]).reshape(len(x), -1)
+  x = np.c_[x, np.ones(len(x))][held.y[0] >= 0]
+  target = np.eye(C)[held.y[0][held.y[0] >= 0]]
+  weights = np.asarray(state.weights[0])
+  errors = [
+    abs(x.T @ (x @ weights - target) + penalty * weights).max() / penalty
+    for penalty in floor.PENALTIES
+  ]
+  assert min(errors) < 1e-3
+  result = experiment.evaluate(state, experiment.test)
+  assert result["clean_accuracy"] > 0.8
+  assert 0 <= result["validation_accuracy"] <= 1 and metrics["loss"] > 0
+
+
+def test_digits_are_not_mirrored():
+  image = jnp.zeros((8, 8, 3)).at[:, :4].set(200)
+  left = lambda x: x[..., :, :4, :].mean((-3, -2, -1)) > x[..., :, 4:, :].mean((-3, -2, -1))
+  draw = lambda flip: jax.vmap(
+    lambda key: method.private_views(key, image, strong=False, weak=False, flip=flip)
+  )(jax.random.split(jax.random.key(0), 64))
+  assert bool(left(draw(False)).all()) and not bool(left(draw(True)).all())
+  config_file = Path(__file__).parents[2] / "configs/rahfl.yaml"
+  assert not config_lib.load(Config, config_file, method="rahfl").flip
+
+
+def test_public_steps_are_limited(folder):
+  _, _, _, all_steps = trained(config(folder, pretrain=1, steps=1))
+  _, _, _, one = trained(config(folder, pretrain=1, steps=1, public_steps=1, public_rate=1e-4))
+  assert (all_steps["bytes_up"] - 8) == 3 * (one["bytes_up"] - 8)
+
+
 # The leaves that leave a client after its own training, beside its answers to public images and, in
 # RAHFL, its accuracy.
 UPLOADS = {
@@ -154,7 +195,7 @@ UPLOADS = {
 @pytest.mark.parametrize("name", UPLOADS)
 def test_what_leaves_a_client(folder, name):
   made = rows(config(folder))
-  assert list(made) == list(UPLOADS)
+  assert list(made) == [*UPLOADS, "ridge"]
   settings = made[name]
   net, optimizer = convnets.classifier("resnet", C), optax.adam(1e-3)
   random = np.random.default_rng(0)

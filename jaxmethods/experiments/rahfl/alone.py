@@ -19,7 +19,7 @@ _FORMAT = b"trained alone 1"  # changes when training alone changes
 # Settings that training alone depends on, beside the clients' images and the key.
 _SETTINGS = (
   "pretrain", "architectures", "clients_per_architecture", "narrow", "stages", "batch_size",
-  "learning_rate",
+  "learning_rate", "flip",
 )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import optax
 from jax.sharding import Mesh
 
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.rahfl import alone, clients, rounds
+from jaxmethods.experiments.rahfl import alone, clients, floor, rounds
 from jaxmethods.experiments.rahfl.config import Config
 from jaxmethods.experiments.rahfl.peers import network_of
 from jaxmethods.experiments.rahfl.teaching import make_teach
@@ -40,9 +41,12 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     nets=nets,
     networks=[network_of(net) for net in nets],
     optimizer=optax.adam(config.learning_rate),
+    public_optimizer=optax.adam(config.public_rate or config.learning_rate),
     teach=make_teach(config.exchange, config.rhfl_eta),
     engine={"client_map": "shard" if mesh else None, "mesh": mesh},
   )
+  if config.local == "ridge":
+    return _floor(parts)
   skipped = config.pretrain if config.reuse else 0  # steps that init has done
   return Experiment(
     init=functools.partial(alone.pretrained if config.reuse else rounds.init, parts),
@@ -52,5 +56,20 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     test={**data.test, "pool": data.pool},
     figures=functools.partial(rounds.draw_figures, parts),
     num_steps=config.pretrain + config.steps - skipped,
+    about=data.about,
+  )
+
+
+def _floor(parts: rounds.Parts) -> Experiment:
+  """Composes the row without networks, whose one step solves it."""
+  data = parts.data
+  return Experiment(
+    init=functools.partial(floor.init, parts),
+    batches=lambda step: itertools.repeat({"pool": data.pool}),
+    step=functools.partial(floor.step, parts),
+    evaluate=functools.partial(floor.evaluate, parts),
+    test={**data.test, "pool": data.pool},
+    figures=lambda state: {},
+    num_steps=1,
     about=data.about,
   )

@@ -13,7 +13,7 @@ from typing import Literal
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig, Selection
 
-Local = Literal["ce", "sce", "jsd", "supcon", "dcl"]
+Local = Literal["ce", "sce", "jsd", "supcon", "dcl", "ridge"]
 Exchange = Literal["none", "hfl", "asym", "fedmd", "feddf", "rhfl", "aughfl", "fedproto"]
 
 
@@ -47,10 +47,14 @@ class Config(RunConfig):
   narrow: int = 1  # what all channels are divided by (ours)
   stages: int | None = None  # one block of each of the first stages; null: whole networks (ours)
 
-  local: Local = "dcl"  # jsd: AugMix without contrast; supcon: without matching; sce: RHFL's
+  flip: bool = True  # mirror images half the time (code); False for digits, which it would change
+  # jsd: AugMix without contrast; supcon: without matching; sce: RHFL's; ridge: no network (ours)
+  local: Local = "dcl"
   exchange: Exchange = "asym"
   batch_size: int = 256  # private and public; incomplete batches are dropped
   learning_rate: float = 1e-3  # of Adam
+  public_rate: float = 0.0  # of the public steps; 0: learning_rate (code: both 1e-3)
+  public_steps: int = 0  # of a round, at most; 0: all (code: 19, beside 39 private ones)
   reuse: bool = False  # start after `pretrain`, from the cache: what eval.compare does
   adam_state: Literal["reset", "keep"] = "reset"  # reset: anew at each public step and local phase
   lambda_jsd: float = 12.0
@@ -74,7 +78,11 @@ class Config(RunConfig):
       self, 1, "private_examples", "public_examples", "clients_per_architecture", "narrow",
       "batch_size", "fedproto_width",
     )  # fmt: skip
-    checks.at_least(self, 0, "pretrain", "image_size", "alpha")
+    checks.at_least(self, 0, "pretrain", "image_size", "alpha", "public_rate", "public_steps")
+    checks.require(
+      self.local != "ridge" or (self.exchange == "none" and not self.reuse),
+      "local", "ridge goes with exchange none and without reuse",
+    )  # fmt: skip
     checks.within(self, "(0, 1)", "test_share", "validation_share")
     checks.positive(self, "temperature", "base_temperature", "ddm_temperature", "learning_rate")
     checks.within(self, "[0, 1]", "corruption")
@@ -111,6 +119,7 @@ def rows(config: Config) -> dict[str, Config]:
     "feddf": row("ce", "feddf"),
     "fedproto": row("ce", "fedproto"),
     "rhfl": row("sce", "rhfl"),
+    "ridge": dataclasses.replace(config, local="ridge", exchange="none", reuse=False),
   }
 
 

@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     nets: one for each group of clients.
     networks: the same as functions.
     optimizer: of the clients.
+    public_optimizer: of them, at public steps.
     teach: rule of the exchange, None without one.
     engine: how clients are mapped.
   """
@@ -66,6 +67,7 @@ class Parts(NamedTuple):
   nets: list[Classifier]
   networks: list[Network]
   optimizer: optax.GradientTransformation
+  public_optimizer: optax.GradientTransformation
   teach: Teach | None
   engine: EngineOptions
 
@@ -168,7 +170,10 @@ def train_alone(
   view_key, train_key = jax.random.split(key)
   images, y = pool[state.held.rows], state.held.y
   draw = functools.partial(
-    method.private_views, strong=config.local in AUGMENTED, weak=config.local in CONTRASTED
+    method.private_views,
+    strong=config.local in AUGMENTED,
+    weak=config.local in CONTRASTED,
+    flip=config.flip,
   )
   drawn = _over_images(draw, view_key, images.reshape(-1, *images.shape[2:]))
   drawn = normalise(parts, drawn).reshape(*images.shape[:2], *drawn.shape[1:])
@@ -199,7 +204,7 @@ def collaborate(parts: Parts, state: State, batch: Batch, key: Array) -> tuple[S
   if parts.teach is not None:
     public = public_batches(parts, batch["public"], view_key)
     clients, exchanged = exchange.exchange(
-      parts.networks, parts.teach, parts.optimizer, standing, clients, weights, public,
+      parts.networks, parts.teach, parts.public_optimizer, standing, clients, weights, public,
       exchange_key, keep_optimizer=config.adam_state == "keep", **parts.engine,
     )  # fmt: skip
     sums = _add(sums, exchanged)
@@ -219,9 +224,12 @@ def public_batches(parts: Parts, images: Array, key: Array) -> Array:
   """
   size = parts.config.batch_size
   count = len(images) // size
+  count = min(count, parts.config.public_steps or count)
   order_key, draw_key = jax.random.split(key)
   chosen = jax.random.permutation(order_key, len(images))[: count * size]
-  draw = functools.partial(_public_views, augmented=parts.config.exchange == "aughfl")
+  draw = functools.partial(
+    _public_views, augmented=parts.config.exchange == "aughfl", flip=parts.config.flip
+  )
   drawn = augment.normalise(_over_images(draw, draw_key, images[chosen]), *parts.data.scale[1])
   return drawn.reshape(count, size, *drawn.shape[1:]).swapaxes(1, 2)
 
@@ -232,7 +240,8 @@ def public_batches(parts: Parts, images: Array, key: Array) -> Array:
 def evaluate(parts: Parts, state: State, test: Mapping[str, Array]) -> Metrics:
   """Accuracy of every client on corrupted and clean test images, and their means.
 
-  Where `test` has the "pool" too, the mean accuracy on their validation images stands beside them.
+  Where `test` has the "pool" too, so do the mean accuracies on the clients' own validation and training
+  images, as they are kept.
   """
   sets = jnp.stack([test["corrupted"], test["clean"]])
   scale = functools.partial(normalise, parts)
@@ -246,7 +255,11 @@ def evaluate(parts: Parts, state: State, test: Mapping[str, Array]) -> Metrics:
   kinds = ("corrupted", "clean")
   means = {f"{kind}_accuracy": scores[:, i].mean() for i, kind in enumerate(kinds)}
   if "pool" in test:
-    means["validation_accuracy"] = _on_validation(parts, state, test["pool"])
+    held = state.held
+    for name, rows, y in (
+      ("validation", held.validation, held.validation_y), ("training", held.rows, held.y),
+    ):  # fmt: skip
+      means[f"{name}_accuracy"] = _on_own(parts, state, test["pool"], rows, y)
   return means | {
     f"{kind}_accuracy/{name}": scores[k, i]
     for i, kind in enumerate(kinds)
@@ -254,19 +267,16 @@ def evaluate(parts: Parts, state: State, test: Mapping[str, Array]) -> Metrics:
   }
 
 
-def _on_validation(parts: Parts, state: State, pool: Array) -> Array:
-  """Mean accuracy of the clients on the images that they keep for that."""
-  scale, held = functools.partial(normalise, parts), state.held
-  own = grouped(parts, {"x": pool[held.validation], "y": held.validation_y})
-  scores = [
-    jax.lax.map(
-      lambda each, network=network: peers.accuracy(
-        network, each[0], scale, each[1]["x"], each[1]["y"]
-      ),
-      (clients, data),
-    )
-    for network, clients, data in zip(parts.networks, state.peers, own, strict=True)
-  ]
+def _on_own(parts: Parts, state: State, pool: Array, rows: Array, y: Array) -> Array:
+  """Mean accuracy of the clients on images of their own: rows and labels (K, n)."""
+  scale = functools.partial(normalise, parts)
+
+  def reached(network: Network, each: tuple[Peer, Array, Array]) -> Array:
+    client, rows, y = each
+    return peers.accuracy(network, client, scale, pool[rows], y)
+
+  own = zip(parts.networks, state.peers, grouped(parts, rows), grouped(parts, y), strict=True)
+  scores = [jax.lax.map(functools.partial(reached, net), tuple(each)) for net, *each in own]
   return jnp.nan_to_num(jnp.concatenate(scores)).mean()
 
 
@@ -311,10 +321,10 @@ def _measured_on(parts: Parts, held: Clients[Array], batch: Batch) -> dict[str, 
   return {"x": batch["pool"][held.validation], "y": held.validation_y}
 
 
-def _public_views(key: Array, image: Array, *, augmented: bool) -> Array:
+def _public_views(key: Array, image: Array, *, augmented: bool, flip: bool) -> Array:
   """The view of a public image, and two AugMix draws of it where they are asked for, (V, s, s, 3)."""
   first, second = jax.random.split(key)
-  seen = views.public_view(first, image, pad=method.border(image))
+  seen = views.public_view(first, image, pad=method.border(image), flip=flip)
   if not augmented:
     return seen[None]
   mixed = jax.lax.map(lambda k: augment.augmix(k, seen), jax.random.split(second))
