@@ -73,34 +73,50 @@ def alignment(mean: Float[Array, " H"], consensus: Float[Array, " H"]) -> Float[
 
 
 class PreferenceOptimizer(NamedTuple):
-  """Takes SGD steps on the preference p: (p, gradient, buffer) -> (p, buffer).
+  """Takes steps on the preference p: (p, gradient, buffer) -> (p, buffer).
 
-  "clear" is plain SGD. "accumulate" is what the published code does: its gradient buffer is never
-  cleared, so every step uses the sum of all gradients so far.
+  "clear" is plain SGD, under which p hardly moves at the published rate. "accumulate" is what the
+  published code does: its gradient buffer is never cleared, so every step uses the sum of all
+  gradients so far. "adam" has Adam's step, whose length is that of the rate (ours).
   """
 
   learning_rate: float = 0.005
-  grad: Literal["clear", "accumulate"] = "clear"
+  grad: Literal["clear", "accumulate", "adam"] = "clear"
+
+  def init(self, preference: Float[Array, " H"]) -> Float[Array, "*moments H"]:
+    """Returns the buffer before the first step: (H,); for Adam moments and step count, (3, H)."""
+    return jnp.zeros((3, *preference.shape)) if self.grad == "adam" else jnp.zeros_like(preference)
 
   def __call__(
     self,
     preference: Float[Array, " H"],
     gradient: Float[Array, " H"],
-    buffer: Float[Array, " H"],
-  ) -> tuple[Float[Array, " H"], Float[Array, " H"]]:
+    buffer: Float[Array, "*moments H"],
+  ) -> tuple[Float[Array, " H"], Float[Array, "*moments H"]]:
     """Takes one step.
 
     Args:
       preference: (H,) p.
       gradient: (H,) of the loss.
-      buffer: (H,) sum of the gradients before.
+      buffer: from `init` or the step before; (H,) the sum of the gradients so far, (3, H) for Adam.
 
     Raises:
       ValueError: for other shapes.
     """
-    shapes.check(preference=(preference, "H"), gradient=(gradient, "H"), buffer=(buffer, "H"))
+    kept = "moments H" if self.grad == "adam" else "H"
+    shapes.check(preference=(preference, "H"), gradient=(gradient, "H"), buffer=(buffer, kept))
+    if self.grad == "adam":
+      return self._adam(preference, gradient, buffer)
     total = gradient + (buffer if self.grad == "accumulate" else 0.0)
     return preference - self.learning_rate * total, total
+
+  def _adam(self, preference: Array, gradient: Array, buffer: Array) -> tuple[Array, Array]:
+    """Adam with its usual constants; optax's state as rows of one array."""
+    first, second, count = buffer
+    state = optax.ScaleByAdamState(count=count[0].astype(jnp.int32), mu=first, nu=second)
+    direction, state = optax.scale_by_adam().update(gradient, state)
+    count = jnp.broadcast_to(state.count, first.shape).astype(first.dtype)
+    return preference - self.learning_rate * direction, jnp.stack([state.mu, state.nu, count])
 
 
 PREFERENCE_SGD = PreferenceOptimizer()
@@ -113,14 +129,14 @@ class Client(NamedTuple):
     params: all trained weights; the shared ones are overwritten by each download.
     model_state: batch-norm statistics.
     preference: (H,) p.
-    preference_buffer: (H,) accumulated gradient of p.
+    preference_buffer: state of the optimiser of p, see `PreferenceOptimizer.init`.
     opt_state: of the optimiser of the weights.
   """
 
   params: Params
   model_state: ModelState
   preference: Float[Array, " H"]
-  preference_buffer: Float[Array, " H"]
+  preference_buffer: Float[Array, "*moments H"]
   opt_state: optax.OptState
 
 

@@ -13,6 +13,7 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "accuracy": ("share of examples that are judged right", _HIGHER),
   "test_accuracy": ("share of test examples that are classified right", _HIGHER),
   "validation_accuracy": ("share of validation examples that are classified right", _HIGHER),
+  "preference_norm": ("length of the clients' preferences; near 0 they do nothing", ""),
   "training_accuracy": (
     "share of the training examples that are classified right; no test",
     _HIGHER,

@@ -46,13 +46,14 @@ def run(config, rounds=None):
 
 def test_rows_are_the_method_its_ablations_and_its_rivals():
   assert set(ROWS) == {
-    "fedssp", "gsks", "pgpa", "share_extractor", "fedavg", "fedprox", "fedper", "gcfl", "local",
+    "fedssp", "fedssp_adam", "no_preference", "gsks", "pgpa", "share_extractor", "fedavg", "fedprox", "fedper", "gcfl", "local",
     "fedstar", "fedavg_spectral", "fedprox_spectral", "gcfl_spectral", "local_spectral",
   }  # fmt: skip
   protocol = ("data", "steps", "batch_size", "split_seed", "clients_per_domain", "average_last")
   for name, row in ROWS.items():
-    assert row.algorithm == name.removesuffix("_spectral")
-    assert (row.backbone == "spectral") == (name.endswith("_spectral") or name in OURS)
+    assert row.algorithm == name.removesuffix("_spectral").removesuffix("_adam")
+    ours = name in OURS or name == "fedssp_adam"
+    assert (row.backbone == "spectral") == (name.endswith("_spectral") or ours)
     assert all(getattr(row, key) == getattr(CONFIG, key) for key in protocol)
 
 

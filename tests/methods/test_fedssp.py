@@ -558,3 +558,22 @@ def test_share_extractor_keeps_input_layer_and_head(tiny_graphs_here):
   own = {name for name in every if name.startswith(("['node_encoder']", "['head']"))}
   assert len(own) == 4
   assert set(leaves(upload_of(federation).shared)) == every - own
+
+
+def test_the_preference_under_adam_takes_steps_of_its_rate():
+  step = method.PreferenceOptimizer(0.01, "adam")
+  p, gradient = jnp.zeros(3), jnp.array([1e-4, -1e-6, 2.0])
+  buffer = step.init(p)
+  assert buffer.shape == (3, 3)
+  for count in (1, 2):
+    p, buffer = step(p, gradient, buffer)
+    np.testing.assert_allclose(p, -0.01 * count * jnp.array([1, -0.99, 1]), rtol=0.02)
+  expected, state = optax.adam(0.01), None
+  q = jnp.zeros(3)
+  state = expected.init(q)
+  for _ in range(2):
+    updates, state = expected.update(gradient, state)
+    q = optax.apply_updates(q, updates)
+  np.testing.assert_allclose(p, q, rtol=1e-5)
+  with pytest.raises(ValueError, match="buffer"):
+    step(p, gradient, jnp.zeros(3))

@@ -78,6 +78,7 @@ def is_structure(path: str) -> bool:
 VARIANTS: dict[str, dict[str, Any]] = {
   "fedssp": {},
   "gsks": {"preference": None, "tau": 0.0},
+  "no_preference": {"preference": None},
   "pgpa": {"shared": trees.nothing},
   "share_extractor": {"shared": is_extractor},
 }
@@ -100,17 +101,15 @@ def fedssp(
     eval_preference: whether a client predicts with its preference.
     **settings: of `methods.fedssp.fedssp`; the variant overrides them.
   """
+  settings |= VARIANTS[variant]
   algorithm = method.fedssp(
-    functools.partial(_output, backbone),
-    backbone.classify,
-    target_of,
-    optimizer,
-    **settings | VARIANTS[variant],
+    functools.partial(_output, backbone), backbone.classify, target_of, optimizer, **settings
   )
+  preference = settings["preference"] or method.PREFERENCE_SGD
   # Until the first consensus is known the preference is zero, so adding it is always right.
   return Setup(
     algorithm,
-    functools.partial(_first_state, optimizer),
+    functools.partial(_first_state, optimizer, preference),
     lambda client: client.preference if eval_preference else 0.0,
   )
 
@@ -123,11 +122,14 @@ def _output(
 
 
 def _first_state(
-  optimizer: optax.GradientTransformation, params: Params, model_state: ModelState
+  optimizer: optax.GradientTransformation,
+  preference: method.PreferenceOptimizer,
+  params: Params,
+  model_state: ModelState,
 ) -> method.Client:
   """Returns a client of FedSSP before its first round."""
   zero = jnp.zeros(params["head"]["kernel"].shape[0])
-  return method.Client(params, model_state, zero, zero, optimizer.init(params))
+  return method.Client(params, model_state, zero, preference.init(zero), optimizer.init(params))
 
 
 # --- averaging ------------------------------------------------------------------------------------

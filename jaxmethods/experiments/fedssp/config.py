@@ -20,6 +20,7 @@ Algorithm = Literal[
   "fedssp",
   "gsks",
   "pgpa",
+  "no_preference",
   "share_extractor",
   "fedavg",
   "fedprox",
@@ -29,7 +30,7 @@ Algorithm = Literal[
   "local",
 ]
 Network = Literal["spectral", "gin", "fedstar"]
-OURS = ("fedssp", "gsks", "pgpa", "share_extractor")  # FedSSP and its ablations
+OURS = ("fedssp", "gsks", "pgpa", "no_preference", "share_extractor")  # FedSSP and its ablations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,16 @@ class Config(RunConfig):
   learning_rate: float = 1e-3
   weight_decay: float = 5e-4
 
-  tau: float = 100.0
+  tau: float = (
+    100.0  # choose it on validation where data or network are smaller: --tune tau=1,10,100
+  )
   mu: float = 0.5
   preference_lr: float = 0.005
   # Where paper and code differ the default is the paper and the code's behaviour the other value,
   # but for mean_mode: tau was tuned with the scale that the code gives the mean.
   eval_preference: bool = True  # code: False
-  preference_grad: Literal["clear", "accumulate"] = "clear"  # code: accumulate
+  # code: accumulate; adam: under which the preference acts at once (ours)
+  preference_grad: Literal["clear", "accumulate", "adam"] = "clear"
   optimizer_reset: bool = False  # code: True
   mean_mode: Literal["code", "ema"] = "code"
 
@@ -140,6 +144,7 @@ def rows(config: Config) -> dict[str, Config]:
   spectral = ("fedavg", "fedprox", "gcfl", "local")
   return {
     **{name: row(name, backbone="spectral") for name in OURS},
+    "fedssp_adam": row("fedssp", backbone="spectral", preference_grad="adam"),
     **{name: row(name, **gin) for name in ("fedavg", "fedprox", "fedper", "gcfl", "local")},
     "fedstar": row("fedstar", **{**gin, "backbone": "fedstar"}),
     **{f"{name}_spectral": row(name, backbone="spectral") for name in spectral},

@@ -19,6 +19,7 @@ from jaxmethods.experiments.fedssp.clients import TEST, VALIDATION, Clients
 from jaxmethods.experiments.fedssp.state import State
 from jaxmethods.federated import engine
 from jaxmethods.federated.batching import Batches
+from jaxmethods.methods import fedssp as method
 from jaxmethods.runtime import compiler
 from jaxmethods.runtime.experiment import Metrics
 from jaxmethods.trees import Key, Params, PyTree
@@ -135,6 +136,7 @@ class _Parts(NamedTuple):
   begin: Callable[[Key, jax.Array], tuple[Key, jax.Array | None]]
   end: Callable[[Metrics, jax.Array | None], Metrics]
   summary: Callable[[list[Hits]], Metrics]
+  norm: Callable[[tuple[PyTree, ...]], Metrics]
 
 
 def _compose(
@@ -150,6 +152,7 @@ def _compose(
     begin=jit(functools.partial(draw, roster)),
     end=jit(functools.partial(mean_metrics, len(roster.names))),
     summary=jit(functools.partial(accuracies, roster)),
+    norm=jit(preference_norm),
   )
   index = jnp.split(jnp.arange(len(roster.names)), np.cumsum(list(map(len, roster.ids)))[:-1])
   return Functions(
@@ -174,7 +177,8 @@ def _evaluate(
 ) -> Metrics:
   """Evaluates every client on its own held-out graphs."""
   groups = list(zip(index, state.clients, held_out, strict=True))
-  return parts.summary(parts.count_all(state.server, groups))
+  summary = parts.summary(parts.count_all(state.server, groups))
+  return OrderedDict(summary, **parts.norm(state.clients))
 
 
 # --- beside the clients ---------------------------------------------------------------------------
@@ -212,6 +216,14 @@ def accuracies(roster: Roster, counts: list[Hits]) -> OrderedDict[str, Float[Arr
     {"test_accuracy": test.mean(), "validation_accuracy": jnp.nanmean(validation)},
     **{f"test_accuracy/{name}": test[i] for i, name in enumerate(roster.names)},
   )
+
+
+def preference_norm(clients: tuple[PyTree, ...]) -> dict[str, Float[Array, ""]]:
+  """Measures the mean length of the clients' preferences; nothing where they have none."""
+  if not all(isinstance(group, method.Client) for group in clients):
+    return {}
+  each = [jnp.linalg.norm(group.preference, axis=-1) for group in clients]
+  return {"preference_norm": jnp.concatenate(each).mean()}
 
 
 # --- one client -----------------------------------------------------------------------------------
