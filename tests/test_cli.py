@@ -138,7 +138,7 @@ BAD = {
   "tune_equal": ("eval.compare", [*TINY, "--tune", "pause=1,1.0"], ["pause", "one value twice"]),
   "tune_twice": ("eval.compare", [*TINY, "--tune", "pause=1,2;pause=3,4"], ["pause", "twice"]),
   "tune_untold": (
-    "eval.compare", ["--method", "bye", "--tune", "tau=1,2"], ["bye has no validation split"],
+    "eval.compare", ["--method", "ggeur", "--tune", "learning_rate=1,2"], ["ggeur has no validation"],
   ),
   "along_one": ("eval.compare", [*TINY, "--along", "1"], ["--along", "at least 2"]),
   "along_untold": ("eval.compare", ["--method", "fedssp", "--along", "3"], ["--along", "no metric"]),

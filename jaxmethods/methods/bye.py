@@ -19,8 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.stats import mixtures, shapes
 from jaxmethods.stats.mixtures import Mixture
+from jaxmethods.trees import Key
 
 FIXED_THRESHOLD = 0.708  # of ln T: 4.5 nats for the published 576 tokens (scaling inferred)
+
+NULLS = ("normal", "uniform", "levels")  # shapes of clean entropies, see `null_separation`
 
 Index = Literal["paper", "code"]
 
@@ -142,17 +145,20 @@ def profile(
   entropies: Float[Array, "N L"],
   *,
   tau: float = 2.0,
-  index: Index = "paper",
+  index: Index = "code",
   min_weight: float = 0.0,
+  null: float | Float[Array, ""] = 0.0,
 ) -> Profile:
   """Fits two groups to every layer and keeps the layers where they are apart (eq. 6 and 7).
 
   Args:
     entropies: (N, L), finite.
-    tau: least separation; the published sweep of 0 to 3 has its best at 2.
+    tau: least separation; the published sweep of 0 to 3 has its best at 2, most likely in the code's unit.
     index: see `separation_index`.
     min_weight: least share of either group; 0 as published. A converged fit of a layer with one
       group can lock on to a handful of outliers, which 0.005 excludes (ours).
+    null: separation that entropies without poison reach, see `null_separation`; a layer is kept only
+      above it. 0: no such check, as published.
 
   Returns:
     See `Profile`.
@@ -165,16 +171,46 @@ def profile(
   mixture = jax.lax.map(mixtures.fit, entropies.T)
   separation = separation_index(mixture, index)
   kept = separation >= tau if index == "paper" else separation > tau
-  kept &= mixture.weight.min(-1) >= min_weight
+  kept &= (mixture.weight.min(-1) >= min_weight) & (separation > null)
   rarer_above = mixture.weight[..., 1] < mixture.weight[..., 0]
   return Profile(mixture, separation, kept, divergence(mixture), kept & rarer_above)
 
 
-def separation_index(mixture: Mixture, index: Index = "paper") -> Float[Array, "*batch"]:
+def null_separation(
+  key: Key, count: int, draws: int, index: Index = "code"
+) -> Float[Array, "nulls draws"]:
+  """Draws separations of entropies without any poison (ours).
+
+  A separation does not depend on unit and origin, so three shapes of clean entropies stand for all:
+  one normal group, uniform values, and six equal groups like those of a count from 1 to 6.
+
+  Args:
+    key: random key.
+    count: examples of a draw: as many as the data have, for fewer separate better by chance.
+    draws: of each shape.
+    index: see `separation_index`.
+
+  Returns:
+    (3, draws), rows in the order of `NULLS`.
+
+  Raises:
+    ValueError: fewer than four examples, or another index.
+  """
+  if count < 4:
+    raise ValueError(f"{count} examples are too few for two groups; at least 4 are needed")
+  normal_key, uniform_key, level_key, noise_key = jax.random.split(key, 4)
+  shape = (draws, count)
+  levels = jax.random.randint(level_key, shape, 0, 6) + 0.5 * jax.random.normal(noise_key, shape)
+  drawn = (jax.random.normal(normal_key, shape), jax.random.uniform(uniform_key, shape), levels)
+  mixture = jax.lax.map(mixtures.fit, jnp.concatenate(drawn))
+  return separation_index(mixture, index).reshape(len(NULLS), draws)
+
+
+def separation_index(mixture: Mixture, index: Index = "code") -> Float[Array, "*batch"]:
   """Measures how far two groups are apart: mixtures with fields (..., 2) to (...).
 
-  "paper": |m1 - m2| / sqrt(s1^2 + s2^2), eq. 6, its root inferred; "code": |m1 - m2| / (s1 + s2),
-  which is smaller, by sqrt(2) where s1 = s2.
+  "code": |m1 - m2| / (s1 + s2), of the released code; "paper": |m1 - m2| / sqrt(s1^2 + s2^2), eq. 6,
+  its root inferred, which is larger, by sqrt(2) where s1 = s2.
 
   Raises:
     ValueError: another index, or another number of groups.

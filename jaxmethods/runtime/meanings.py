@@ -53,6 +53,7 @@ _METRICS: Mapping[str, tuple[str, str]] = {
   "layers_reversed": ("layers of them where the suspects have the greater entropy", ""),
   "saved_by_guard": ("examples that only the guard kept", ""),
   "missing": ("attention entropies that were missing", _LOWER),
+  "null_separation": ("separation that data without poison reach; layers below are not used", ""),
   "separation": ("how far the two groups of a layer are apart", ""),
   "attack_before": ("success of the attack before the defence", _LOWER),
   "attack_after": ("success of the attack after the defence", _LOWER),

@@ -176,7 +176,8 @@ def test_triggers(trigger):
 def test_one_tuning_is_enough_where_no_model_is_looked_at(benchmark):
   rows = bye.rows(dataclasses.replace(CONFIG, adapter="lora", rank=2, steps=2))
   assert next(iter(rows)) == "bye"
-  assert rows["code_index"].index == "code"
+  assert rows["bye"].index == rows["no_null"].index == "code"
+  assert rows["paper_index"].index == "paper" and rows["no_null"].null_draws == 0
   random = build.build(rows["random"], benchmark=benchmark)
   state = random.init(jax.random.key(0))
   assert random.num_steps == 2

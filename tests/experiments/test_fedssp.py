@@ -46,7 +46,8 @@ def run(config, rounds=None):
 
 def test_rows_are_the_method_its_ablations_and_its_rivals():
   assert set(ROWS) == {
-    "fedssp", "fedssp_adam", "no_preference", "gsks", "pgpa", "share_extractor", "fedavg", "fedprox", "fedper", "gcfl", "local",
+    "fedssp", "fedssp_adam", "no_preference", "gsks", "pgpa", "share_extractor",
+    "fedavg", "fedprox", "fedper", "gcfl", "local",
     "fedstar", "fedavg_spectral", "fedprox_spectral", "gcfl_spectral", "local_spectral",
   }  # fmt: skip
   protocol = ("data", "steps", "batch_size", "split_seed", "clients_per_domain", "average_last")

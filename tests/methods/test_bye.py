@@ -78,7 +78,7 @@ def test_the_two_indices_bound_each_other():
   std = jax.random.uniform(jax.random.key(0), (100, 2), minval=0.01)
   mean = jnp.sort(jax.random.normal(jax.random.key(1), (100, 2)))
   mixture = Mixture(jnp.full((100, 2), 0.5), mean, std)
-  paper, code = bye.separation_index(mixture), bye.separation_index(mixture, "code")
+  paper, code = bye.separation_index(mixture, "paper"), bye.separation_index(mixture)
   assert (code <= paper).all()
   assert (paper <= np.sqrt(2) * code * (1 + 1e-6)).all()
   with pytest.raises(ValueError, match="index"):
@@ -174,3 +174,23 @@ def test_shapes_are_checked_at_the_door():
     bye.head_mean(rows(), 20, T)
   with pytest.raises(ValueError, match="mean: expected"):
     bye.divergence(Mixture(*(jnp.ones((4, 3)),) * 3))
+
+
+def test_separation_without_poison():
+  found = {i: bye.null_separation(jax.random.key(0), 800, 20, i) for i in ("code", "paper")}
+  normal, uniform, levels = found["paper"]
+  assert (uniform > 2).all()  # flat values pass the paper's index
+  assert (found["code"] < 2).all()  # and nothing passes the code's
+  assert normal.max() < uniform.min() and levels.max() < 3
+  with pytest.raises(ValueError, match="4"):
+    bye.null_separation(jax.random.key(0), 3, 2)
+
+
+def test_a_layer_that_is_no_further_apart_than_clean_data_is_not_used():
+  flat = jnp.linspace(0, 1, 800)[:, None]
+  entropies, _ = planted()
+  null = float(bye.null_separation(jax.random.key(0), 800, 20, "paper").max())
+  assert bye.profile(flat, index="paper").kept.all()
+  assert not bye.profile(flat, index="paper", null=null).kept.any()
+  kept = bye.profile(entropies, index="paper").kept
+  np.testing.assert_array_equal(bye.profile(entropies, index="paper", null=null).kept, kept)

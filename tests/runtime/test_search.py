@@ -55,4 +55,5 @@ def test_every_room_says_what_it_chooses_by_and_on_what():
   assert chosen["lorasculpt"] == chosen["spider"] == chosen["mllm_tuning"] == "H"
   assert chosen["thanora"] == "Mean"
   assert chosen["fedssp"] == chosen["rahfl"] == chosen["acgkd"] == "validation_accuracy"
-  assert chosen["bye"] is None
+  assert chosen["bye"] == "clean_accuracy"
+  assert chosen["epeagent"] is None

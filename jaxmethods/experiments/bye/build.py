@@ -16,7 +16,7 @@ from jaxmethods.adapters.low_rank import lora
 from jaxmethods.data.array_cache import cached_tree, described
 from jaxmethods.experiments.bye import figures, planting, tunings
 from jaxmethods.experiments.bye.config import AFTERWARDS, ONCE, Config, attack, criteria
-from jaxmethods.experiments.bye.detection import attention_maps
+from jaxmethods.experiments.bye.detection import attention_maps, null_separations
 from jaxmethods.experiments.bye.planting import Data
 from jaxmethods.experiments.bye.tunings import Parts, State, Work
 from jaxmethods.runtime import checks, compiler, loop
@@ -43,10 +43,13 @@ def build(
   checks.no_mesh("bye", mesh)
   benchmark = benchmark or multimodal.load(config.desk, ())
   data, tuner = load(config, benchmark), tuner_of(config)
+  null = nulls_of(config, len(data.open))
+  data = data._replace(about=data.about + described_nulls(null, config))
+  found = criteria(config)._replace(null=max(null.values(), default=0.0))
   parts = Parts(
     benchmark.model, tuner,
     tuners.adamw(rates_of(config), tuner.rates, config.steps, warmup=config.warmup), config.clip,
-    config.steps, config.batch_size, config.defence, config.drop_share, criteria(config),
+    config.steps, config.batch_size, config.defence, config.drop_share, found,
     config.restart, config.poison_rate * len(data.open) / data.open.sum(),
   )  # fmt: skip
   train, params, test = jax.device_put((data.train, benchmark.params, data.test))
@@ -81,6 +84,21 @@ def load(config: Config, benchmark: Benchmark) -> Data:
   data = planting.load(config.target, config.split, limit, attack(config), benchmark)
   check_size(data.train.clean, config.batch_size)
   return data
+
+
+def nulls_of(config: Config, count: int) -> dict[str, float]:
+  """Separations without poison, for rows that look at layers; empty where they are not asked for."""
+  if config.defence in ONCE or not config.null_draws:
+    return {}
+  return null_separations(count, config.null_draws, config.index)
+
+
+def described_nulls(null: dict[str, float], config: Config) -> str:
+  """Says what separation is no sign of poison, for the first line of the report."""
+  if not null:
+    return ""
+  each = ", ".join(f"{name} {value:.2f}" for name, value in null.items())
+  return f"; separation ({config.index}) of 95 % of {config.null_draws} draws without poison, at most: {each}"
 
 
 def tuner_of(config: Config) -> Tuner:
@@ -145,7 +163,9 @@ def draw(parts: Parts, data: Data, state: State) -> dict[str, Figure]:
   judgement = jax.device_get(state.judgement)
   found = parts.criteria
   pictures = {
-    "entropies": figures.entropies(judgement, poisoned, found.tau, found.separation),
+    "entropies": figures.entropies(
+      judgement, poisoned, max(found.tau, found.null), found.separation
+    ),
     "attention": figures.attention(
       (clean[shown], marked[shown]), np.split(np.asarray(maps), 2, axis=1)
     ),

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Literal, NamedTuple, get_args
 
 from jaxmethods.runtime import checks
+from jaxmethods.runtime.experiment import Selection
 from jaxmethods.testbeds.multimodal.settings import TuningConfig
 
 Trigger = Literal["patch", "random", "dual", "multi", "blend", "sig", "wanet", "ftrojan"]
@@ -29,7 +30,7 @@ _RIVALS: tuple[Defence, ...] = (
 )  # fmt: skip
 # Choices that are made when the first tuning is done.
 AFTERWARDS = (
-  "defence", "tau", "index", "min_weight", "guard", "restart", "drop_share", "assumed_rate", "reuse",
+  "defence", "tau", "index", "null_draws", "min_weight", "guard", "restart", "drop_share", "assumed_rate", "reuse",
 )  # fmt: skip
 
 
@@ -49,8 +50,12 @@ class Config(TuningConfig):
   poison_answer: str = "backdoor"  # words of the vocabulary; (paper) "Backdoor Attack!"
 
   defence: Defence = "bye"
-  tau: float = 2.0  # least separation of a layer that is used
-  index: Index = "paper"  # separation index
+  # Least separation of a layer that is used. By `paper`, layers without poison came to 2.45 here and layers
+  # that found it had 2.66 to 5.19; `code` is smaller by up to the square root of 2.
+  tau: float = 2.0
+  index: Index = "code"  # (code); paper: eq. 6 with its root inferred, which uniform entropies pass
+  # Draws of the separation without poison; a layer is used above 95 % of them only (ours). 0: no check.
+  null_draws: int = 40
   min_weight: float = (
     0.0  # least share of both groups of a layer that is used; 0.005 advised (ours)
   )
@@ -79,6 +84,7 @@ class Config(TuningConfig):
     checks.within(self, "[0, 1)", "poison_rate", "dropout")
     checks.at_least(self, 0, "trigger_side", "trigger_cell", "trigger_seed", "tau")
     checks.within(self, "[0, 0.5]", "min_weight")
+    checks.at_least(self, 0, "null_draws")
     checks.within(self, "(0, 1)", "drop_share")
     checks.within(self, "(0, 0.6)", "assumed_rate")
     checks.at_least(self, 1, "rank")
@@ -113,13 +119,14 @@ class Attack(NamedTuple):
 
 
 class Criteria(NamedTuple):
-  """The settings of the detectors; see `Config`."""
+  """The settings of the detectors; see `Config`. `null`: separation that no poison needs."""
 
   tau: float
   separation: Index
   min_weight: float
   guard: bool
   assumed_rate: float
+  null: float = 0.0
 
 
 def attack(config: Config) -> Attack:
@@ -151,6 +158,12 @@ def rows(config: Config) -> dict[str, Config]:
     "none": row("none"),
     "oracle": row("oracle"),
     "random": row("random"),
-    "code_index": row("bye", index="code"),
+    "paper_index": row("bye", index="paper"),
+    "no_null": dataclasses.replace(row("bye"), null_draws=0),
     **{name: row(name) for name in _RIVALS},
   }
+
+
+def selection(config: Config) -> Selection:
+  """Chooses settings by the accuracy of the last model on clean validation images, poison unknown."""
+  return Selection(dataclasses.replace(config, split="validation"), "clean_accuracy")

@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmethods.adapters.prompts import IGNORED
 from jaxmethods.adapters.training import token_cross_entropy
-from jaxmethods.experiments.bye.config import Criteria
+from jaxmethods.experiments.bye.config import Criteria, Index
 from jaxmethods.experiments.bye.planting import Pair, mixed
 from jaxmethods.methods import bye
 from jaxmethods.methods.bye import Profile, Verdict
 from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.models.probe import Probe
+from jaxmethods.runtime import compiler
 from jaxmethods.stats import poisoning
 from jaxmethods.testbeds.multimodal.questions import Split
 from jaxmethods.tuning.tuner import Run, Tuner, TunerState
@@ -100,7 +102,11 @@ def judge(evidence: Evidence, criteria: Criteria, tokens: int) -> Judgement:
   """
   entropies, missing = bye.fill_missing(evidence.entropies)
   profile = bye.profile(
-    entropies, tau=criteria.tau, index=criteria.separation, min_weight=criteria.min_weight
+    entropies,
+    tau=criteria.tau,
+    index=criteria.separation,
+    min_weight=criteria.min_weight,
+    null=criteria.null,
   )
   clean = functools.partial(bye.clean, entropies, guard=criteria.guard)
   verdict, everywhere = clean(profile.kept), jnp.ones_like(profile.kept)
@@ -116,6 +122,21 @@ def judge(evidence: Evidence, criteria: Criteria, tokens: int) -> Judgement:
     "clustering": poisoning.smaller_cluster(evidence.features),
   }
   return Judgement(profile, verdict, entropies, missing, removed)
+
+
+def null_separations(count: int, draws: int, index: Index) -> dict[str, float]:
+  """Separation that 95 % of the draws without poison stay below, by the shape of the entropies.
+
+  Args:
+    count: training examples.
+    draws: of each shape, at least 1.
+    index: of separation.
+  """
+  program = compiler.jit(
+    functools.partial(bye.null_separation, count=count, draws=draws, index=index)
+  )
+  found = np.quantile(np.asarray(program(jax.random.key(0))), 0.95, axis=1)
+  return {name: float(value) for name, value in zip(bye.NULLS, found, strict=True)}
 
 
 def detection(removed: jax.Array, poisoned: jax.Array) -> dict[str, jax.Array]:

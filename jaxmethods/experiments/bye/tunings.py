@@ -175,6 +175,7 @@ def evaluate(parts: Parts, state: State, test: Split) -> dict[str, jax.Array]:
   metrics = {name: reached[name][1] for name in _OUTCOMES}
   metrics |= detection(~state.kept, state.poisoned)
   metrics |= {f"{name}_before": reached[name][0] for name in _OUTCOMES}
+  metrics["null_separation"] = jnp.float32(parts.criteria.null)
   return metrics | _verdicts(state.judgement, state.poisoned)
 
 
