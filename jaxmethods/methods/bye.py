@@ -153,7 +153,8 @@ def profile(
 
   Args:
     entropies: (N, L), finite.
-    tau: least separation; the published sweep of 0 to 3 has its best at 2, most likely in the code's unit.
+    tau: least separation; the published sweep of 0 to 3 has its best at 2, most likely in the unit
+      of the code.
     index: see `separation_index`.
     min_weight: least share of either group; 0 as published. A converged fit of a layer with one
       group can lock on to a handful of outliers, which 0.005 excludes (ours).

@@ -38,6 +38,7 @@ COOPERATIVE = -1
 NOBODY = -2  # rows of zeros, which get no gradient
 Spectrum = Literal["sv", "sv2"]
 OrthogonalOn = Literal["both", "A", "B"]
+Weights = Literal["softmax", "share"]
 
 
 class Moment(NamedTuple):
@@ -46,10 +47,12 @@ class Moment(NamedTuple):
   Attributes:
     total: sum of x x^T, (in, in), float32 or better.
     inputs: how many were seen, ().
+    sums: sum of x, (in,), where the moment is to be centred; else None.
   """
 
   total: Float[Array, "in in"]
   inputs: Float[Array, ""]
+  sums: Float[Array, " in"] | None = None
 
 
 class Decomposition(NamedTuple):
@@ -100,9 +103,16 @@ class Layer(NamedTuple):
 # --- preview ------------------------------------------------------------------------------------
 
 
-def no_inputs(width: int) -> Moment:
-  """Makes the moment before any input."""
-  return Moment(jnp.zeros((width, width)), jnp.zeros(()))
+def no_inputs(width: int, *, centred: bool = False) -> Moment:
+  """Makes the moment before any input.
+
+  Args:
+    width: of the inputs.
+    centred: whether the mean is taken out, so that tasks do not share it as their leading direction (ours);
+      False: the plain second moment (corda).
+  """
+  zeros = jnp.zeros((width, width))
+  return Moment(zeros, jnp.zeros(()), zeros[0] if centred else None)
 
 
 def add_inputs(
@@ -120,13 +130,19 @@ def add_inputs(
   mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
   shapes.same(tokens=x[..., 0], mask=mask)
   x = jnp.where(mask[..., None], x, 0).reshape(-1, x.shape[-1])
-  return Moment(moment.total + x.T @ x, moment.inputs + mask.sum())
+  sums = None if moment.sums is None else moment.sums + x.sum(0)
+  return Moment(moment.total + x.T @ x, moment.inputs + mask.sum(), sums)
 
 
 def second_moment(moment: Moment) -> Float[Array, "in in"]:
-  """Computes C = X X^T / M; zeros without any input."""
+  """Computes C = X X^T / M, less the mean's share where it is centred; zeros without any input."""
   shapes.check(total=(moment.total, "in in"), inputs=(moment.inputs, ""))
-  return moment.total / jnp.maximum(moment.inputs, 1)
+  count = jnp.maximum(moment.inputs, 1)
+  whole = moment.total / count
+  if moment.sums is None:
+    return whole
+  mean = moment.sums / count
+  return whole - jnp.outer(mean, mean)
 
 
 def damped(
@@ -187,15 +203,35 @@ def spectral_entropy(values: Float[Array, " n"], spectrum: Spectrum = "sv") -> F
 # --- ranks --------------------------------------------------------------------------------------
 
 
-def task_weights(entropies: Sequence[float], temperature: float) -> np.ndarray:
-  """Computes the softmax of H / tau over tasks (reviews name both, the form is inferred)."""
+def task_weights(
+  entropies: Sequence[float], temperature: float, form: Weights = "softmax"
+) -> np.ndarray:
+  """Computes the softmax of H / tau over tasks (reviews name both, the form is inferred).
+
+  Args:
+    entropies: H of every task.
+    temperature: tau.
+    form: "share": H / sum H, without tau; the published figure fits both. Equal where all H are 0.
+
+  Returns:
+    (T,), sum 1.
+  """
+  if form == "share":
+    total = float(np.sum(entropies))
+    equal = np.full(len(entropies), 1 / len(entropies))
+    return np.asarray(entropies, np.float64) / total if total > 0 else equal
   scaled = np.asarray(entropies, np.float64) / temperature
   weights = np.exp(scaled - scaled.max())
   return weights / weights.sum()
 
 
 def allocate(
-  entropies: Sequence[float], rank: int, temperature: float = 0.1, *, cooperative: bool = True
+  entropies: Sequence[float],
+  rank: int,
+  temperature: float = 0.1,
+  *,
+  cooperative: bool = True,
+  weights: Weights = "softmax",
 ) -> tuple[np.ndarray, int]:
   """Divides the rank: floor(rank / (T + 1)) for the cooperative block (reviews), the rest by weight.
 
@@ -207,6 +243,7 @@ def allocate(
     rank: r_total.
     temperature: tau; large: uniform ranks.
     cooperative: False leaves that block out, an ablation.
+    weights: see `task_weights`.
 
   Returns:
     (rank of every task (T,), rank of the cooperative block); together `rank`.
@@ -220,7 +257,7 @@ def allocate(
   if not temperature > 0:
     raise ValueError(f"temperature must be positive, got {temperature}")
   shared = rank // (tasks + 1) if cooperative else 0
-  quota = task_weights(entropies, temperature) * (rank - shared)
+  quota = task_weights(entropies, temperature, weights) * (rank - shared)
   ranks = np.floor(quota).astype(int)
   left = rank - shared - ranks.sum()
   ranks[np.argsort(ranks - quota, kind="stable")[:left]] += 1
@@ -361,6 +398,7 @@ def plan(
   spectrum: Spectrum = "sv",
   damping: float = 0.01,
   cooperative: bool = True,
+  weights: Weights = "softmax",
 ) -> dict[str, Blocks]:
   """Chooses the ranks of all layers and starts their task blocks, by the preview.
 
@@ -370,11 +408,13 @@ def plan(
     params: pretrained model.
     moments: second moments of the inputs, (T, in, in), by the path of the layer.
     rank: r_total.
-    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W).
+    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W). The scale s multiplies it:
+      together the blocks take s W out of W; 1 / (T s) takes W out once, as CorDA does.
     temperature: tau; infinite: uniform ranks.
     spectrum: spectrum of the entropy.
     damping: share of the mean variance that is added to the moments, see `damped`.
     cooperative: whether rows are left for a cooperative block.
+    weights: see `task_weights`.
 
   Raises:
     InputError: a layer is scanned.
@@ -384,7 +424,7 @@ def plan(
     kernel = _kernel(flat, path)
     parts = [decompose(kernel, damped(moment, damping)) for moment in of_tasks]
     heights = [float(spectral_entropy(p.values, spectrum)) for p in parts]
-    ranks, _ = allocate(heights, rank, temperature, cooperative=cooperative)
+    ranks, _ = allocate(heights, rank, temperature, cooperative=cooperative, weights=weights)
     result[path] = task_blocks(parts, ranks, 1 / len(parts) if gain is None else gain, spectrum)
   return result
 

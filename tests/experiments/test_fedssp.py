@@ -90,6 +90,9 @@ def test_every_row_trains(name):
     assert metrics["bytes_up"] == exchanged if exchanged is not None else metrics["bytes_up"] > 0
   assert state.round == 2
   evaluated = jax.device_get(jax.jit(experiment.evaluate)(state, experiment.test))
+  norm = evaluated.pop("preference_norm", None)
+  assert (norm is None) == (ROWS[name].algorithm not in OURS)
+  assert norm is None or (norm > 0) == (name not in ("gsks", "no_preference"))
   assert set(evaluated) == {
     "test_accuracy", "validation_accuracy", "test_accuracy/RINGS", "test_accuracy/TREES"
   }  # fmt: skip

@@ -1,5 +1,7 @@
 """Properties of ThanoRA's preview, ranks, blocks and regulariser."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxmethods.adapters import low_rank
+from jaxmethods.experiments.thanora import config as thanora_config, rows as thanora_rows
 from jaxmethods.methods import thanora
 
 IN, OUT = 10, 8
@@ -216,3 +219,37 @@ def test_layers_of_a_stack_count_one_by_one():
   np.testing.assert_allclose(each, alone, rtol=1e-5)
   whole = thanora.subspace_penalty({"x": {"a": stack(a), "b": stack(b)}}, {"x": owners})
   np.testing.assert_allclose(whole, each.mean(), rtol=1e-5)
+
+
+def test_centred_moments_are_covariances():
+  x = jnp.asarray(np.random.default_rng(0).normal(3, 1, (50, 4)), jnp.float32)
+  moment = thanora.no_inputs(4, centred=True)
+  for part in (x[:20], x[20:]):
+    moment = thanora.add_inputs(moment, part)
+  np.testing.assert_allclose(thanora.second_moment(moment), np.cov(x.T, bias=True), atol=2e-5)
+  plain = thanora.add_inputs(thanora.no_inputs(4), x)
+  np.testing.assert_allclose(thanora.second_moment(plain), x.T @ x / 50, rtol=1e-5)
+
+
+def test_weights_by_share():
+  heights = [0.2, 0.6]
+  np.testing.assert_allclose(thanora.task_weights(heights, 0.1, "share"), [0.25, 0.75])
+  np.testing.assert_allclose(
+    thanora.task_weights([2.0, 6.0], 0.1, "share"), [0.25, 0.75]
+  )  # a common factor changes nothing
+  for form in ("softmax", "share"):
+    np.testing.assert_allclose(thanora.task_weights([0.5, 0.5], 0.1, form), [0.5, 0.5])
+  np.testing.assert_allclose(thanora.task_weights([0.0, 0.0], 0.1, "share"), [0.5, 0.5])
+  assert thanora.allocate(heights, 16, weights="share")[0].tolist() == [3, 8]
+
+
+def test_dropout_leaves_pretrained_weights_alone():
+  config = thanora_config.Config(rank=16, alpha=32.0)
+  made = thanora_config.rows(config)
+  rates = {name: thanora_rows.dropout_of(row) for name, row in made.items()}
+  assert rates["thanora"] == rates["corda"] == 0.0
+  assert rates["lora"] == rates["spr_only"] == config.dropout
+  free = dataclasses.replace(config, compensated_dropout=True)
+  assert thanora_rows.dropout_of(free) == config.dropout
+  assert thanora_rows.gain_of(made["thanora"]) == 1 / 2
+  assert thanora_rows.gain_of(made["scaled_gain"]) == 1 / 4

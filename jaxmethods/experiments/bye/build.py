@@ -98,7 +98,8 @@ def described_nulls(null: dict[str, float], config: Config) -> str:
   if not null:
     return ""
   each = ", ".join(f"{name} {value:.2f}" for name, value in null.items())
-  return f"; separation ({config.index}) of 95 % of {config.null_draws} draws without poison, at most: {each}"
+  draws = f"95 % of {config.null_draws} draws without poison"
+  return f"; separation ({config.index}) of {draws}, at most: {each}"
 
 
 def tuner_of(config: Config) -> Tuner:

@@ -30,7 +30,8 @@ _RIVALS: tuple[Defence, ...] = (
 )  # fmt: skip
 # Choices that are made when the first tuning is done.
 AFTERWARDS = (
-  "defence", "tau", "index", "null_draws", "min_weight", "guard", "restart", "drop_share", "assumed_rate", "reuse",
+  "defence", "tau", "index", "null_draws", "min_weight", "guard", "restart", "drop_share",
+  "assumed_rate", "reuse",
 )  # fmt: skip
 
 
@@ -50,8 +51,8 @@ class Config(TuningConfig):
   poison_answer: str = "backdoor"  # words of the vocabulary; (paper) "Backdoor Attack!"
 
   defence: Defence = "bye"
-  # Least separation of a layer that is used. By `paper`, layers without poison came to 2.45 here and layers
-  # that found it had 2.66 to 5.19; `code` is smaller by up to the square root of 2.
+  # Least separation of a layer that is used. By `paper`, layers without poison came to 2.45 here and
+  # layers that found it had 2.66 to 5.19; `code` is smaller by up to the square root of 2.
   tau: float = 2.0
   index: Index = "code"  # (code); paper: eq. 6 with its root inferred, which uniform entropies pass
   # Draws of the separation without poison; a layer is used above 95 % of them only (ours). 0: no check.

@@ -203,6 +203,7 @@ def start_of(config: Config, material: Material, mesh: Mesh | None = None) -> di
     config.checkpoint.chunk,
     rows.targets_of(config),
     together=config.row == "corda",
+    centred=config.centred,
     mesh=mesh,
   )
   return rows.plan_of(config, material.params, moments)
@@ -215,6 +216,7 @@ def moments_of(
   targets: str,
   *,
   together: bool = False,
+  centred: bool = False,
   mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
   """Measures second moments of the inputs of every layer on a preview of every task.
@@ -227,6 +229,7 @@ def moments_of(
     chunk: questions that are read at once.
     targets: regular expression on kernel paths.
     together: whether all tasks have one moment.
+    centred: whether means are taken out.
     mesh: devices over which the rows of a moment are spread while it grows.
   """
   tasks = [_chunks(material.batch, of[:count], chunk) for of in material.train.values()]
@@ -236,7 +239,7 @@ def moments_of(
     functools.partial(_read, material.model),
     targets,
     together=together,
-    begin=functools.partial(_no_inputs, mesh),
+    begin=functools.partial(_no_inputs, mesh, centred),
   )
 
 
@@ -251,14 +254,15 @@ def _read(model: Answering, params: Params, batch: Mapping[str, jax.Array]) -> R
   return run, [mask.reshape(-1, ids.shape[-1])]
 
 
-def _no_inputs(mesh: Mesh | None, width: int) -> method.Moment:
+def _no_inputs(mesh: Mesh | None, centred: bool, width: int) -> method.Moment:
   """Begins the moment of a layer, its rows spread over the mesh."""
-  moment = method.no_inputs(width)
+  moment = method.no_inputs(width, centred=centred)
   if mesh is None:
     return moment
   spec = PartitionSpec(mesh.axis_names) if width % mesh.size == 0 else PartitionSpec()
   place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-  return method.Moment(place(moment.total, spec), place(moment.inputs, PartitionSpec()))
+  rest = jax.tree.map(lambda x: place(x, PartitionSpec()), moment._replace(total=None))
+  return rest._replace(total=place(moment.total, spec))
 
 
 def _chunks(

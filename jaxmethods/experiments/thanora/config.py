@@ -41,7 +41,16 @@ class Config(BudgetConfig):
   train_projector: bool = True
   preview: int = 500  # training questions of each task (reviews)
   temperature: float = 0.1  # tau; .inf: uniform ranks
-  gain: float = 0.0  # gamma; 0: 1 / number of tasks
+  gain: float = 0.0  # gamma; 0: by gain_form
+  # tasks: 1 / T, which with s takes s W out of W; scaled: 1 / (T s), which takes out W once (as corda).
+  gain_form: Literal["tasks", "scaled"] = "tasks"
+  weights: Literal["softmax", "share"] = (
+    "softmax"  # of tasks in the ranks; share: H / sum H, no tau
+  )
+  centred: bool = False  # second moments without the mean, which tasks share (ours)
+  compensated_dropout: bool = (
+    False  # dropout on a branch that holds pretrained weights (inferred: none)
+  )
   spr_weight: float = 1e-3  # lambda
   spectrum: Literal["sv", "sv2"] = "sv"
   orth_on: Literal["both", "A", "B"] = "both"
@@ -94,6 +103,9 @@ def rows(config: Config) -> dict[str, Config]:
     "hasi_only": {"row": "thanora", "spr_weight": 0.0},
     "spr_only": {"row": "thanora", "start": "random", "temperature": infinite},
     "no_cooperative": {"row": "thanora", "cooperative": False},
+    "scaled_gain": {"row": "thanora", "gain_form": "scaled"},
+    "share_weights": {"row": "thanora", "weights": "share"},
+    "centred": {"row": "thanora", "centred": True},
     **{
       name: {"row": name}
       for name in (

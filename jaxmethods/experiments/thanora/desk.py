@@ -16,6 +16,7 @@ from jaxmethods.experiments.thanora import rows
 from jaxmethods.experiments.thanora.config import Config
 from jaxmethods.experiments.thanora.figures import figures
 from jaxmethods.experiments.thanora.preview import Reading, second_moments
+from jaxmethods.methods import thanora as method
 from jaxmethods.models.desk_mllm import DeskMLLM
 from jaxmethods.runtime.experiment import Experiment
 from jaxmethods.stats.losses import IGNORED
@@ -252,13 +253,24 @@ def start_of(config: Config, benchmark: Benchmark, train: Mixture) -> dict[str, 
   if not rows.needs_preview(config):
     return {}
   moments = moments_of(
-    benchmark, train, config.preview, rows.targets_of(config), together=config.row == "corda"
+    benchmark,
+    train,
+    config.preview,
+    rows.targets_of(config),
+    together=config.row == "corda",
+    centred=config.centred,
   )
   return rows.plan_of(config, benchmark.params, moments)
 
 
 def moments_of(
-  benchmark: Benchmark, train: Mixture, count: int, targets: str, *, together: bool = False
+  benchmark: Benchmark,
+  train: Mixture,
+  count: int,
+  targets: str,
+  *,
+  together: bool = False,
+  centred: bool = False,
 ) -> dict[str, np.ndarray]:
   """Measures second moments of the inputs of every layer on a preview of every task.
 
@@ -268,11 +280,13 @@ def moments_of(
     count: questions of every task that are read.
     targets: regular expression on kernel paths.
     together: whether all tasks have one moment.
+    centred: whether means are taken out.
   """
   ends = itertools.pairwise(train.start.tolist())
   tasks: Iterable[Iterable[Split]] = [_chunks(train.questions, *of, count) for of in ends]
   read = functools.partial(_read, benchmark.model, benchmark.vocabulary.pad)
-  return second_moments(benchmark.params, tasks, read, targets, together=together)
+  begin = functools.partial(method.no_inputs, centred=centred)
+  return second_moments(benchmark.params, tasks, read, targets, together=together, begin=begin)
 
 
 def _read(model: DeskMLLM, pad: int, params: Params, part: Split) -> Reading:

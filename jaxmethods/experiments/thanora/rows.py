@@ -22,7 +22,7 @@ SEPARATE = ("single", "average", "dare", "ties")
 
 def tuner_of(config: Config) -> Tuner:
   """Makes the tuner of a row; rows that train apart are LoRA."""
-  update = (config.rank, config.alpha, config.dropout)
+  update = (config.rank, config.alpha, dropout_of(config))
   targets = targets_of(config)
   also = tuners.PROJECTOR if config.train_projector else None
   if config.row == "thanora":
@@ -46,6 +46,12 @@ def tuner_of(config: Config) -> Tuner:
   return tuners.adapted(plain(*update), targets, also)
 
 
+def dropout_of(config: Config) -> float:
+  """Returns the rate on the input of the update: 0 where it holds a part of the pretrained weights."""
+  compensated = needs_preview(config) and (config.compensate or config.row == "corda")
+  return config.dropout if config.compensated_dropout or not compensated else 0.0
+
+
 def targets_of(config: Config) -> str:
   """Returns the regular expression on the kernel paths that get an update."""
   return config.targets or tuners.LINEARS
@@ -66,12 +72,19 @@ def plan_of(
     params,
     moments,
     config.rank,
-    gain=config.gain or None,
+    gain=gain_of(config),
     temperature=config.temperature,
     spectrum=config.spectrum,
     damping=config.damping,
     cooperative=config.cooperative,
+    weights=config.weights,
   )
+
+
+def gain_of(config: Config) -> float:
+  """Returns gamma."""
+  scale = config.alpha / config.rank if config.gain_form == "scaled" else 1.0
+  return config.gain or 1 / (len(config.tasks) * scale)
 
 
 def batch_sizes(
