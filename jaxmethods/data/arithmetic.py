@@ -16,7 +16,7 @@ from jaxmethods.errors import InputError
 
 CHARACTERS = " 0123456789+-*=;?#."  # the first is padding
 END_OF_THINKING, END = CHARACTERS.index("#"), CHARACTERS.index(".")
-ZERO = CHARACTERS.index("0")
+ZERO, EQUALS = CHARACTERS.index("0"), CHARACTERS.index("=")
 _LARGEST = 99
 _PATIENCE = 200  # draws for each problem that is wanted
 _TEST_SHARE = 8  # one problem in so many is never trained on
@@ -44,7 +44,12 @@ def sizes(operations: int) -> tuple[int, int]:
 
 
 def generate(
-  count: int, operations: int, rng: np.random.Generator, *, test: bool = False
+  count: int,
+  operations: int,
+  rng: np.random.Generator,
+  *,
+  test: bool = False,
+  exactly: int = 0,
 ) -> Problems:
   """Draws problems of 1 to `operations` operations.
 
@@ -53,6 +58,7 @@ def generate(
     operations: the most.
     rng: of the draws.
     test: whether to draw from the share that is never trained on, each problem once.
+    exactly: operations of every problem, up to `operations`; 0: from 1 on.
 
   Raises:
     InputError: there are not so many different ones to test on.
@@ -60,7 +66,7 @@ def generate(
   seen: set[str] = set()
   drawn: list[tuple[str, str, int, int]] = []
   for _ in range(_PATIENCE * count):
-    problem = _draw(int(rng.integers(1, operations + 1)), rng)
+    problem = _draw(exactly or int(rng.integers(1, operations + 1)), rng)
     prompt = problem[0]
     if test != (zlib.crc32(prompt.encode()) % _TEST_SHARE == 0) or (test and prompt in seen):
       continue

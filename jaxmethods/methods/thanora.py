@@ -108,7 +108,7 @@ def no_inputs(width: int, *, centred: bool = False) -> Moment:
 
   Args:
     width: of the inputs.
-    centred: whether the mean is taken out, so that tasks do not share it as their leading direction (ours);
+    centred: whether the mean is taken out, which tasks share as a leading direction (ours);
       False: the plain second moment (corda).
   """
   zeros = jnp.zeros((width, width))
@@ -408,8 +408,8 @@ def plan(
     params: pretrained model.
     moments: second moments of the inputs, (T, in, in), by the path of the layer.
     rank: r_total.
-    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W). The scale s multiplies it:
-      together the blocks take s W out of W; 1 / (T s) takes W out once, as CorDA does.
+    gain: gamma; default 1 / T (inferred: all task blocks approximate the same W). The scale s multiplies
+      it: together the blocks take s W out of W; 1 / (T s) takes W out once, as CorDA does.
     temperature: tau; infinite: uniform ranks.
     spectrum: spectrum of the entropy.
     damping: share of the mean variance that is added to the moments, see `damped`.

@@ -31,6 +31,10 @@ _METRICS: Mapping[str, tuple[str, str]] = {
     "chance that a right answer has a better score than a wrong one; 0.5 is chance",
     _HIGHER,
   ),
+  "auroc_same_length": (
+    "the same among answers of equally many reasoning tokens, so that length tells nothing",
+    _HIGHER,
+  ),
   "aupr": ("area under precision and recall, right answers being positive", _HIGHER),
   "aupr_incorrect": ("area under precision and recall, wrong answers being positive", _HIGHER),
   "fpr95": ("share of wrong answers accepted where 95 % of the right ones are", _LOWER),

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmethods.stats import shapes
 from jaxmethods.trees import Key
@@ -127,6 +127,34 @@ def ranking(
   """
   curve = roc_curve(score, positive, weight)
   return Ranking(auroc(curve), aupr(curve), fpr_at(curve))
+
+
+def stratified_auroc(
+  score: Float[Array, " n"],
+  positive: Bool[Array, " n"],
+  stratum: Int[Array, " n"],
+  weight: Float[Array, " n"] | None = None,
+) -> Float[Array, ""]:
+  """Area under the ROC curve among pairs of one stratum only: nothing that tells strata apart helps.
+
+  Args:
+    score: (n,), higher means positive; equal scores count half.
+    positive: (n,) bool.
+    stratum: (n,) of every example.
+    weight: (n,) how often each counts; default once.
+
+  Returns:
+    The share of pairs, one positive and one not, of the same stratum, that the score has in order; NaN
+    where there is no such pair.
+  """
+  shapes.check(score=(score, "n"), positive=(positive, "n"), stratum=(stratum, "n"))
+  dtype = _dtype(score)
+  weight = jnp.ones(score.shape, dtype) if weight is None else weight.astype(dtype)
+  pairs = positive[:, None] & ~positive[None, :] & (stratum[:, None] == stratum[None, :])
+  both = jnp.where(pairs, weight[:, None] * weight[None, :], 0)
+  order = 0.5 * (1 + jnp.sign(score[:, None] - score[None, :]))
+  total = both.sum()
+  return jnp.where(total > 0, (both * order).sum() / jnp.where(total > 0, total, 1), jnp.nan)
 
 
 def bootstrap(

@@ -92,7 +92,7 @@ def evidence():
   each = jnp.asarray(rng.random(n), jnp.float32)
   facts = trust.Facts(
     jnp.ones(n, bool), jnp.asarray(correct), jnp.ones(n, bool), jnp.full(n, 5), jnp.full(n, 6),
-    each, each, each,
+    each, each, each, jnp.ones(n, jnp.int32),
   )  # fmt: skip
   tokens = dict.fromkeys(("max_prob", "max_log_prob", "log_prob", "entropy", "energy"), each)
   scaled = jnp.where(correct[:, None], 0.9, 0.3) ** jnp.asarray(trust.SCALES)
@@ -108,6 +108,10 @@ def test_judging(evidence):
   compared = cot_kinetics.trial(config(calibration=10))
   result = jax.jit(lambda e: trust.judge(e, compared))(evidence)
   assert result["auroc"] == result["auroc/cot_kinetics"]
+  # All answers of the fixture are equally long: nothing is left out; and none has more steps.
+  for name in ("cot_kinetics", "random", "max_prob"):
+    assert result[f"auroc_same_length/{name}"] == pytest.approx(result[f"auroc/{name}"], abs=1e-5)
+  assert result["auroc/steps"] == result["auroc/length"] == 0.5
   for name in ("cot_kinetics", "kinetics_calibrated", "temperature_scaled"):
     assert result[f"auroc/{name}"] == pytest.approx(1), name
   assert 0.2 < result["auroc/random"] < 0.8
@@ -342,3 +346,24 @@ def test_the_config_files_are_what_they_say():
     for short in (False, True):
       loaded = config_lib.load(cot_kinetics.Config, file, short=short, method="cot_kinetics")
       assert cot_kinetics.untrained(loaded) == (file.stem != "cot_kinetics"), file
+
+
+def test_calibration_chooses_the_sign_too():
+  energies = jnp.array([[1.0, 2, 3, 4, 9, 8], [0.0, 0, 1, 1, 5, 5]])
+  correct = jnp.array([True, True, False, False, True, False])
+  fit = jnp.arange(6) < 4
+  np.testing.assert_array_equal(trust.best_form(energies, correct, fit), -energies[0])
+  np.testing.assert_array_equal(trust.best_form(-energies, correct, fit), -energies[0])
+
+
+def test_problems_of_two_kinds():
+  problems = exam.make_exam(30, 3, 0, calibration=10, kinds=(2, 1))
+  count = np.asarray((problems.prompts == arithmetic.CHARACTERS.index(";")).sum(1))
+  assert count.tolist() == [2] * 10 + [1] * 20
+  assert problems.prompts.shape[1] == arithmetic.sizes(3)[0]
+  with pytest.raises(InputError, match="exam_operations, calibration_operations"):
+    config(exam_operations=1, calibration_operations=1)
+  with pytest.raises(InputError, match="exam_operations, calibration_operations"):
+    config(exam_operations=4, calibration_operations=1)
+  with pytest.raises(InputError, match="calibration_problems"):
+    config(calibration_problems="x.jsonl")

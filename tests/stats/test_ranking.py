@@ -69,3 +69,31 @@ def test_bootstrap_is_centred_on_the_sample():
   assert drawn.auroc.shape == (300,)
   assert abs(drawn.auroc.mean() - plain.auroc) < 0.01
   assert 0.3 * error < drawn.auroc.std() < 2 * error
+
+
+def test_strata():
+  rng = np.random.default_rng(0)
+  stratum, noise = rng.integers(0, 4, 200), rng.normal(size=200)
+  positive = rng.random(200) < (stratum + 1) / 6  # strata alone tell much
+  score = jnp.asarray(stratum, jnp.float32)
+  found = ranking.stratified_auroc(score, jnp.asarray(positive), jnp.asarray(stratum))
+  assert float(found) == 0.5
+  assert float(ranking.ranking(score, jnp.asarray(positive)).auroc) > 0.6
+  score = jnp.asarray(positive + noise - 10 * stratum, jnp.float32)
+  right = count = 0.0
+  for s in range(4):
+    a, b = (
+      np.asarray(score)[(stratum == s) & positive],
+      np.asarray(score)[(stratum == s) & ~positive],
+    )
+    right, count = right + (a[:, None] > b).sum(), count + len(a) * len(b)
+  found = ranking.stratified_auroc(score, jnp.asarray(positive), jnp.asarray(stratum))
+  np.testing.assert_allclose(found, right / count, rtol=1e-5)
+  one = ranking.stratified_auroc(score, jnp.asarray(positive), jnp.zeros(200, int))
+  np.testing.assert_allclose(one, ranking.ranking(score, jnp.asarray(positive)).auroc, rtol=1e-5)
+  twice = ranking.stratified_auroc(
+    score, jnp.asarray(positive), jnp.asarray(stratum), jnp.full(200, 2.0)
+  )
+  np.testing.assert_allclose(twice, found, rtol=1e-5)
+  nothing = ranking.stratified_auroc(score, jnp.asarray(positive), jnp.arange(200))
+  assert np.isnan(nothing)

@@ -28,7 +28,7 @@ ABLATIONS = (
 )  # fmt: skip
 ONE_PASS = (
   "max_prob", "perplexity", "entropy", "temperature_scaled", "energy", "coe_r", "coe_c", "length",
-  "random",
+  "steps", "random",
 )  # fmt: skip
 SAMPLED = ("self_consistency", "sample_entropy")
 DROPPED = ("dropout_max_prob", "dropout_entropy", "dropout_information")
@@ -52,6 +52,11 @@ class Config(RunConfig):
   # these are no more than that.
   calibration: int = 500
   problem_seed: int = 0
+  # Operations of the problems that are judged on and calibrated on, 0: 1 to `operations`. Two numbers make
+  # calibration that of another kind; for given models calibration_problems does.
+  exam_operations: int = 0
+  calibration_operations: int = 0
+  calibration_problems: str = ""  # of a given model, another source than `problems`; "": the same
 
   score: str = "cot_kinetics"  # what the first metrics, and the rows of eval.compare, are about
   form: Form = "turning"  # (inferred)
@@ -106,6 +111,18 @@ class Config(RunConfig):
       "bootstrap", "width", "heads",
     )  # fmt: skip
     checks.at_least(self, 0, "samples", "dropout_passes", "gamma")
+    checks.at_least(self, 0, "exam_operations", "calibration_operations")
+    kinds = {self.exam_operations, self.calibration_operations}
+    need(
+      max(kinds) <= self.operations and (kinds == {0} or (0 not in kinds and len(kinds) == 2)),
+      "exam_operations, calibration_operations",
+      f"must be two different numbers up to operations = {self.operations}, or both 0, got "
+      f"{self.exam_operations} and {self.calibration_operations}",
+    )
+    need(
+      self.model != TRAINED or not self.calibration_problems,
+      "calibration_problems", "goes with a given model; the small one has calibration_operations",
+    )  # fmt: skip
     checks.positive(self, "learning_rate")
     checks.within(self, "[0, 1)", "dropout_rate")
     need(self.layers >= 2, "layers", f"a path needs at least 2 to turn, got {self.layers}")

@@ -37,6 +37,7 @@ class Facts(NamedTuple):
     agreement: share of the samples that agree with their majority; NaN without samples.
     sample_entropy: length-normalised entropy of the samples; NaN without.
     verbalised: what the model itself says; NaN where it was not asked.
+    steps: number of equations that the reasoning writes out.
   """
 
   real: jax.Array
@@ -47,6 +48,7 @@ class Facts(NamedTuple):
   agreement: jax.Array
   sample_entropy: jax.Array
   verbalised: jax.Array
+  steps: jax.Array
 
 
 class Evidence(NamedTuple):
@@ -179,6 +181,7 @@ def scores(evidence: Evidence, trial: Trial) -> dict[str, jax.Array]:
     "coe_r": evidence.coe[:, 0],
     "coe_c": evidence.coe[:, 1],
     "length": -facts.reasoning.astype(jnp.float32),
+    "steps": -facts.steps.astype(jnp.float32),
     "random": jax.random.uniform(jax.random.key(0), facts.correct.shape),
     "self_consistency": facts.agreement,
     "sample_entropy": -facts.sample_entropy,
@@ -191,8 +194,18 @@ def scores(evidence: Evidence, trial: Trial) -> dict[str, jax.Array]:
 
 
 def best_form(energies: jax.Array, correct: jax.Array, fit: jax.Array) -> jax.Array:
-  """The energies (F, N) of the form with the highest AUROC on the answers `fit` (N,) bool: (N,)."""
+  """Chooses form and sign by the AUROC on some answers.
+
+  Args:
+    energies: (F, N) of F forms.
+    correct: (N,) bool.
+    fit: (N,) bool, the answers that decide.
+
+  Returns:
+    (N,), the energies of the best form, or minus them.
+  """
   weight = fit.astype(jnp.float32)
+  energies = jnp.concatenate([energies, -energies])
   found = jax.vmap(lambda e: ranking.ranking(e, correct, weight).auroc)(energies)
   return energies[jnp.argmax(jnp.nan_to_num(found))]
 
@@ -225,6 +238,7 @@ def judge(
   weight = facts.real.astype(jnp.float32)
   right = jax.vmap(lambda s: _mean_ranking(s, facts.correct, weight))(matrix)
   wrong = jax.vmap(lambda s: _mean_ranking(-s, ~facts.correct, weight))(matrix)
+  same = jax.vmap(lambda s: _same_length(s, facts, weight))(matrix)
   share = lambda values: (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
   ok = evidence.paths[energy.states].ok[:, trial.calibration :, SEGMENTS.index(energy.segment)]
   return {
@@ -236,13 +250,21 @@ def judge(
     "accuracy": share(facts.correct).mean(),
     "answered": share(facts.answered).mean(),
     "standing_paths": share(~ok).mean(),
+    "auroc_same_length": same[chosen],
     **{f"auroc/{name}": right.auroc[i] for i, name in enumerate(names)},
+    **{f"auroc_same_length/{name}": same[i] for i, name in enumerate(names)},
   }
 
 
 def _mean_ranking(score: jax.Array, positive: jax.Array, weight: jax.Array) -> ranking.Ranking:
   """Ranking of answers (G, n) by one score, averaged over the G temperatures."""
   return jax.tree.map(jnp.mean, jax.vmap(ranking.ranking)(score, positive, weight))
+
+
+def _same_length(score: jax.Array, facts: Facts, weight: jax.Array) -> jax.Array:
+  """AUROC of one score among answers of equally many reasoning tokens, mean over G temperatures."""
+  each = jax.vmap(ranking.stratified_auroc)(score, facts.correct, facts.reasoning, weight)
+  return each.mean()
 
 
 def test_scores(evidence: Evidence, trial: Trial) -> tuple[jax.Array, Facts]:

@@ -49,12 +49,29 @@ class Candidate(NamedTuple):
   passes: Passes
 
 
-def make_exam(count: int, operations: int, seed: int) -> Exam:
-  """Draws `count` test problems of at most so many operations."""
+def make_exam(
+  count: int, operations: int, seed: int, *, calibration: int = 0, kinds: tuple[int, int] = (0, 0)
+) -> Exam:
+  """Draws `count` test problems of at most so many operations.
+
+  Args:
+    count: problems, calibration included.
+    operations: the most.
+    seed: of the draw.
+    calibration: how many come first to calibrate on.
+    kinds: operations of each problem for calibration, and behind it; both 0: drawn from 1 to `operations`.
+  """
   rng = np.random.default_rng((seed, 0))
-  drawn = arithmetic.generate(count, operations, rng, test=True)
-  prompts = jnp.asarray(drawn.prompts)
-  return Exam(prompts, prompts > 0, jnp.asarray(drawn.answers))
+  if kinds == (0, 0):
+    parts = [arithmetic.generate(count, operations, rng, test=True)]
+  else:
+    parts = [
+      arithmetic.generate(size, operations, rng, test=True, exactly=kind)
+      for size, kind in zip((calibration, count - calibration), kinds, strict=True)
+    ]
+  prompts = jnp.asarray(np.concatenate([part.prompts for part in parts]))
+  answers = jnp.asarray(np.concatenate([part.answers for part in parts]))
+  return Exam(prompts, prompts > 0, answers)
 
 
 def inspect(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
@@ -128,7 +145,11 @@ def _answer(candidate: Candidate, params: Params, key: jax.Array, part: Exam) ->
       jnp.concatenate([part.mask, there], 1),
       evidence.segments(reasoning, out.lengths, candidate.size),
     )
-    facts = Facts(real, value == part.answers, value >= 0, reasoning, answer_at, *sampled, nothing)
+    written = (out.tokens == arithmetic.EQUALS) & (jnp.arange(candidate.size) < reasoning[:, None])
+    facts = Facts(
+      real, value == part.answers, value >= 0, reasoning, answer_at, *sampled, nothing,
+      written.sum(1),
+    )  # fmt: skip
     groups.append(
       evidence.gather(candidate.model, {"params": params}, text, facts, read_key, candidate.passes)
     )

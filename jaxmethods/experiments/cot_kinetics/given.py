@@ -106,7 +106,9 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
 
 def _problems(config: Config) -> tuple[list[Problem], Source, int]:
   """Problems, where they are from, and how many of them calibrate: a quarter of a short file."""
-  source = problem_sources.GENERATED if config.problems == "generated" else config.problems
+  if config.calibration_problems:
+    return _two_kinds(config)
+  source = _source(config.problems)
   wanted = config.calibration + config.num_problems
   problems, origin = problem_sources.load(source, wanted, config.problem_seed)
   if len(problems) < 2:
@@ -115,6 +117,25 @@ def _problems(config: Config) -> tuple[list[Problem], Source, int]:
     )
   short = len(problems) <= config.calibration
   return problems, origin, max(len(problems) // 4, 1) if short else config.calibration
+
+
+def _source(name: str) -> str:
+  return problem_sources.GENERATED if name == "generated" else name
+
+
+def _two_kinds(config: Config) -> tuple[list[Problem], Source, int]:
+  """Problems for calibration of one source, then those of another that are judged on."""
+  names = (config.calibration_problems, config.problems)
+  counts = (config.calibration, config.num_problems)
+  (first, other), (rest, origin) = (
+    problem_sources.load(_source(name), count, config.problem_seed)
+    for name, count in zip(names, counts, strict=True)
+  )
+  if not first or not rest:
+    raise InputError("calibration_problems, problems: each needs a problem or more")
+  calibration = sealed(other.name, other.digest, f"{len(first)} problems")
+  origin = origin._replace(origin=f"{origin.origin}, behind {calibration} of another kind")
+  return [*first, *rest], origin, len(first)
 
 
 def _readable(loaded: LoadedLM, name: str) -> LoadedLM:

@@ -13,37 +13,59 @@ from jaxmethods.experiments.cot_kinetics.evidence import Evidence, test_scores
 from jaxmethods.runtime import compiler
 from jaxmethods.stats import ranking
 
-_COLUMNS = ("AUROC", "AUPR", "FPR@95", "AUPR, incorrect positive", "FPR@95, incorrect positive")
+_COLUMNS = (
+  "AUROC", "AUPR", "FPR@95", "AUPR, incorrect positive", "FPR@95, incorrect positive",
+  "AUROC at equal length",
+)  # fmt: skip
+_SAME_LENGTH_DRAWS = 200  # at most: pairs are counted one by one
 
 
 def make_intervals(trial: Trial) -> Callable[[Evidence], tuple[jax.Array, jax.Array]]:
-  """Returns evidence (G, N, ...) -> (metrics, their bootstrap draws), both (5, G, S) and (.., draws)."""
+  """Returns evidence (G, N, ...) -> (metrics, their bootstrap draws), both (6, G, S) and (.., draws)."""
 
   @compiler.jit
   def compute(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     matrix, facts = test_scores(evidence, trial)
-    one = lambda pair: _of_group(pair[0], pair[1], trial.bootstrap)
-    plain, drawn = jax.lax.map(one, (jnp.moveaxis(matrix, 1, 0), facts.correct))
+    one = lambda part: _of_group(*part, draws=trial.bootstrap)
+    parts = jnp.moveaxis(matrix, 1, 0), facts.correct, facts.reasoning
+    plain, drawn = jax.lax.map(one, parts)
     return jnp.moveaxis(plain, 2, 0), jnp.moveaxis(drawn, 2, 0)
 
   return compute
 
 
-def _of_group(scores: jax.Array, correct: jax.Array, draws: int) -> tuple[jax.Array, jax.Array]:
-  """Metrics (S, 5) of the scores (S, n) of one temperature, and draws of them (S, 5, draws)."""
+def _of_group(
+  scores: jax.Array, correct: jax.Array, lengths: jax.Array, *, draws: int
+) -> tuple[jax.Array, jax.Array]:
+  """Metrics (S, 6) of the scores (S, n) of one temperature, and draws of them (S, 6, draws)."""
   key = jax.random.key(0)
-  return jax.lax.map(lambda score: _both(score, correct, key, draws), scores)
+  return jax.lax.map(lambda score: _both(score, correct, lengths, key, draws), scores)
 
 
 def _both(
-  score: jax.Array, correct: jax.Array, key: jax.Array, draws: int
+  score: jax.Array, correct: jax.Array, lengths: jax.Array, key: jax.Array, draws: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Both conventions: correct answers are the positives, then incorrect ones."""
+  """Both conventions, correct answers and incorrect ones as positives; then pairs of equal length."""
   signs = ((score, correct), (-score, ~correct))
   plain = [ranking.ranking(*pair) for pair in signs]
   drawn = [ranking.bootstrap(key, *pair, draws=draws) for pair in signs]
-  pick = lambda pair: jnp.stack([*pair[0], pair[1].aupr, pair[1].fpr95])
-  return pick(plain), pick(drawn)
+  pick = lambda pair, last: jnp.stack([*pair[0], pair[1].aupr, pair[1].fpr95, last])
+  same = ranking.stratified_auroc(score, correct, lengths)
+  return pick(plain, same), pick(drawn, _same_length(score, correct, lengths, key, draws))
+
+
+def _same_length(
+  score: jax.Array, correct: jax.Array, lengths: jax.Array, key: jax.Array, draws: int
+) -> jax.Array:
+  """AUROC at equal length of resampled answers; fewer draws than wanted are repeated, (draws,)."""
+  size = len(score)
+
+  def one(key: jax.Array) -> jax.Array:
+    weight = jnp.zeros(size).at[jax.random.randint(key, (size,), 0, size)].add(1)
+    return ranking.stratified_auroc(score, correct, lengths, weight)
+
+  few = jax.lax.map(one, jax.random.split(key, min(draws, _SAME_LENGTH_DRAWS)))
+  return jnp.resize(few, (draws,))
 
 
 def finished(evidence: Evidence) -> Evidence:

@@ -83,6 +83,7 @@ def answer(writer: Writer, problems: Sequence[Problem], asking: Asking, say: Say
     np.array([reasoning for reasoning, _ in spans], np.int32),
     np.array([at for _, at in spans], np.int32),
     agreement, entropy, verbalised,
+    np.array([text.count("=") for text in written.texts], np.int32),
   )  # fmt: skip
   facts = Facts(*columns)  # type: ignore[arg-type]  # numpy until a batch is made
   return Answered(problems, written, found, facts)

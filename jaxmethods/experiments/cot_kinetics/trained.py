@@ -31,7 +31,7 @@ from jaxmethods.runtime import checks, compiler, loop
 from jaxmethods.runtime.experiment import Experiment, in_common
 from jaxmethods.trees import Params, PyTree
 
-FORMAT = "answers 2"  # changes when training, or what evidence is made of, changes
+FORMAT = "answers 3"  # changes when training, or what evidence is made of, changes
 _WARM_UP = 0.05
 # Choices that are made after the answers have been read.
 _AFTERWARDS = ("score", "form", "gamma", "pool", "segment", "states", "bootstrap", "reuse")
@@ -88,7 +88,10 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     model, size, config.temperatures, config.samples, config.sample_temperature, passes(config)
   )
   count = config.calibration + config.num_problems
-  problems = exam.make_exam(count, config.operations, config.problem_seed)
+  problems = exam.make_exam(
+    count, config.operations, config.problem_seed, calibration=config.calibration,
+    kinds=(config.calibration_operations, config.exam_operations),
+  )  # fmt: skip
   titles = Titles(tuple(f"temperature {t:g}" for t in config.temperatures), about(config))
   examine = compiler.jit(functools.partial(exam.gather, candidate))
   if not config.reuse:
@@ -113,9 +116,11 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
 
 def about(config: Config) -> str:
   """The line about data and model for reports."""
+  every = f"1 to {config.operations}"
+  exam, other = config.exam_operations or every, config.calibration_operations or every
   return (
-    f"{config.num_problems} generated arithmetic problems of 1 to {config.operations} steps, none of "
-    f"them trained on, and {config.calibration} for calibration; answered at temperatures "
+    f"{config.num_problems} generated arithmetic problems of {exam} steps, none of them trained on, and "
+    f"{config.calibration} of {other} for calibration; answered at temperatures "
     f"{', '.join(f'{t:g}' for t in config.temperatures)} by a model of {config.layers} layers trained "
     "here on others; CoT-Kinetics is our reconstruction"
   )
