@@ -52,8 +52,8 @@ class Config(RunConfig):
   # these are no more than that.
   calibration: int = 500
   problem_seed: int = 0
-  # Operations of the problems that are judged on and calibrated on, 0: 1 to `operations`. Two numbers make
-  # calibration that of another kind; for given models calibration_problems does.
+  # Operations of the problems that are judged on and calibrated on, 0: 1 to `operations`. Two different
+  # numbers make calibration that of another kind; for given models calibration_problems does.
   exam_operations: int = 0
   calibration_operations: int = 0
   calibration_problems: str = ""  # of a given model, another source than `problems`; "": the same

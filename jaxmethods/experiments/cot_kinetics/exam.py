@@ -59,7 +59,7 @@ def make_exam(
     operations: the most.
     seed: of the draw.
     calibration: how many come first to calibrate on.
-    kinds: operations of each problem for calibration, and behind it; both 0: drawn from 1 to `operations`.
+    kinds: operations of the problems for calibration, and of those behind them; both 0: drawn.
   """
   rng = np.random.default_rng((seed, 0))
   if kinds == (0, 0):
