@@ -261,8 +261,8 @@ def _no_inputs(mesh: Mesh | None, centred: bool, width: int) -> method.Moment:
     return moment
   spec = PartitionSpec(mesh.axis_names) if width % mesh.size == 0 else PartitionSpec()
   place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-  rest = jax.tree.map(lambda x: place(x, PartitionSpec()), moment._replace(total=None))
-  return rest._replace(total=place(moment.total, spec))
+  sums = None if moment.sums is None else place(moment.sums, PartitionSpec())
+  return method.Moment(place(moment.total, spec), place(moment.inputs, PartitionSpec()), sums)
 
 
 def _chunks(
