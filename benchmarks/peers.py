@@ -18,7 +18,10 @@ PEERS = {
   "fedavg": ("fedjax>=0.0.17", "scikit-learn>=1.6"),
   "fpl": ("torch", "numpy"),
   "gin": ("torch", "torch_geometric"),
+  "jax_privacy": ("jax-privacy>=2.0",),
   "lora": ("torch", "peft", "transformers"),
+  "nanogcg": ("torch", "nanogcg>=0.3", "transformers<5"),
+  "opacus": ("torch", "opacus>=1.6", "transformers"),
 }
 
 

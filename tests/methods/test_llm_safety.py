@@ -1,5 +1,7 @@
 """Properties of attacks, defences and metrics of the safety suite: limits, invariances, bad input."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,22 @@ def test_accountant_moves_the_right_way():
 def test_epsilon_equals_that_of_dp_accounting(rate, sigma, steps, delta, expected):
   # Recorded from dp-accounting 0.6.0 with the same orders.
   assert abs(privacy.epsilon(rate, sigma, steps, delta) - expected) < 1e-10
+
+
+@pytest.mark.parametrize("side", ["opacus", "google"])
+def test_accountant_equals_those_of_others_on_a_grid(golden_folder, side):
+  # Recorded by the command in the file, with our orders.
+  recorded = json.loads((golden_folder / "llm_safety_accountants.json").read_text())
+  assert tuple(recorded["orders"]) == privacy.ORDERS
+  ours = np.array([privacy.epsilon(*setting) for setting in recorded["grid"]])
+  theirs = np.array(recorded[side]["epsilon"])
+  assert len(ours) == 120
+  assert ours.min() < 0.1 < 1000 < ours.max()
+  # dp-accounting says 0 where delta alone covers the divergence (a bound by KL, which opacus lacks).
+  by_kl = theirs == 0
+  assert by_kl.sum() == (side == "google")
+  assert (ours[by_kl] < 0.03).all()
+  np.testing.assert_allclose(ours[~by_kl], theirs[~by_kl], rtol=0, atol=1e-6)
 
 
 def test_noise_for_an_epsilon():
