@@ -96,6 +96,12 @@ METHODS: dict[str, Method] = {
     summary="a vision-language model that learns task after task, reminded by synthetic pairs",
     embedded_run="~3 min, after ~15 min of pretraining once",
   ),
+  "human_interaction": Method(
+    title="Human interaction",
+    paper="after the survey of Fan et al., 2025, arXiv 2503.13120; InterGen, arXiv 2304.05684",
+    summary="motion of two persons, or of one with an object or in a scene, by diffusion",
+    embedded_run="~5 min",
+  ),
   "llm_safety": Method(
     title="LLM safety",
     paper="after the survey by Wang et al., 2025, arXiv 2504.15585",
