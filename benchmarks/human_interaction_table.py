@@ -49,7 +49,8 @@ def trained(stage: room.Stage, config: Config, kept: Path) -> training.State:
   if kept.exists():
     with np.load(kept) as stored:
       leaves = [stored[name] for name in sorted(stored)]
-    plain = jax.tree.unflatten(jax.tree.structure(state._replace(key=0)), leaves)
+    form = state._replace(key=jax.random.key_data(state.key))
+    plain = jax.tree.unflatten(jax.tree.structure(form), leaves)
     state = plain._replace(key=jax.random.wrap_key_data(plain.key))
     state = jax.tree.map(jax.numpy.asarray, state)
   step = jax.jit(functools.partial(training.step, stage.artist, stage.rates))
