@@ -338,3 +338,35 @@ def test_a_step_of_intergen_lowers(platform):
     form, jax.eval_shape(lambda: jax.random.key(0)), motion, label
   )
   assert len(exported.out_avals) == len(jax.tree.leaves(form))
+
+
+# --- what is left for others ----------------------------------------------------------------------
+
+
+def test_generated_motions_are_files(trained, tmp_path):
+  state = trained[1]
+  label = build_lib.sampler(SMALL).labels[1]
+  config = dataclasses.replace(SMALL, generate=3, label=label, seed=3)
+  found = build_lib.build(config).files(state)
+  persons = [f"generated_{i}_person{k}.bvh" for i in (1, 2, 3) for k in (1, 2)]
+  assert set(found) == {"player.html", "generated.npz", "generated.gif", *persons}
+  assert found["player.html"].count(f'"label":"{label}"') == 3
+  (tmp_path / "generated.npz").write_bytes(found["generated.npz"])
+  clips = np.load(tmp_path / "generated.npz")
+  assert clips["label_names"].tolist() == [label] and clips["positions"].shape[1:] == (2, 15, 3)
+  # The user's own reader takes them.
+  again = motion_sources.load(f"motion:{tmp_path / 'generated.npz'}")
+  np.testing.assert_allclose(np.concatenate(again.clips), clips["positions"], atol=1e-6)
+  assert build_lib.build(config).files(state)["generated.npz"] == found["generated.npz"]
+  other = dataclasses.replace(config, seed=4)
+  assert build_lib.build(other).files(state)["generated_1_person1.bvh"] != found[persons[0]]
+
+
+def test_a_label_that_was_never_trained():
+  with pytest.raises(InputError, match="label: 'dance' was never trained, expected one of "):
+    build_lib.build(dataclasses.replace(SMALL, label="dance"))
+
+
+def test_labels_come_in_turn():
+  sampler = build_lib.sampler(SMALL)
+  assert len(set(sampler.real(None, 4).labels)) == 4

@@ -13,10 +13,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from jaxmethods.errors import InputError, hint
+from jaxmethods.errors import InputError
 from jaxmethods.experiments.human_interaction import (
   clips as clips_lib,
   entities,
+  generated,
   judge,
   scoring,
   training,
@@ -33,6 +34,7 @@ from jaxmethods.methods.human_interaction.losses import INTERGEN, Weights
 from jaxmethods.models.interaction import Condition, InteractionDenoiser, MotionTransformer
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import Experiment, Values
+from jaxmethods.runtime.motion import Clip, Pair
 
 _SHOWN = 4  # labels in a picture
 
@@ -65,6 +67,8 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   """
   checks.no_mesh("human_interaction", mesh)
   stage = stage_of(config)
+  if config.label:
+    Sampler(stage).places(config.label)
   return Experiment(
     init=functools.partial(training.init, stage.artist, stage.rates, stage.train),
     batches=lambda step: itertools.repeat(stage.train),
@@ -74,6 +78,7 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     figures=functools.partial(_figures, stage),
     num_steps=config.steps,
     about=stage.clips.about + _said(config),
+    files=functools.partial(_files, stage, config),
   )
 
 
@@ -157,6 +162,29 @@ def _figures(stage: Stage, state: State) -> dict[str, Figure]:
   return {"strips": strips(pairs, stage.judging.skeleton.parents, heading)}
 
 
+def _files(stage: Stage, config: Config, state: State) -> dict[str, str | bytes]:
+  """The player, and what `generate` asks for."""
+  own, label, count = Sampler(stage), config.label or None, config.generate or _SHOWN
+  real, made = own.real(label, count), own.generate(state, config.seed, label, count)
+  pairs = [
+    Pair(
+      made.labels[i],
+      _clip(made, i, f"sample {i + 1}, seed {config.seed}"),
+      _clip(real, i, "of the fold held out"),
+    )
+    for i in range(count)
+  ]
+  skeleton, about = stage.judging.skeleton, stage.clips.about + _said(config)
+  persons = ("given" if config.reaction else "first person", "second person")
+  found = generated.player(pairs, skeleton, about, persons)
+  return found | generated.files(pairs, skeleton) if config.generate else found
+
+
+def _clip(motions: Motions, place: int, name: str) -> Clip:
+  points = None if motions.points is None else motions.points[place]
+  return Clip(motions.positions[place], motions.fps, name, points)
+
+
 def comparison(rows: list[Values]) -> dict[str, Figure]:
   """FID beside accuracy of every row."""
   mean = lambda row, name: row["metrics"][name]["mean"]
@@ -214,22 +242,31 @@ class Sampler(NamedTuple):
     made = run(state.average, self.stage.test.library, jax.random.key(seed), request)
     return self._plain(request, made)
 
+  def places(self, label: str | None) -> np.ndarray:
+    """Where the test clips of a label are; None: of all labels, in turn.
+
+    Raises:
+      InputError: as `request`.
+    """
+    own = np.asarray(self.stage.test.request.label)
+    if label is None:
+      turn = [int((own[:i] == label).sum()) for i, label in enumerate(own)]
+      return np.argsort(turn, kind="stable")
+    if label not in self.labels:
+      trained = ", ".join(self.labels)
+      raise InputError(f"label: {label!r} was never trained, expected one of {trained}")
+    places = np.flatnonzero(own == self.labels.index(label))
+    if not len(places):
+      raise InputError(f"label: the fold held out has no clip of {label!r}")
+    return places
+
   def request(self, label: str | None, count: int) -> Request:
     """Test clips of a label.
 
     Raises:
       InputError: the label was never trained, or the fold held out has no clip of it.
     """
-    own = np.asarray(self.stage.test.request.label)
-    places = np.arange(len(own))
-    if label is not None:
-      if label not in self.labels:
-        raise InputError(
-          f"label: {label!r} was never trained; {hint(label, self.labels, 'labels')}"
-        )
-      places = np.flatnonzero(own == self.labels.index(label))
-      if not len(places):
-        raise InputError(f"label: the fold held out has no clip of {label!r}")
+    places = self.places(label)
     chosen = jnp.asarray(np.resize(places, count))
     return jax.tree.map(lambda x: x[chosen], self.stage.test.request)
 

@@ -3,6 +3,7 @@
     python -m train.run --method human_interaction
     python -m train.run --method human_interaction --data sbu --fold 2 --reaction true
     python -m train.run --method human_interaction --data cmu --task hoi --clips windows --frames 48
+    python -m eval.run --method human_interaction --workdir DIR --generate 8 --label push --seed 3
 
 Objects and scenes are synthetic: put round real or generated motion by rules. The survey that the method
 is named after proposes none; the networks and losses are InterGen's, CHOIS' and AffordMotion's, reduced.
@@ -94,6 +95,11 @@ class Config(ClipSettings, EntitySettings, JudgeSettings, RunConfig):
   clip: float = 0.5  # norm of the gradient
   average: float = 0.999  # of the parameters that are sampled with
 
+  generate: int = (
+    0  # motions that an evaluation leaves as npz, BVH, GIF and in the player; by `seed`
+  )
+  label: str = ""  # of these motions; empty: as the test clips come
+
   @property
   def seeds_vary(self) -> str:
     """See `RunConfig`."""
@@ -110,6 +116,7 @@ class Config(ClipSettings, EntitySettings, JudgeSettings, RunConfig):
       self, 1, "stride", "points", "scene_points", "evaluator_steps", "evaluator_width", "embedding",
       "layers", "heads", "hidden", "diffusion_steps", "sampling_steps", "batch_size", "replications",
     )  # fmt: skip
+    checks.at_least(self, 0, "generate")
     checks.at_least(self, 2, "folds", "frames", "samples", "width")
     checks.positive(self, "learning_rate", "clip", "touch", "scale")
     checks.within(self, "[0, 1)", "dropout", "drop", "average", "warmup")
