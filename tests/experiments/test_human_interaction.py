@@ -347,7 +347,8 @@ def test_generated_motions_are_files(trained, tmp_path):
   state = trained[1]
   label = build_lib.sampler(SMALL).labels[1]
   config = dataclasses.replace(SMALL, generate=3, label=label, seed=3)
-  found = build_lib.build(config).files(state)
+  experiment = build_lib.build(config)
+  found = experiment.files(state)
   persons = [f"generated_{i}_person{k}.bvh" for i in (1, 2, 3) for k in (1, 2)]
   assert set(found) == {"player.html", "generated.npz", "generated.gif", *persons}
   assert found["player.html"].count(f'"label":"{label}"') == 3
@@ -357,7 +358,7 @@ def test_generated_motions_are_files(trained, tmp_path):
   # The user's own reader takes them.
   again = motion_sources.load(f"motion:{tmp_path / 'generated.npz'}")
   np.testing.assert_allclose(np.concatenate(again.clips), clips["positions"], atol=1e-6)
-  assert build_lib.build(config).files(state)["generated.npz"] == found["generated.npz"]
+  assert experiment.files(state)["generated_1_person1.bvh"] == found[persons[0]]
   other = dataclasses.replace(config, seed=4)
   assert build_lib.build(other).files(state)["generated_1_person1.bvh"] != found[persons[0]]
 
