@@ -170,7 +170,7 @@ def _files(stage: Stage, config: Config, state: State) -> dict[str, str | bytes]
     Pair(
       made.labels[i],
       _clip(made, i, f"sample {i + 1}, seed {config.seed}"),
-      _clip(real, i, "of the fold held out"),
+      _clip(real, i, "test clip"),
     )
     for i in range(count)
   ]
