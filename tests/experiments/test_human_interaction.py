@@ -17,7 +17,7 @@ from jaxmethods.experiments.human_interaction import (
   entities,
 )
 from jaxmethods.experiments.human_interaction.config import Config, rows, untrained
-from jaxmethods.methods.human_interaction import representation, scenes, tasks
+from jaxmethods.methods.human_interaction import guidance, representation, scenes, tasks
 from jaxmethods.methods.human_interaction.skeleton import SBU15, SMPL22
 from jaxmethods.models.interaction import Condition
 
@@ -371,3 +371,25 @@ def test_a_label_that_was_never_trained():
 def test_labels_come_in_turn():
   sampler = build_lib.sampler(SMALL)
   assert len(set(sampler.real(None, 4).labels)) == 4
+
+
+def test_contact_guidance_brings_hands_to_objects():
+  config = dataclasses.replace(SMALL, task="hoi", contact_guidance=1000.0, frames=8)
+  sampler = build_lib.sampler(config)
+  key = jax.random.key(0)
+  state = build_lib.build(config).init(key)
+  guided = sampler.generate(state, 0, None, 8)
+  plain = build_lib.sampler(dataclasses.replace(config, contact_guidance=0.0))
+  request = sampler.request(None, 8)
+  joints = {
+    "guided": guided.positions,
+    "plain": plain.generate(state, 0, None, 8).positions,
+  }
+  skeleton = sampler.stage.judging.skeleton
+  nearest = {
+    name: np.asarray(guidance.hand_distances(x[:, :, 0], request.entity.points, skeleton)).min(-1)
+    for name, x in joints.items()
+  }
+  assert nearest["guided"].mean() < nearest["plain"].mean()
+  with pytest.raises(InputError, match="contact_guidance: is for task=hoi only, got hhi"):
+    dataclasses.replace(SMALL, contact_guidance=1.0)

@@ -28,7 +28,7 @@ from jaxmethods.experiments.human_interaction.drawing import Artist, Request, dr
 from jaxmethods.experiments.human_interaction.figures import Strip, strips, trade
 from jaxmethods.experiments.human_interaction.scoring import Judging, Test, joints_of
 from jaxmethods.experiments.human_interaction.training import Rates, State, Train
-from jaxmethods.methods.human_interaction import tasks
+from jaxmethods.methods.human_interaction import guidance as guidance_lib, tasks
 from jaxmethods.methods.human_interaction.diffusion import Guidance
 from jaxmethods.methods.human_interaction.losses import INTERGEN, Weights
 from jaxmethods.models.interaction import Condition, InteractionDenoiser, MotionTransformer
@@ -98,6 +98,7 @@ def stage_of(config: Config) -> Stage:
   artist = Artist(
     config.algorithm, model, config.condition != "none", len(clips.label_names), config.frames,
     config.sampling_steps, config.scale, config.reaction,
+    functools.partial(_guide, config, clips) if config.contact_guidance else None,
   )  # fmt: skip
   judging = Judging(
     net, config.task, clips.skeleton, clips.fps, config.samples, config.replications, config.touch
@@ -108,6 +109,18 @@ def stage_of(config: Config) -> Stage:
   )  # fmt: skip
   test = Test(request, clips.train, clips.scaling, evaluator)
   return Stage(artist, judging, rates, train, test, clips)
+
+
+def _guide(config: Config, clips: Clips, entity: Condition) -> Guidance:
+  """Contact guidance by the objects beside the motions."""
+  assert entity.entity is not None and entity.points is not None  # of task=hoi
+  centre, turn = entities.placement(entity.entity)
+  thing = guidance_lib.Object(entity.points, centre, turn)
+  whole = jnp.ones(centre.shape[:2], bool)
+  return guidance_lib.make(
+    guidance_lib.object_objective(thing, whole, clips.skeleton), clips.scaling, clips.skeleton,
+    config.sampling_steps, alpha=config.contact_guidance,
+  )  # fmt: skip
 
 
 def network_of(config: Config) -> nn.Module:

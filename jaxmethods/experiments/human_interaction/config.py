@@ -22,6 +22,9 @@ Task = Literal["hhi", "hoi", "hsi"]
 Algorithm = Literal["diffusion", "real", "training_clip", "mean", "gaussian"]
 
 
+CHOIS = 1000.0  # alpha of the published contact guidance
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipSettings:
   """Which clips, and how they are cut."""
@@ -85,6 +88,9 @@ class Config(ClipSettings, EntitySettings, JudgeSettings, RunConfig):
   diffusion_steps: int = 1000  # N
   sampling_steps: int = 20
   scale: float = 2.0  # of classifier-free guidance
+  contact_guidance: float = (
+    0.0  # alpha of CHOIS' guidance at sampling, task=hoi; CHOIS: 1000, 0: none
+  )
   drop: float = 0.1  # of the label, in training
   gate: float = 0.7  # losses of geometry count below this share of N
 
@@ -116,7 +122,7 @@ class Config(ClipSettings, EntitySettings, JudgeSettings, RunConfig):
       self, 1, "stride", "points", "scene_points", "evaluator_steps", "evaluator_width", "embedding",
       "layers", "heads", "hidden", "diffusion_steps", "sampling_steps", "batch_size", "replications",
     )  # fmt: skip
-    checks.at_least(self, 0, "generate")
+    checks.at_least(self, 0, "generate", "contact_guidance")
     checks.at_least(self, 2, "folds", "frames", "samples", "width")
     checks.positive(self, "learning_rate", "clip", "touch", "scale")
     checks.within(self, "[0, 1)", "dropout", "drop", "average", "warmup")
@@ -134,6 +140,10 @@ class Config(ClipSettings, EntitySettings, JudgeSettings, RunConfig):
     checks.require(
       not self.reaction or self.task == "hhi", "reaction", f"is for task=hhi only, got {self.task}"
     )
+    checks.require(
+      not self.contact_guidance or self.task == "hoi", "contact_guidance",
+      f"is for task=hoi only, got {self.task}",
+    )  # fmt: skip
     checks.require(
       self.network == "denoiser" or self.task == "hhi", "network",
       f"{self.network} is for task=hhi only, got {self.task}",
@@ -164,6 +174,8 @@ def rows(config: Config) -> dict[str, Config]:
       "concatenated": row(**own | {"network": "concat"}),
       "no_guidance": row(**own, scale=1.0) if config.scale != 1 else row(**own),
     }
+  if config.task == "hoi":
+    table["contact_guidance"] = row(**own, contact_guidance=config.contact_guidance or CHOIS)
   flat: Values = own | {"steps": 1, "eval_every": 1}
   for algorithm in ("training_clip", "mean", "gaussian", "real"):
     table[algorithm] = row(**flat | {"algorithm": algorithm})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Artist(NamedTuple):
     steps: of sampling.
     scale: of classifier-free guidance.
     reaction: whether person 0 is given.
+    guide: from what is beside the motions to the guidance of their sampling; None: there is none.
   """
 
   algorithm: Algorithm
@@ -38,6 +40,7 @@ class Artist(NamedTuple):
   steps: int
   scale: float
   reaction: bool
+  guide: Callable[[Condition], Guidance] | None = None
 
 
 class Request(NamedTuple):
@@ -80,11 +83,13 @@ def draw(
     library: training clips.
     key: of all draws.
     request: of n motions.
-    guidance: of the diffusion model.
+    guidance: of the diffusion model; None: that of the row.
   """
   match artist.algorithm:
     case "diffusion":
       scale = artist.scale if artist.labelled else 1.0
+      if guidance is None and artist.guide is not None:
+        guidance = artist.guide(request.entity)
       return artist.model.sample(
         params, key, condition(artist, request), artist.frames, steps=artist.steps, scale=scale,
         guidance=guidance,

@@ -43,6 +43,11 @@ def objects(seed: int, joints: Array, skeleton: Skeleton, points: int) -> Condit
   return Condition(entity=entity, points=surface)
 
 
+def placement(entity: Array) -> tuple[Array, Array]:
+  """Centre (..., 3), m, and rotation (..., 3, 3) of objects by their features (..., G)."""
+  return entity[..., :3], rotations.matrix(entity[..., 6:12])
+
+
 def _object(key: Key, joints: Array, skeleton: Skeleton, count: int) -> tuple[Array, Array]:
   """Features (T, G) and surface (T, V, 3) of an object in the path of a hand."""
   keys = jax.random.split(key, 7)
