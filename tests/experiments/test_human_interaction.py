@@ -244,7 +244,9 @@ def test_samples_for_others(trained):
   assert made.labels == ["push"] * 4 and made.parents == SBU15.parents and made.fps == real.fps
   again = sampler.generate(state, 3, "push", 4)
   assert np.array_equal(made.positions, again.positions)
-  with pytest.raises(InputError, match="label: 'pusch' was never trained; the nearest is push"):
+  with pytest.raises(
+    InputError, match="label: 'pusch' was never trained, expected one of approach"
+  ):
     sampler.generate(state, 3, "pusch", 1)
 
 
