@@ -71,7 +71,21 @@ def labels(batch: int):
   return Condition(label=jax.nn.one_hot(jnp.arange(batch) % NET["classes"], NET["classes"]))
 
 
-def ours_step(warm: int, repeats: int) -> list[float]:
+def timed(function: Callable[[int], object], warm: int, repeats: int) -> dict[str, list[float]]:
+  """Wall and CPU seconds of every call."""
+  import jax
+
+  times: dict[str, list[float]] = {"seconds": [], "processor": []}
+  for i in range(warm + repeats):
+    begin, used = time.perf_counter(), time.process_time()
+    jax.block_until_ready(function(i))
+    if i >= warm:
+      times["seconds"].append(time.perf_counter() - begin)
+      times["processor"].append(time.process_time() - used)
+  return times
+
+
+def ours_step(warm: int, repeats: int) -> dict[str, list[float]]:
   """Seconds of training steps."""
   import jax
   import jax.numpy as jnp
@@ -90,17 +104,16 @@ def ours_step(warm: int, repeats: int) -> list[float]:
     change, inner = optimiser.update(gradient, inner, params)
     return optax.apply_updates(params, change), inner
 
-  state = params, optimiser.init(params)
-  times = []
-  for i in range(warm + repeats):
-    key = jax.random.key(i)
-    begin = time.perf_counter()
-    state = jax.block_until_ready(step(state, key))
-    times.append(time.perf_counter() - begin)
-  return times[warm:]
+  state = [(params, optimiser.init(params))]
+
+  def one(i: int) -> object:
+    state[0] = step(state[0], jax.random.key(i))
+    return state[0]
+
+  return timed(one, warm, repeats)
 
 
-def ours_sample(warm: int, repeats: int) -> list[float]:
+def ours_sample(warm: int, repeats: int) -> dict[str, list[float]]:
   """Seconds of one program that samples all clips."""
   import jax
 
@@ -111,13 +124,7 @@ def ours_sample(warm: int, repeats: int) -> list[float]:
       scale=SAMPLE["scale"],
     )
   )  # fmt: skip
-  times = []
-  for i in range(warm + repeats):
-    key = jax.random.key(i)
-    begin = time.perf_counter()
-    jax.block_until_ready(draw(key))
-    times.append(time.perf_counter() - begin)
-  return times[warm:]
+  return timed(lambda i: draw(jax.random.key(i)), warm, repeats)
 
 
 # --- the peer -------------------------------------------------------------------------------------
@@ -182,22 +189,27 @@ def run(command: list[str]) -> dict:
 
 
 def beside(work: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-  """Medians of both, whose processes take turns."""
+  """Medians of both, whose processes take turns: by the wall, and by CPU time."""
   warm, repeats = (3, 10) if work == "step" else (1, 1)
   own = {"step": STEP, "sample": SAMPLE}[work]
-  times: dict[str, list[float]] = {"ours": [], "torch": []}
+  runs: dict[str, list[dict]] = {"ours": [], "torch": []}
   for _ in range(args.rounds):
     ours = [sys.executable, "-m", "benchmarks.human_interaction", "--worker", work]
-    times["ours"] += run([*ours, "--warm", str(warm), "--repeats", str(repeats)])["seconds"]
+    runs["ours"].append(run([*ours, "--warm", str(warm), "--repeats", str(repeats)]))
     if args.peer_python:
       settings = {"work": work, "warm": warm, "repeats": repeats, **NET, **own}
-      times["torch"] += peer(args.peer_python, folder, settings)["seconds"]
-  scale = {"step": lambda s: 1000 * s, "sample": lambda s: SAMPLE["batch"] / s}[work]
-  unit = {"step": "ms", "sample": "clips_per_s"}[work]
-  result = {f"{who}_{unit}": scale(statistics.median(all_)) for who, all_ in times.items() if all_}
-  if args.peer_python:
-    ratio = statistics.median(times["ours"]) / statistics.median(times["torch"])
-    result["ours/torch, time"] = ratio
+      runs["torch"].append(peer(args.peer_python, folder, settings))
+  result = {}
+  for clock, name in (("seconds", "wall"), ("processor", "CPU")):
+    middle = {
+      who: statistics.median(s for each in all_ for s in each[clock])
+      for who, all_ in runs.items() if all_
+    }  # fmt: skip
+    result |= {f"{who}_ms, {name}": 1000 * s for who, s in middle.items()}
+    if work == "sample":
+      result |= {f"{who}_clips_per_s, {name}": SAMPLE["batch"] / s for who, s in middle.items()}
+    if args.peer_python:
+      result[f"ours/torch, {name}"] = middle["ours"] / middle["torch"]
   return result
 
 
@@ -439,7 +451,7 @@ def main(argv=None) -> None:
   args = parse(argv)
   if args.worker:
     way = {"step": ours_step, "sample": ours_sample}[args.worker]
-    print(json.dumps({"seconds": way(args.warm, args.repeats)}))
+    print(json.dumps(way(args.warm, args.repeats)))
     return
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   result = json.loads(args.out.read_text()) if args.out.exists() else {}
