@@ -8,8 +8,9 @@ step     a training step of two persons (InterHuman features, width 128, 4 layer
 sample   clips a second: DDIM of 20 steps with classifier-free guidance, in one program of 256 clips.
 metrics  all metrics of 1,000 clips beside their NumPy, SciPy and scikit-learn definitions, one clip
          after the other as published; float64; their largest difference.
-All run on one pinned core, step and sample in fresh processes, which take turns; the allocator's
-settings are those of our entry point for both. Writes results/human_interaction_speed.json.
+All run on one pinned core, step and sample in fresh processes, which take turns. The allocator is set
+as our entry point sets it: for ours, and in the rows "torch, our allocator". CPU time says more than
+the wall on a machine that is shared. Writes results/human_interaction_speed.json.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def ours_sample(warm: int, repeats: int) -> dict[str, list[float]]:
       params, key, labels(SAMPLE["batch"]), SAMPLE["frames"], steps=SAMPLE["steps"],
       scale=SAMPLE["scale"],
     )
-  )  # fmt: skip
+  ).lower(jax.random.key(0)).compile()  # fmt: skip
   return timed(lambda i: draw(jax.random.key(i)), warm, repeats)
 
 
@@ -168,18 +169,20 @@ def agreement(python: str, folder: Path) -> dict[str, float]:
   }
 
 
-def peer(python: str, folder: Path, settings: dict) -> dict:
-  """Runs the PyTorch side in a fresh process on the pinned core."""
+def peer(python: str, folder: Path, settings: dict, allocator: bool = False) -> dict:
+  """Runs the PyTorch side in a fresh process on the pinned core, with its own allocator or ours."""
   file = folder / "settings.json"
   file.write_text(json.dumps(settings))
-  return run([python, str(PEER), str(file)])
+  return run([python, str(PEER), str(file)], allocator)
 
 
-def run(command: list[str]) -> dict:
+def run(command: list[str], allocator: bool) -> dict:
   from jaxmethods.runtime import launch
 
   core = min(os.sched_getaffinity(0))
-  environment = {**os.environ, "GLIBC_TUNABLES": launch.tunables()}
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  if allocator:
+    environment["GLIBC_TUNABLES"] = launch.tunables()
   done = subprocess.run(
     ["taskset", "-c", str(core), *command], capture_output=True, text=True, env=environment
   )
@@ -190,26 +193,27 @@ def run(command: list[str]) -> dict:
 
 def beside(work: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
   """Medians of both, whose processes take turns: by the wall, and by CPU time."""
-  warm, repeats = (3, 10) if work == "step" else (1, 1)
+  warm, repeats = (3, 10) if work == "step" else (0, 1)
   own = {"step": STEP, "sample": SAMPLE}[work]
-  runs: dict[str, list[dict]] = {"ours": [], "torch": []}
+  settings = {"work": work, "warm": warm, "repeats": repeats, **NET, **own}
+  ours = [sys.executable, "-m", "benchmarks.human_interaction", "--worker", work]
+  ways = {"ours": lambda: run([*ours, "--warm", str(warm), "--repeats", str(repeats)], True)}
+  if args.peer_python:
+    ways["torch"] = lambda: peer(args.peer_python, folder, settings)
+    ways["torch, our allocator"] = lambda: peer(args.peer_python, folder, settings, True)
+  runs: dict[str, list[dict]] = {who: [] for who in ways}
   for _ in range(args.rounds):
-    ours = [sys.executable, "-m", "benchmarks.human_interaction", "--worker", work]
-    runs["ours"].append(run([*ours, "--warm", str(warm), "--repeats", str(repeats)]))
-    if args.peer_python:
-      settings = {"work": work, "warm": warm, "repeats": repeats, **NET, **own}
-      runs["torch"].append(peer(args.peer_python, folder, settings))
+    for who, way in ways.items():
+      runs[who].append(way())
   result = {}
-  for clock, name in (("seconds", "wall"), ("processor", "CPU")):
+  for clock, name in (("processor", "CPU"), ("seconds", "wall")):
     middle = {
-      who: statistics.median(s for each in all_ for s in each[clock])
-      for who, all_ in runs.items() if all_
-    }  # fmt: skip
+      who: statistics.median(s for each in all_ for s in each[clock]) for who, all_ in runs.items()
+    }
     result |= {f"{who}_ms, {name}": 1000 * s for who, s in middle.items()}
     if work == "sample":
       result |= {f"{who}_clips_per_s, {name}": SAMPLE["batch"] / s for who, s in middle.items()}
-    if args.peer_python:
-      result[f"ours/torch, {name}"] = middle["ours"] / middle["torch"]
+    result |= {f"ours/{who}, {name}": middle["ours"] / middle[who] for who in list(ways)[1:]}
   return result
 
 
@@ -450,6 +454,9 @@ def main(argv=None) -> None:
   """Runs the command line."""
   args = parse(argv)
   if args.worker:
+    from jaxmethods.runtime import launch
+
+    launch.keep_compiled_programs()
     way = {"step": ours_step, "sample": ours_sample}[args.worker]
     print(json.dumps(way(args.warm, args.repeats)))
     return
