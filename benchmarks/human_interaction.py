@@ -5,7 +5,7 @@
 step     a training step of two persons (InterHuman features, width 128, 4 layers, 24 frames, batch
          32, dropout 0.1, InterGen's loss, AdamW), milliseconds; before it the PyTorch network has to
          give the recorded output of the published one, and its loss ours.
-sample   clips a second: DDIM of 20 steps with classifier-free guidance, in one program of 256 clips.
+sample   clips a second: DDIM of 10 steps with classifier-free guidance, in one program of 256 clips.
 metrics  all metrics of 1,000 clips beside their NumPy, SciPy and scikit-learn definitions, one clip
          after the other as published; float64; their largest difference.
 All run on one pinned core, step and sample in fresh processes, which take turns. The allocator is set
@@ -34,7 +34,7 @@ PEER = HERE / "human_interaction_peer.py"
 GOLDEN = HERE.parent / "tests" / "golden" / "human_interaction.npz"
 NET = {"features": 262, "width": 128, "layers": 4, "heads": 4, "hidden": 256, "classes": 8}
 STEP = {"batch": 32, "frames": 24, "num_steps": 1000, "dropout": 0.1}
-SAMPLE = {"batch": 256, "frames": 24, "num_steps": 1000, "steps": 20, "scale": 2.0}
+SAMPLE = {"batch": 256, "frames": 24, "num_steps": 1000, "steps": 10, "scale": 2.0}
 CLIPS, FRAMES, POINTS = 1000, 48, 24
 
 
