@@ -6,9 +6,9 @@ No number of a table is typed. A table stands between two comments:
   ...
   <!-- end -->
 
-KIND is `methods` (README), `index` (a line a method), `verdicts METHOD`, `rows FILE METRIC ...` (every
-row of a results file, best first), `studies FILE ...` (verdicts of `eval.compare --study`),
-`study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`; every interval is a 95 %
+KIND is `methods` (README), `index` (a line a method), `verdicts METHOD`, `expectations METHOD`,
+`rows FILE METRIC ...` (every row of a results file, best first), `studies FILE ...` (verdicts of
+`eval.compare --study`), `study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`; every interval is a 95 %
 interval over seeds (Student's t), unless the file gives bounds, and differences are paired by seed.
 
   python -m benchmarks.tables --check     # exit 1 and one line a page that differs from its JSON
@@ -345,12 +345,17 @@ def verdicts_table(method: str) -> str:
   return text + (f"\nPublished: {source}.\n" if source else "\nPublished: none could be read.\n")
 
 
-def needs_table(needs: Sequence[Need]) -> str:
-  """Preconditions with the numbers that decide them."""
+def needs_table(needs: Sequence[Need], title: str = "precondition") -> str:
+  """Conditions with the numbers that decide them."""
   body = [
     (need.text, here(need), bounds(need), "yes" if is_met(need) else "**no**") for need in needs
   ]
-  return markdown(("precondition", "here", "needed", "met"), body)
+  return markdown((title, "here", "needed", "met"), body)
+
+
+def expectations_table(method: str) -> str:
+  """What was expected of a method, with the numbers that decide it."""
+  return needs_table(claims.EXPECTATIONS[method], "expected")
 
 
 def rows_table(file: str, *metrics: str) -> str:
@@ -420,6 +425,7 @@ KINDS = {
   "methods": methods_table,
   "index": index_table,
   "verdicts": verdicts_table,
+  "expectations": expectations_table,
   "rows": rows_table,
   "studies": studies_table,
   "study": study_table,
