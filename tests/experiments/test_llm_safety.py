@@ -183,6 +183,20 @@ def test_safelora_and_lisa_end_where_they_must(toy):
   assert still.attack == toy.harmful(toy.aligned) and still.extras["projected"] == 1
 
 
+def test_terms_that_do_not_count_change_nothing(toy):
+  params = tiny_gpt.init(jax.random.key(1), toy.shape)
+  stage = preferring.Preferring(toy, SMALL.dpo)
+  batch = next(stage.batches(stage.pairs, "test"))
+  weights = dict.fromkeys(("sft", "dpo", "flipped", "ipo", "language"), 0.0)
+  loss = lambda **given: preferring.preference_loss(0.1)(
+    params, batch, toy.fixed | {"weights": weights | given}
+  )
+  nll = toy_models.token_nll(params, batch["chosen_ids"], batch["chosen_labels"], heads=toy.heads)
+  count = (batch["chosen_labels"][:, 1:] != toy_models.IGNORED).sum()
+  np.testing.assert_allclose(loss(sft=1.0), nll.sum() / count, rtol=1e-5)
+  np.testing.assert_allclose(loss(sft=1.0, ipo=2.0), loss(sft=1.0) + 2 * loss(ipo=1.0), rtol=1e-5)
+
+
 def test_suffixes_stand_where_the_attack_puts_them():
   prompts = jailbreaking.suffixed(np.array([3]), np.array([[20, 21, 22, 23]]))
   w = toy_world
@@ -203,11 +217,14 @@ def test_training_lowers_for_accelerators(toy):
   private = text | {"real": np.ones(4, bool), "seed": np.int64(1)}
   scalars = {name: jnp.float32(1) for name in ("clip", "sigma", "expected")}
   fixed = toy.fixed | scalars | {"microbatch": jnp.zeros(2), "reference": params}
+  fixed |= {"steering": jnp.zeros(TINY.width)}
+  names = ("sft", "dpo", "flipped", "ipo", "language", "ga", "retain", "kl", "npo", "simnpo", "rmu")
+  fixed |= {"weights": dict.fromkeys(names, jnp.float32(1))}
   of = toy_models.gradient_of
   for gradient, batch in (
     (memorising.private_gradient, private),
-    (of(preferring.preference_loss("dpo", 0.1, 0.0, 1.0)), sides | text),
-    (of(unlearning.forget_loss("npo_rt", stage.settings)), forget),
+    (of(preferring.preference_loss(0.1)), sides | text),
+    (of(unlearning.forget_loss(stage.settings)), forget),
   ):
     stacked = jax.tree.map(lambda x: np.stack([x, x]), batch)
     step = lambda start, batches, g=gradient: toy_models.adam_steps(g, start, batches, fixed, 1e-3)

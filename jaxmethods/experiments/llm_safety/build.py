@@ -121,12 +121,18 @@ def _evaluate(made: tuple[Place, ...], state: Suite, test: tuple) -> dict[str, j
       f"{name}/{place.row}": values[i, j]
       for i, place in enumerate(made)
       for j, name in enumerate(columns(place.task))
+      if name != "epsilon" or TASKS[place.task].private
     }
     return lines[tasks[0]] | parts
   mean = lambda name: jnp.nanmean(jnp.stack([line[name] for line in lines.values()]))
   whole = {name: mean(name) for name in ("attack", "defended", "utility", "epsilon")}
   whole["seconds"] = jnp.nansum(values[:, 3])
-  parts = {f"{name}/{task}": lines[task][name] for name in whole for task in tasks}
+  parts = {
+    f"{name}/{task}": lines[task][name]
+    for name in whole
+    for task in tasks
+    if name != "epsilon" or TASKS[task].private
+  }
   return whole | parts
 
 

@@ -31,6 +31,7 @@ class Task(NamedTuple):
     rows: in the order they are made.
     undefended, defended: the rows of the lifecycle table; "" where the suite has no defence.
     extras: further columns.
+    private: whether rows have a guarantee, and so an epsilon.
   """
 
   stage: str
@@ -40,6 +41,7 @@ class Task(NamedTuple):
   undefended: str
   defended: str
   extras: tuple[str, ...]
+  private: bool = False
 
 
 TASKS: dict[str, Task] = {
@@ -57,6 +59,7 @@ TASKS: dict[str, Task] = {
     ("untouched", "plain", "dedup", "dp_low", "dp_mid", "dp_high"),
     "plain", "dp_high",
     ("exposure", "extracted", "tpr_at_5", "min_k_auc", "audit_epsilon", "member_nll"),
+    private=True,
   ),
   "harmful_ft": Task(
     "tuning: harmful examples in a user's data",

@@ -116,7 +116,7 @@ def task_picture(made: Sequence[Place], state: np.ndarray, task: str) -> Figure:
     name: {row: float(np.nan_to_num(x[COLUMNS.index(name)])) for row, x in rows}
     for name in ("attack", "utility")
   }
-  return pictures.bars(series, TASKS[task].attack)
+  return pictures.bars(series, f"share; attack: {TASKS[task].attack}")
 
 
 def trade(points: Mapping[str, tuple[float | None, float | None]]) -> Figure:

@@ -88,9 +88,12 @@ class Preferring:
     s, toy = self.settings, self.toy
     pairs = self.pairs.flipped(self.flips) if flip else self.pairs
     weight = s.language if language is None else language
-    gradient = toy_models.gradient_of(preference_loss(kind, s.beta, smoothing, weight))
+    terms = {name: float(name == kind) for name in ("sft", "dpo", "ipo")}
+    terms |= {"dpo": (1 - smoothing) * terms["dpo"], "flipped": smoothing, "language": weight}
+    fixed = toy.fixed | {"weights": {name: jnp.float32(x) for name, x in terms.items()}}
+    gradient = toy_models.gradient_of(preference_loss(s.beta))
     params = toy_models.advance(
-      gradient, toy_models.learner(toy.base), self.batches(pairs, "preferring"), toy.fixed,
+      gradient, toy_models.learner(toy.base), self.batches(pairs, "preferring"), fixed,
       steps=s.steps, rate=s.rate,
     ).params  # fmt: skip
     four = [self.log_p(m, x) for m in (params, toy.base) for x in self.test]
@@ -106,22 +109,24 @@ class Preferring:
 
 
 @functools.cache
-def preference_loss(kind: Kind, beta: float, smoothing: float, language: float) -> toy_models.Loss:
-  """Returns the loss of pairs, plus that of the sequences to keep."""
+def preference_loss(beta: float) -> toy_models.Loss:
+  """Returns the weighted sum of all terms, `fixed["weights"]`: one program for every kind."""
 
   def loss(params: Params, batch: Batch, fixed: PyTree) -> jax.Array:
     side = lambda name: likelihood.sequence_log_probability(
       toy_models.logits(params, batch[f"{name}_ids"], fixed), batch[f"{name}_labels"]
     )
-    kept = language * toy_models.language_loss(params, batch, fixed) if language else 0.0
-    if kind == "sft":
-      count = likelihood.predicted_tokens(batch["chosen_labels"]).sum()
-      return kept - side("chosen").sum() / count
-    reference = batch["chosen_log_p"], batch["rejected_log_p"]
-    h = preferences.margin(LogProbabilities(side("chosen"), side("rejected"), *reference))
-    if kind == "ipo":
-      return kept + preferences.ipo(h, beta=beta).mean()
-    return kept + preferences.dpo(h, beta=beta, smoothing=smoothing).mean()
+    chosen, reference = side("chosen"), (batch["chosen_log_p"], batch["rejected_log_p"])
+    h = preferences.margin(LogProbabilities(chosen, side("rejected"), *reference))
+    terms = {
+      "sft": -chosen.sum() / likelihood.predicted_tokens(batch["chosen_labels"]).sum(),
+      # cDPO is (1 - e) DPO(h) + e DPO(-h).
+      "dpo": preferences.dpo(h, beta=beta).mean(),
+      "flipped": preferences.dpo(-h, beta=beta).mean(),
+      "ipo": preferences.ipo(h, beta=beta).mean(),
+      "language": toy_models.language_loss(params, batch, fixed),
+    }
+    return jnp.stack([fixed["weights"][name] * term for name, term in terms.items()]).sum()
 
   return loss
 

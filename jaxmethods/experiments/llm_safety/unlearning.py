@@ -28,6 +28,16 @@ from jaxmethods.trees import Params, PyTree
 
 Way = Literal["ga", "graddiff", "kl", "npo", "npo_rt", "simnpo", "rmu"]
 
+# Terms of every way, each with coefficient 1. SimNPO goes with the retain term (code).
+TERMS: dict[Way, tuple[str, ...]] = {
+  "ga": ("ga",),
+  "graddiff": ("ga", "retain"),
+  "kl": ("ga", "kl"),
+  "npo": ("npo",),
+  "npo_rt": ("npo", "retain"),
+  "simnpo": ("simnpo", "retain"),
+  "rmu": ("rmu",),
+}
 _DRAWN = 1024  # sequences of either set that are trained on
 _LEAST = 1e-300  # p-value that a logarithm is taken of
 
@@ -86,8 +96,10 @@ class Unlearning:
     steering = unlearning.control_vector(
       toy.key("steering"), toy.settings.width, steering=s.rmu_steering
     )
-    fixed = toy.fixed | {"reference": toy.base, "steering": steering}
-    gradient = toy_models.gradient_of(forget_loss(way, s))
+    names = ("ga", "retain", "kl", "npo", "simnpo", "rmu")
+    weights = {name: jnp.float32(name in TERMS[way]) for name in names}
+    fixed = toy.fixed | {"reference": toy.base, "steering": steering, "weights": weights}
+    gradient = toy_models.gradient_of(forget_loss(s))
     return toy_models.advance(
       gradient, toy_models.learner(toy.base), self.batches(toy.base), fixed,
       steps=s.steps, rate=s.rate,
@@ -143,32 +155,25 @@ class Unlearning:
 
 
 @functools.cache
-def forget_loss(way: Way, s: UnlearnSettings) -> toy_models.Loss:
-  """Returns the loss of a way to unlearn."""
-
-  def side(name: str, params: Params, batch: Batch, fixed: PyTree) -> tuple[jax.Array, jax.Array]:
-    return toy_models.logits(params, batch[f"{name}_ids"], fixed), batch[f"{name}_labels"]
+def forget_loss(s: UnlearnSettings) -> toy_models.Loss:
+  """Returns the weighted sum of all terms, `fixed["weights"]`: one program for every way."""
 
   def loss(params: Params, batch: Batch, fixed: PyTree) -> jax.Array:
-    if way == "rmu":
-      return _rmu(params, batch, fixed, s)
-    logits, labels = side("forget", params, batch, fixed)
-    forget = likelihood.mean_token_nll(logits, labels)
-    if way == "ga":
-      return unlearning.gradient_ascent(forget)
-    kept, kept_labels = side("retain", params, batch, fixed)
-    retain = likelihood.mean_token_nll(kept, kept_labels)
-    if way == "graddiff":
-      return unlearning.gradient_difference(forget, retain)
-    if way == "kl":
-      frozen = side("retain", fixed["reference"], batch, fixed)[0]
-      return unlearning.gradient_ascent(forget) + unlearning.kl_to_reference(frozen, kept)
+    read = lambda name, model: toy_models.logits(model, batch[f"{name}_ids"], fixed)
+    labels = batch["forget_labels"]
+    logits, kept = read("forget", params), read("retain", params)
     nll = -likelihood.sequence_log_probability(logits, labels)
-    if way == "simnpo":
-      length = likelihood.predicted_tokens(labels)
-      return retain + unlearning.simnpo(nll, length, beta=s.sim_beta, delta=s.sim_delta)
-    lost = unlearning.npo(nll, batch["forget_reference_nll"], beta=s.beta)
-    return lost + retain if way == "npo_rt" else lost
+    terms = {
+      "ga": unlearning.gradient_ascent(likelihood.mean_token_nll(logits, labels)),
+      "retain": likelihood.mean_token_nll(kept, batch["retain_labels"]),
+      "kl": unlearning.kl_to_reference(read("retain", fixed["reference"]), kept),
+      "npo": unlearning.npo(nll, batch["forget_reference_nll"], beta=s.beta),
+      "simnpo": unlearning.simnpo(
+        nll, likelihood.predicted_tokens(labels), beta=s.sim_beta, delta=s.sim_delta
+      ),
+      "rmu": _rmu(params, batch, fixed, s),
+    }
+    return jnp.stack([fixed["weights"][name] * term for name, term in terms.items()]).sum()
 
   return loss
 
@@ -197,9 +202,8 @@ def makers(toy: Toy, settings: UnlearnSettings) -> Makers:
       f"unlearn.rmu_layer: there are layers 0..{toy.settings.layers - 1}, got {settings.rmu_layer}"
     )
   stage = Unlearning(toy, settings)
-  ways: tuple[Way, ...] = ("ga", "graddiff", "kl", "npo", "npo_rt", "simnpo", "rmu")
   return {
     "start": lambda: stage.scores(toy.base),
     "retrained": lambda: stage.scores(stage.retrained),
-    **{way: functools.partial(lambda w: stage.scores(stage.unlearnt(w)), way) for way in ways},
+    **{way: functools.partial(lambda w: stage.scores(stage.unlearnt(w)), way) for way in TERMS},
   }
