@@ -8,8 +8,9 @@ No number of a table is typed. A table stands between two comments:
 
 KIND is `methods` (README), `index` (a line a method), `verdicts METHOD`, `expectations METHOD`,
 `rows FILE METRIC ...` (every row of a results file, best first), `studies FILE ...` (verdicts of
-`eval.compare --study`), `study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`; every interval is a 95 %
-interval over seeds (Student's t), unless the file gives bounds, and differences are paired by seed.
+`eval.compare --study`), `study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`;
+every interval is a 95 % interval over seeds (Student's t), unless the file gives bounds, and differences
+are paired by seed.
 
   python -m benchmarks.tables --check     # exit 1 and one line a page that differs from its JSON
   python -m benchmarks.tables --write
