@@ -346,17 +346,25 @@ def verdicts_table(method: str) -> str:
   return text + (f"\nPublished: {source}.\n" if source else "\nPublished: none could be read.\n")
 
 
-def needs_table(needs: Sequence[Need], title: str = "precondition") -> str:
-  """Conditions with the numbers that decide them."""
+def needs_table(needs: Sequence[Need]) -> str:
+  """Preconditions with the numbers that decide them."""
   body = [
     (need.text, here(need), bounds(need), "yes" if is_met(need) else "**no**") for need in needs
   ]
-  return markdown((title, "here", "needed", "met"), body)
+  return markdown(("precondition", "here", "needed", "met"), body)
 
 
 def expectations_table(method: str) -> str:
-  """What was expected of a method, with the numbers that decide it."""
-  return needs_table(claims.EXPECTATIONS[method], "expected")
+  """What was expected of a method in the mean, with the numbers that decide it."""
+  body = []
+  for need in claims.EXPECTATIONS[method]:
+    x = measured(need)
+    held = x is not None and all(
+      bound is None or sign * (x.mean - limit(bound)) >= 0
+      for sign, bound in ((1, need.least), (-1, need.most))
+    )
+    body.append((need.text, need.short, here(need), bounds(need), "yes" if held else "**no**"))
+  return markdown(("expected", "row", "here", "needed", "held"), body)
 
 
 def rows_table(file: str, *metrics: str) -> str:
