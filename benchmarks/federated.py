@@ -27,9 +27,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import fedavg
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # a peer's environment may have another package "benchmarks"
+import fedavg  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = HERE / "results"
 FILE = RESULTS / "federated_speed.json"
 PARTS = ("speed", "curve", "population", "page")
 CURVE = (10, 100, 1000, 10000)
@@ -40,7 +42,7 @@ COLOURS = {"ours": "#1f6f8b", "fedjax": "#d1495b", "flower": "#edae49", "pfl": "
 
 
 def parse(argv=None) -> argparse.Namespace:
-  default = os.environ.get("BENCH_DIR", str(Path(__file__).parents[2] / "shared" / "bench"))
+  default = os.environ.get("BENCH_DIR", str(HERE.parents[1] / "shared" / "bench"))
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -152,7 +154,7 @@ def pfl(common) -> None:
   from pfl.aggregate.weighting import WeightByDatapoints
   from pfl.algorithm.base import NNAlgorithmParams
   from pfl.algorithm.federated_averaging import FederatedAveraging
-  from pfl.callback import TrainingProcessCallback
+  from pfl.callback.base import TrainingProcessCallback
   from pfl.data.dataset import Dataset
   from pfl.data.federated_dataset import FederatedDataset
   from pfl.hyperparam import NNTrainHyperParams
@@ -207,7 +209,7 @@ def pfl(common) -> None:
 
   FederatedAveraging().run(
     algorithm_params=NNAlgorithmParams(
-      central_num_iterations=common.ROUNDS, evaluation_frequency=0,
+      central_num_iterations=common.ROUNDS, evaluation_frequency=10**9,
       train_cohort_size=common.CLIENTS, val_cohort_size=0,
     ),
     backend=SimulatedBackend(
@@ -251,10 +253,10 @@ def start(args, worker: str, python: str, **settings: object) -> dict:
   """Runs a worker in a process of its own; returns its JSON line."""
   env = {
     **os.environ, "BENCH_THREADS": "1", "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{args.bench.resolve()}",
+    "PYTHONPATH": f"{HERE.parent}{os.pathsep}{args.bench.resolve()}",
     **{f"BENCH_{name.upper()}": str(value) for name, value in settings.items()},
   }  # fmt: skip
-  command = [python, "-m", "benchmarks.federated", args.part, "--worker", worker]
+  command = [python, str(HERE / "federated.py"), args.part, "--worker", worker]
   command += ["--bench", str(args.bench.resolve()), "--rounds", str(args.rounds)]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
