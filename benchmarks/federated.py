@@ -185,7 +185,11 @@ def pfl(common) -> None:
     order["next"] = (order["next"] + 1) % common.CLIENTS
     return order["next"]
 
-  data = FederatedDataset(lambda k: Dataset(raw_data=list(tensors[k])), sampler)
+  def dataset(k):  # pfl keeps the order of a client's examples, which are sorted by class
+    rows = torch.randperm(len(tensors[k][0]))
+    return Dataset(raw_data=[tensor[rows] for tensor in tensors[k]])
+
+  data = FederatedDataset(dataset, sampler)
   model = PyTorchModel(
     net, local_optimizer_create=torch.optim.SGD,
     central_optimizer=torch.optim.SGD(net.parameters(), lr=1.0),
