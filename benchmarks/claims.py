@@ -623,4 +623,12 @@ SPEED = (
         ("ratios", "untouched", "train_step", "cpu_median_ms")),
   Ratio("GIN training step", "PyTorch Geometric", "gin",
         ("ratios", "step", "cpu_median_ms")),
+  Ratio("diffusion step, motion of two persons", "PyTorch, as published",
+        "human_interaction_speed", ("step", "ours/torch, CPU")),
+  Ratio("the same, both with our allocator", "PyTorch, as published",
+        "human_interaction_speed", ("step", "ours/torch, our allocator, CPU")),
+  Ratio("256 motions of two persons, sampled", "PyTorch, as published",
+        "human_interaction_speed", ("sample", "ours/torch, CPU")),
+  Ratio("metrics of 1,000 motions, float64", "NumPy, SciPy, scikit-learn",
+        "human_interaction_speed", ("metrics", "ours_ms"), ("metrics", "numpy_ms")),
 )  # fmt: skip
