@@ -73,6 +73,9 @@ def rows(config: Config) -> dict[str, Config]:
     "no_cmr": {"row": "lorasculpt", "cmr_weight": 0.0},
     "no_prune": {"row": "lorasculpt", "keep_ratio": 1.0},
     "frozen_projector": {"row": "lorasculpt", "connector": "frozen"},
+    # The control: how much of LoRA's forgetting is the projector's.
+    "lora_frozen_projector": {"row": "lora", "projector_rate": 0.0},
+    "keep_fifth": {"row": "lorasculpt", "keep_ratio": 0.2},
     **{name: {"row": name} for name in (*BORROWED, "post_pruned", "orth_reg")},
   }
   return at_their_rates(config, config.rates, changes)
