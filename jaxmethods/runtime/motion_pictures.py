@@ -14,12 +14,12 @@ from jaxmethods.runtime.motion import Clip, Pair, Skeleton, checked, end_joint
 from jaxmethods.runtime.motion_page import NEAR
 
 _PERSONS = ((31, 122, 153), (209, 73, 91))
-_TOUCH, _INK = (242, 169, 0), (29, 39, 51)
+_TOUCH, _INK, _THING = (242, 169, 0), (29, 39, 51), (107, 91, 149)
 _SKY, _FLOOR, _SHADE = (244, 247, 250), (205, 214, 222), (214, 221, 228)
 _SMOOTH = 2  # pictures are drawn this much larger
 _CELL = 0.5  # m
 _PITCH = 0.22  # rad
-_BONE, _THICK, _HEAD = 0.034, 0.042, 0.105  # radii, m
+_BONE, _THICK, _HEAD, _DOT = 0.034, 0.042, 0.105, 0.016  # radii, m
 _EYE = 0.85  # m; height that the camera looks at
 _ZOOM, _HORIZON = 1.25, 0.53
 _HOLD = 0.5  # s
@@ -86,7 +86,7 @@ def gif(
 
 def _palette(frame: Image.Image) -> Image.Image:
   """One palette for all frames, so that what stands still does not flicker; it knows what is rare."""
-  rare = (*_PERSONS, _TOUCH)
+  rare = (*_PERSONS, _TOUCH, _THING)
   seen = Image.new("RGB", (frame.width, frame.height + 20 * len(rare)))
   seen.paste(frame, (0, 0))
   for i, colour in enumerate(rare):
@@ -133,7 +133,8 @@ def _panel(clip: Clip, skeleton: Skeleton, time: float, size: int) -> Image.Imag
     flat = joints * np.array([1, 0, 1])
     for child, parent in _bones(skeleton):
       _stroke(draw, camera, flat[[child, parent]], 0.045, _SHADE)
-  _draw_bodies(draw, camera, bodies, skeleton)
+  things = clip.points if clip.points is not None else np.zeros((0, 3))
+  _draw_bodies(draw, camera, bodies, skeleton, things if things.ndim == 2 else things[round(place)])
   if len(bodies) == 2:
     apart = np.linalg.norm(bodies[0][:, None] - bodies[1], axis=-1)
     for i, j in np.argwhere(apart < NEAR):
@@ -173,10 +174,16 @@ def _draw_floor(draw: ImageDraw.ImageDraw, camera: _Camera) -> None:
 
 
 def _draw_bodies(
-  draw: ImageDraw.ImageDraw, camera: _Camera, bodies: np.ndarray, skeleton: Skeleton
+  draw: ImageDraw.ImageDraw,
+  camera: _Camera,
+  bodies: np.ndarray,
+  skeleton: Skeleton,
+  things: np.ndarray,
 ) -> None:
-  """Draws bones and heads from the farthest to the nearest, each with a light edge."""
-  parts: list[tuple[float, np.ndarray, float, tuple[int, ...]]] = []
+  """Draws bones, heads and points of things from the farthest to the nearest, with a light edge."""
+  parts: list[tuple[float, np.ndarray, float, tuple[int, ...]]] = [
+    (float(camera.place(point)[1]), np.stack([point, point]), _DOT, _THING) for point in things
+  ]
   for joints, colour in zip(bodies, _PERSONS, strict=False):
     depth = camera.place(joints)[1]
     for child, parent in _bones(skeleton):

@@ -28,6 +28,10 @@ def test_real_above_generated():
 
 
 def test_without_real_clips():
+  ball = clip(persons=1)._replace(points=np.array([[0.4, 1, 0]] * 3) + 0.05 * np.eye(3))
+  picture = Image.open(io.BytesIO(motion_pictures.gif([Pair("lift", ball)], SBU15, size=100)))
+  seen = np.asarray(picture.convert("RGB")).astype(int)
+  assert (np.abs(seen - (107, 91, 149)).sum(-1) < 60).any()
   made = motion_pictures.gif([Pair("push", clip(persons=1))], SBU15, size=100, fps=5)
   assert Image.open(io.BytesIO(made)).size == (100, 126)
   with pytest.raises(InputError, match="at least one clip"):
