@@ -188,7 +188,8 @@ def _files(stage: Stage, config: Config, state: State) -> dict[str, str | bytes]
     for i in range(count)
   ]
   skeleton, about = stage.judging.skeleton, stage.clips.about + _said(config)
-  persons = ("given" if config.reaction else "first person", "second person")
+  alone = "first person" if config.task == "hhi" else "person"
+  persons = ("given" if config.reaction else alone, "second person")
   found = generated.player(pairs, skeleton, about, persons)
   return found | generated.files(pairs, skeleton) if config.generate else found
 
