@@ -110,7 +110,8 @@ def write(out: Path) -> None:
     }
     found.append({"name": name, "folds": [line["fold"] for line in own], "metrics": metrics})
   steps = sorted({line["steps"] for line in done})
-  RESULTS.write_text(json.dumps({"unit": "as in the names of metrics", "data": "sbu", "steps": steps, "rows": found}, indent=1) + "\n")
+  contents = {"unit": "as in the names of metrics", "data": "sbu", "steps": steps, "rows": found}
+  RESULTS.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 def main() -> None:
