@@ -8,9 +8,9 @@ No number of a table is typed. A table stands between two comments:
 
 KIND is `methods` (README), `index` (a line a method), `verdicts METHOD`, `expectations METHOD`,
 `rows FILE METRIC ...` (every row of a results file, best first), `studies FILE ...` (verdicts of
-`eval.compare --study`), `study FILE METRIC` (arms by levels) or `speed`. The claims are `claims.py`;
-every interval is a 95 % interval over seeds (Student's t), unless the file gives bounds, and differences
-are paired by seed.
+`eval.compare --study`), `study FILE METRIC` (arms by levels), `measured FILE` (numbers by part, beside
+aims) or `speed`. The claims are `claims.py`; every interval is a 95 % interval over seeds (Student's t),
+unless the file gives bounds, and differences are paired by seed.
 
   python -m benchmarks.tables --check     # exit 1 and one line a page that differs from its JSON
   python -m benchmarks.tables --write
@@ -407,6 +407,25 @@ def study_table(file: str, metric: str) -> str:
   return markdown((metric.replace("_", " "), *levels), body)
 
 
+def three_digits(value: float) -> str:
+  """A number with three digits at least, and no exponent."""
+  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def measured_table(file: str) -> str:
+  """Every number of a file of parts, and the aims that it names: {part: {measure: [">=", 5]}}."""
+  raw = json.loads((RESULTS / f"{file}.json").read_text())
+  aims = raw.pop("aims", {})
+  body = []
+  for part, numbers in raw.items():
+    for i, (name, value) in enumerate(numbers.items()):
+      sign, bound = aims.get(part, {}).get(name, ("", 0.0))
+      met = {"": "", ">=": value >= bound, "<=": value <= bound}[sign]
+      aim = f"{sign} {bound:g}: {'reached' if met else '**not reached**'}" if sign else ""
+      body.append(("" if i else part, name.replace("_", " "), three_digits(value), aim))
+  return markdown(("part", "measure", "value", "aim"), body)
+
+
 def speed_table() -> str:
   """Our CPU time divided by a peer's."""
   body = []
@@ -438,6 +457,7 @@ KINDS = {
   "rows": rows_table,
   "studies": studies_table,
   "study": study_table,
+  "measured": measured_table,
   "speed": speed_table,
 }
 

@@ -48,8 +48,9 @@ def load(side: int, herd: Herd = Herd()) -> ReidData:  # noqa: B008
   blank = np.full(len(identity), "")
   order = np.argsort(names)  # the names of a record are sorted
   rank = np.argsort(order).astype(np.int32)
+  numbered = [str(i) for i in range(total * herd.sightings)]
   return ReidData(
-    images, rank[identity], sorted(names), blank, sighting, np.array(files), "", source
+    images, rank[identity], sorted(names), blank, sighting, numbered, np.array(files), "", source
   )
 
 

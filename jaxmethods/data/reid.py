@@ -2,12 +2,13 @@
 
 | layout | recognised by |
 | --- | --- |
-| Market-1501 | folders `bounding_box_train`, `bounding_box_test`, `query` of `0002_c1s1_..jpg` |
-| metadata | a CSV with `identity` and `file` or `path` (wildlife-datasets) |
+| Market-1501 | `bounding_box_train`, `bounding_box_test`, `query` of `0002_c1s1_..jpg`; or one alone |
+| metadata | a CSV with `identity` and `file` or `path` (wildlife-datasets); comma, semicolon or tab |
 | folders | `IDENTITY/file`, or `SPLIT/IDENTITY/file` |
+| photographs | files in one folder, or one file: of nobody known |
 
 A file is resized to a square whatever its aspect. Below one in a hundred unreadable files are left out,
-and named; from there on they are an error.
+and named; from there on they are an error. Files for which a layout has no place are named in the notes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +32,13 @@ from jaxmethods.errors import InputError
 _PREFIX = "reid:"
 _MARKET = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
 _MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
+_FLAT_MARKET_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 _JUNK = "-1"  # boxes that Market-1501 wants ignored
 _FILE_COLUMNS = ("file", "path", "filename", "image_path")
 _GROUP_COLUMNS = ("sighting", "encounter", "camera", "cam", "date")
 _SKIPPED = 0.01  # share of unreadable files from which they are an error
 _NAMED = 3  # files that a message names
+_DELIMITERS = ",;\t"
 _LICENCE = "none stated"
 
 
@@ -46,7 +50,8 @@ class ReidData(NamedTuple):
     identity: (n,) int32, a place in `names`; -1 where it is not known.
     names: of the individuals, sorted.
     split: (n,) str, as the source has it; "" where it has none.
-    group: (n,) int32, the camera, encounter or sighting; -1 where it is not known.
+    group: (n,) int32, the camera, encounter or sighting, a place in `groups`; -1 where it is not known.
+    groups: names of the cameras, encounters or sightings, sorted.
     files: (n,) str, below the folder of the source.
     notes: what was left out, one line; may be empty.
     source: provenance.
@@ -57,6 +62,7 @@ class ReidData(NamedTuple):
   names: Sequence[str]
   split: np.ndarray
   group: np.ndarray
+  groups: Sequence[str]
   files: np.ndarray
   notes: str
   source: Source
@@ -86,11 +92,11 @@ def load(name: str, *, side: int, split: str = "split") -> ReidData:
   if not path.exists():
     raise InputError(f"{name}: no such folder")
   root = path if path.is_dir() else path.parent
-  entries = _entries(path, split)
+  entries, beside = _entries(path, split)
   if not entries:
-    raise InputError(f"{name}: no photographs in it")
-  images, bad = read_images([root / entry.file for entry in entries], side)
-  notes = _skipped(name, bad, len(entries))
+    raise InputError(f"{name}: no photographs in it" + (f"; {beside}" if beside else ""))
+  images, bad = read_images([_existing(root, entry.file) for entry in entries], side)
+  notes = "; ".join(filter(None, (_skipped(name, bad, len(entries)), beside)))
   kept = [entry for i, entry in enumerate(entries) if i not in bad]
   data = _record(kept, images, notes, Source(name, str(path), _LICENCE, "", real=True, own=True))
   digest = hashlib.sha256(np.ascontiguousarray(images).data)
@@ -99,11 +105,19 @@ def load(name: str, *, side: int, split: str = "split") -> ReidData:
   return data._replace(source=data.source._replace(digest=digest.hexdigest()))
 
 
+def paths(data: ReidData) -> list[Path]:
+  """Returns where the photographs are, links followed."""
+  origin = Path(data.source.origin)
+  root = origin if origin.is_dir() else origin.parent
+  return [_existing(root, str(file)).resolve() for file in data.files]
+
+
 def _record(entries: Sequence[_Entry], images: np.ndarray, notes: str, source: Source) -> ReidData:
   names = sorted({entry.identity for entry in entries} - {""})
   number = {name: i for i, name in enumerate(names)} | {"": -1}
   # A camera or a sighting is one only within its identity where matches of it are excluded.
-  places = {text: i for i, text in enumerate(sorted({e.group for e in entries} - {""}))} | {"": -1}
+  groups = sorted({entry.group for entry in entries} - {""})
+  places = {text: i for i, text in enumerate(groups)} | {"": -1}
   column = lambda values, kind: np.array(list(values), kind)
   return ReidData(
     images,
@@ -111,25 +125,49 @@ def _record(entries: Sequence[_Entry], images: np.ndarray, notes: str, source: S
     names,
     column((entry.split for entry in entries), str),
     column((places[entry.group] for entry in entries), np.int32),
+    groups,
     column((entry.file for entry in entries), str),
     notes,
     source,
   )
 
 
-def _entries(path: Path, split: str) -> list[_Entry]:
-  """Lists the photographs of a folder or of a CSV file."""
+def _entries(path: Path, split: str) -> tuple[list[_Entry], str]:
+  """Lists the photographs of a folder or of a file, and says which files have no place in it."""
   if path.is_file():
-    return _of_table(path, split)
+    if path.suffix.lower() in SUFFIXES:
+      return [_Entry(path.name, "")], ""
+    return _of_table(path, split), ""
   if (path / "bounding_box_train").is_dir() or (path / "query").is_dir():
-    return _of_market(path)
+    return _of_market(path), ""
   tables = [table for table in sorted(path.glob("*.csv")) if _is_metadata(table)]
   if tables:
-    return _of_tables(path, tables, split)
+    return _of_tables(path, tables, split), ""
   if broken := sorted(path.glob("*.csv")):
     # Says which column it lacks.
-    return _of_table(broken[0], split)
-  return _of_folders(path)
+    return _of_table(broken[0], split), ""
+  entries = _of_folders(path)
+  return entries, _beside(path, entries)
+
+
+def _beside(root: Path, entries: Sequence[_Entry]) -> str:
+  """Names the files below a folder that are not among its photographs."""
+  used = {entry.file for entry in entries}
+  below = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
+  left = sorted(
+    str(p) for p in below if str(p) not in used and not any(part[0] == "." for part in p.parts)
+  )
+  if not left:
+    return ""
+  some = ", ".join(left[:_NAMED]) + (", ..." if len(left) > _NAMED else "")
+  return f"not read: {len(left)} files of other kinds or outside the layout: {some}"
+
+
+def _existing(root: Path, file: str) -> Path:
+  """A file as a table spells it, or with the other slash or another form of its accents."""
+  forms = [unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)]
+  spelled = [file, *forms, *(form.replace("\\", "/") for form in (file, *forms))]
+  return next((root / each for each in spelled if (root / each).is_file()), root / file)
 
 
 # --- tables -----------------------------------------------------------------------------------------
@@ -138,8 +176,12 @@ def _entries(path: Path, split: str) -> list[_Entry]:
 def _rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
   try:
     with table.open(newline="", encoding="utf-8-sig") as stream:
-      reader = csv.DictReader(stream)
-      return list(reader.fieldnames or ()), list(reader)
+      header = stream.readline()
+      stream.seek(0)
+      # The one that cuts the header most often; a comma where none does.
+      reader = csv.DictReader(stream, delimiter=max(_DELIMITERS, key=header.count))
+      reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+      return list(reader.fieldnames), list(reader)
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise InputError(f"{table}: not a readable CSV file ({error})") from None
 
@@ -172,10 +214,14 @@ def _of_table(table: Path, split: str) -> list[_Entry]:
     missing = "identity" if file else f"{_FILE_COLUMNS[0]} (or {', '.join(_FILE_COLUMNS[1:])})"
     raise InputError(f"{table}: no column {missing}; it has {', '.join(columns) or 'none'}")
   group = next((name for name in _GROUP_COLUMNS if name in columns), None)
-  entries = []
+  entries, seen = [], dict[str, int]()
   for line, row in enumerate(rows, 2):
     if not row[file] or row["identity"] is None:
       raise InputError(f"{table}: line {line} names no file or no identity")
+    if (before := seen.setdefault(row[file], line)) != line:
+      raise InputError(
+        f"{table}: lines {before} and {line} name the same file, {row[file]}; cut individuals out first"
+      )
     # wildlife-datasets write "unknown" where nobody knows the animal.
     identity = "" if row["identity"].strip() == "unknown" else row["identity"].strip()
     entries.append(
@@ -188,25 +234,34 @@ def _of_table(table: Path, split: str) -> list[_Entry]:
 
 
 def _of_market(root: Path) -> list[_Entry]:
+  parts = (_market(_images(root / folder), f"{folder}/", part) for folder, part in _MARKET.items())
+  return [entry for part in parts for entry in part]
+
+
+def _market(paths: Sequence[Path], below: str, split: str) -> list[_Entry]:
+  """Reads identity and camera from names."""
   entries = []
-  for folder, split in _MARKET.items():
-    for path in _images(root / folder):
-      found = _MARKET_NAME.match(path.name)
-      if found is None:
-        raise InputError(f"{path}: expected a name like 0002_c1s1_000451_03.jpg")
-      if found[1] != _JUNK:
-        entries.append(_Entry(f"{folder}/{path.name}", found[1], split, found[2]))
+  for path in paths:
+    found = _MARKET_NAME.match(path.name)
+    if found is None:
+      raise InputError(f"{path}: expected a name like 0002_c1s1_000451_03.jpg")
+    if found[1] != _JUNK:
+      entries.append(_Entry(f"{below}{path.name}", found[1], split, found[2]))
   return entries
 
 
 def _of_folders(root: Path) -> list[_Entry]:
   folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-  if not folders:  # photographs of nobody known
-    return [_Entry(path.name, "") for path in _images(root)]
-  nested = not _images(folders[0])
-  groups = {f.name: sorted(p for p in f.iterdir() if p.is_dir()) for f in folders} if nested else {}
-  named = [(split, each) for split, inner in groups.items() for each in inner]
-  named = named or [("", each) for each in folders]
+  if not folders:
+    loose = _images(root)
+    if loose and all(_FLAT_MARKET_NAME.match(path.name) for path in loose):
+      return _market(loose, "", "")
+    return [_Entry(path.name, "") for path in loose]  # of nobody known
+  # Splits hold folders and no photographs; a folder without either says nothing.
+  if any(_images(folder) for folder in folders):
+    named = [("", each) for each in folders]
+  else:
+    named = [(f.name, each) for f in folders for each in sorted(f.iterdir()) if each.is_dir()]
   return [
     _Entry(str(path.relative_to(root)), folder.name, split)
     for split, folder in named

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -9,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
+from scipy.ndimage import map_coordinates
 
 from jaxmethods.data import coats
 from jaxmethods.errors import InputError
-from jaxmethods.experiments.adafreq import build as room, data as data_lib, views
+from jaxmethods.experiments.adafreq import build as room, data as data_lib, training, views
 from jaxmethods.experiments.adafreq.config import Config, rows
+from jaxmethods.methods import adafreq
 from jaxmethods.models.efficientnet import EfficientNet
+from jaxmethods.runtime import command, config as config_lib
+from tests.tensors import below
 
 TINY = Config(
   steps=2, individuals=3, image_size=16, patch=4, stride=4, width=16, layers=1, heads=2, identities=4,
@@ -122,6 +129,55 @@ def test_published_size():
   assert sum(x.size for x in jax.tree.leaves(form)) == 85_798_656 + (442 - 197) * 768
 
 
+def test_published_step_lowers_for_accelerators():
+  config = config_lib.load(Config, command.CONFIGS / "adafreq_paper.yaml")
+  assert (config.identities * config.images, config.share, config.equilibrium) == (32, 0.5, 0.1)
+  network = room.network_of(config, 100, room.vit_of(config, (256, 256, 3)))
+  rates = training.Rates("sgd", config.learning_rate, config.weight_decay, 150, 100.0, 5)
+  example = np.zeros((1, 256, 256, 3), np.uint8)
+  parts = training.Parts(network, room.recipe_of(config), rates, 8, 4, example)
+  state = jax.eval_shape(lambda key: training.init(parts, key), jax.random.key(0))
+  number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  images = jax.ShapeDtypeStruct((400, 256, 256, 3), jnp.uint8)
+  train = training.Train(images, None, number(100, 4), number(100))
+  step = jax.jit(lambda state, train: training.step(parts, state, train))
+  exported = jax.export.export(step, platforms=("tpu", "cuda"))(state, train)
+  assert exported.platforms == ("tpu", "cuda")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_of_hugging_face(golden_file, tmp_path, size):
+  """Tokens of given weights, at their own size and at twice that; the published ones of transformers."""
+  golden = golden_file("models")
+  (tmp_path / "config.json").write_text(str(golden["vit/config_json"]))
+  save_file(
+    {name: np.asarray(x) for name, x in below(golden, "vit/params/").items()},
+    tmp_path / "model.safetensors",
+  )
+  pixels = golden["vit/pixels_nchw"].transpose(0, 2, 3, 1)
+  pixels = np.repeat(np.repeat(pixels, size, 1), size, 2)
+  form = json.loads(str(golden["vit/config_json"]))
+  config = dataclasses.replace(
+    TINY, weights=f"hf:{tmp_path}", image_size=pixels.shape[1], patch=form["patch_size"],
+    stride=form["patch_size"],
+  )  # fmt: skip
+  model, params = room.vit_of(config, pixels.shape[1:])
+  tokens = adafreq.original_view(model, params, jnp.asarray(pixels)).tokens
+  own = np.asarray(golden["vit/params/embeddings.position_embeddings"])
+  side = int(np.sqrt(own.shape[1] - 1))
+  if size == 1:
+    np.testing.assert_allclose(tokens, golden["vit/expected_last_hidden"], atol=2e-5)
+    return
+  # Bilinear between half-pixel centres, by SciPy.
+  old = own[0, 1:].reshape(side, side, -1)
+  places = np.clip((np.arange(size * side) + 0.5) / size - 0.5, 0, side - 1)
+  grid = np.meshgrid(places, places, indexing="ij")
+  new = np.stack([map_coordinates(old[..., c], grid, order=1) for c in range(old.shape[-1])], -1)
+  np.testing.assert_allclose(params["position"][0, 1:], new.reshape(-1, old.shape[-1]), atol=1e-6)
+  np.testing.assert_array_equal(params["position"][0, 0], own[0, 0])
+  assert tokens.shape[1] == 1 + (size * side) ** 2
+
+
 def test_weights_of_another_size():
   tiny = (
     'random:{"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
@@ -172,7 +228,11 @@ def test_query_and_gallery_by_command(tmp_path, cli):
   with np.load(tmp_path / "run" / "embeddings.npz") as kept:
     assert kept["features"].shape == (8, 16) and kept["part"].tolist().count("query") == 3
     np.testing.assert_allclose(np.linalg.norm(kept["features"], axis=1), 1, rtol=1e-5)
-  assert "neighbours.csv" in (tmp_path / "run" / "report.html").read_text()
+  report = (tmp_path / "run" / "report.html").read_text()
+  assert "neighbours.csv" in report and "matches.html" in report
+  page = (tmp_path / "run" / "matches.html").read_text()
+  assert page.count("<section>") == 3 and page.count("<figure") == 3 * 4
+  assert page.count("data:image/jpeg") == len(set(re.findall(r'"p p(\d+)', page)))
   (tmp_path / "empty").mkdir()
   refused = cli("eval.run", *flags, "--query", tmp_path / "query", "--gallery", tmp_path / "empty")
   assert refused.returncode == 2 and "no photographs in it" in refused.stderr
@@ -180,11 +240,83 @@ def test_query_and_gallery_by_command(tmp_path, cli):
   assert refused.returncode == 2 and "query: needs a gallery" in refused.stderr
 
 
-def test_the_same_folder_twice_does_not_find_itself(tmp_path):
+def asked(query, gallery):
+  return data_lib.asked(dataclasses.replace(TINY, query=str(query), gallery=str(gallery)))
+
+
+def test_a_photograph_does_not_find_itself(tmp_path, capsys):
+  """However the folders are spelled, and where one holds the other."""
   data = coats.load(16, coats.Herd(individuals=3))
-  write(tmp_path, data, range(6))
-  search = data_lib.asked(dataclasses.replace(TINY, query=str(tmp_path), gallery=str(tmp_path)))
-  assert search.itself.tolist() == list(range(6))
+  write(tmp_path / "all", data, range(6))
+  (tmp_path / "link").symlink_to(tmp_path / "all")
+  for other in ("all", "all/", "all/../all", "link"):
+    assert asked(tmp_path / "all", f"{tmp_path}/{other}").itself.tolist() == list(range(6))
+  one = next(iter(sorted((tmp_path / "all").rglob("*.png"))))
+  assert asked(one, tmp_path / "all").itself.tolist() == [0]
+  assert "copy in the gallery" not in capsys.readouterr().out
+  write(tmp_path / "copy", data, [0])
+  assert asked(tmp_path / "copy", tmp_path / "all").itself.tolist() == [-1]
+  assert "1 queries have a copy in the gallery, which they will find" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"gallery: .* has nothing but the query itself"):
+    asked(tmp_path / "copy", tmp_path / "copy")
+
+
+def test_folders_of_the_user_need_no_split(tmp_path):
+  data = coats.load(16, coats.Herd(individuals=3))
+  write(tmp_path / "q", data, [0, 8])
+  write(tmp_path / "g" / "images", data, [1, 9])
+  rows_of = ["path,identity,camera"] + [
+    f"images/{data.names[data.identity[i]]}/{i}.png,{data.names[data.identity[i]]},c{i}"
+    for i in (1, 9)
+  ]
+  (tmp_path / "g" / "metadata.csv").write_text("\n".join(rows_of))
+  config = dataclasses.replace(
+    TINY, query=str(tmp_path / "q"), gallery=str(tmp_path / "g"), split="md_split"
+  )
+  search = data_lib.asked(config)
+  assert search.identity.tolist() == [0, 1, 0, 1] and search.group.tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.parametrize(
+  ("query", "gallery", "message"),
+  [
+    ("q", "nowhere", r"nowhere: no such folder"),
+    ("q", "empty", r"empty: no photographs in it$"),
+    ("empty", "q", r"empty: no photographs in it$"),
+    ("q", "text", r"text: no photographs in it; not read: 1 files .*: notes.txt"),
+    ("q", "text/notes.txt", r"notes.txt: no column file"),
+    ("q", "broken", r"broken: 1 of 1 files cannot be read: .*not a readable image"),
+  ],
+)
+def test_folders_that_cannot_be_searched(tmp_path, query, gallery, message):
+  write(tmp_path / "q", coats.load(16, coats.Herd(individuals=3)), [0, 8])
+  for name in ("empty", "text", "broken"):
+    (tmp_path / name).mkdir()
+  (tmp_path / "text" / "notes.txt").write_text("hello")
+  (tmp_path / "broken" / "a.jpg").write_bytes(b"no picture")
+  with pytest.raises(InputError, match=message) as caught:
+    asked(tmp_path / query, tmp_path / gallery)
+  assert "\n" not in str(caught.value)
+
+
+def test_splits_of_a_table(tmp_path):
+  data = coats.load(16, coats.Herd(individuals=3))
+  write(tmp_path, data, range(96))
+
+  def load(parts):
+    lines = [
+      f"{data.names[data.identity[i]]}/{i}.png,{data.names[data.identity[i]]},{parts(data.identity[i])}"
+      for i in range(96)
+    ]
+    (tmp_path / "index.csv").write_text("\n".join(["file,identity,split", *lines]))
+    return data_lib.load(dataclasses.replace(TINY, data=f"reid:{tmp_path}"))
+
+  found = load(lambda who: ("train", "train", "test", "val")[who % 4])
+  assert len(found.images) == 48 and len(found.test.images) == 24
+  with pytest.raises(InputError, match=r"expected splits train and test, got .*'fold 3'"):
+    load(lambda who: ("train", "test", "fold 3")[who % 3])
+  with pytest.raises(InputError, match="48 photographs have no split"):
+    load(lambda who: ("train", "test", "", "")[who % 4])
 
 
 def test_data_that_cannot_be_used(tmp_path):

@@ -54,7 +54,8 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
   parts = training.Parts(
     network, recipe, _rates(config, len(data.images)), config.identities, config.images, test[:1]
   )
-  selecting = trunk[0] if trunk and not config.local_groups else None
+  selects = config.view != "none" and config.select != "none"
+  selecting = trunk[0] if trunk and selects else None
   search = data.asked or data.test
   show = pages.Show(
     parts, search, _asked(data.asked, frozen) if data.asked else test, data.asked is not None,

@@ -12,6 +12,9 @@ from jaxmethods.data.reid import ReidData
 from jaxmethods.errors import InputError
 from jaxmethods.experiments.adafreq.config import Config
 
+_VALIDATION = "val"  # neither trained on nor searched
+_TESTED = frozenset({"test", "query", "gallery"})
+
 
 class Search(NamedTuple):
   """Photographs, and which of them are searched for and in.
@@ -122,32 +125,54 @@ def asked(config: Config) -> Search | None:
   """Reads the folders of `query` and `gallery`."""
   if not config.query:
     return None
+  # Everything in these folders takes part, whatever a table says of training and test.
   query, gallery = (
-    reid.load(name, side=config.image_size, split=config.split)
-    for name in (config.query, config.gallery)
+    reid.load(name, side=config.image_size) for name in (config.query, config.gallery)
   )
   names = sorted({*query.names, *gallery.names})
   number = lambda data: np.array(
     [names.index(data.names[i]) if i >= 0 else -1 for i in data.identity]
   )
-  count = len(query.images)
-  identity = np.concatenate([number(query), number(gallery)])
-  # The same folder twice: a photograph is not its own match.
-  same = config.query == config.gallery
+  groups, of_query = sorted(set(query.groups) | set(gallery.groups)), len(query.images)
+  grouped = lambda data: np.array(
+    [groups.index(data.groups[i]) if i >= 0 else -1 for i in data.group], int
+  )
   search = Search(
     np.concatenate([query.images, gallery.images]),
-    identity,
-    np.concatenate([query.group, gallery.group]),
-    np.arange(count),
-    count + np.arange(len(gallery.images)),
-    np.arange(count) if same else np.full(count, -1),
+    np.concatenate([number(query), number(gallery)]),
+    np.concatenate([grouped(query), grouped(gallery)]),
+    np.arange(of_query),
+    of_query + np.arange(len(gallery.images)),
+    _itself(query, gallery),
     _most(number(gallery)),
     np.concatenate([query.files, gallery.files]),
     names,
   )
-  for line in filter(None, (query.notes, gallery.notes, _absent(search))):
+  if (search.itself >= 0).any() and len(gallery.images) == 1:
+    raise InputError(f"gallery: {config.gallery} has nothing but the query itself")
+  for line in filter(None, (query.notes, gallery.notes, _copies(search), _absent(search))):
     print(line, flush=True)
   return search
+
+
+def _itself(query: ReidData, gallery: ReidData) -> np.ndarray:
+  """Place of each query's own file in the gallery, however the folders are spelled; -1: not there."""
+  places = {path: i for i, path in enumerate(reid.paths(gallery))}
+  return np.array([places.get(path, -1) for path in reid.paths(query)], np.int64)
+
+
+def _copies(search: Search) -> str:
+  """Counts the queries that the gallery holds under another name: they find themselves."""
+  there = {search.images[i].tobytes(): i for i in search.gallery}
+  own = np.where(search.itself >= 0, search.gallery[search.itself], -1)
+  copied = [
+    query for query, file in zip(search.query, own, strict=True)
+    if file < 0 and search.images[query].tobytes() in there
+  ]  # fmt: skip
+  if not copied:
+    return ""
+  some = ", ".join(search.files[i] for i in copied[:5]) + (", ..." if len(copied) > 5 else "")
+  return f"{len(copied)} queries have a copy in the gallery, which they will find: {some}"
 
 
 def _absent(search: Search) -> str:
@@ -178,10 +203,10 @@ def _dealt(config: Config, data: ReidData) -> tuple[np.ndarray, Search]:
   known = data.identity >= 0
   if config.protocol == "closed":
     test = _split_or_drawn(config, data, known, per_identity=True)
-    train = np.flatnonzero(known & ~test)
+    train = np.flatnonzero(known & (data.split != _VALIDATION) & ~test)
     return train, _search(data, np.flatnonzero(known & test), train)
   test = _split_or_drawn(config, data, known, per_identity=False)
-  train = np.flatnonzero(known & ~test)
+  train = np.flatnonzero(known & (data.split != _VALIDATION) & ~test)
   shared = np.intersect1d(data.identity[train], data.identity[known & test])
   if len(shared):
     raise InputError(
@@ -200,9 +225,11 @@ def _split_or_drawn(
   """Marks the test photographs, (n,) bool."""
   named = set(data.split.tolist()) - {""}
   if named:
-    if "train" not in named or len(named) < 2:
+    if "train" not in named or not named & _TESTED or named - _TESTED - {"train", _VALIDATION}:
       raise InputError(f"{data.source.name}: expected splits train and test, got {sorted(named)}")
-    return data.split != "train"
+    if (empty := int((data.split == "").sum())) > 0:
+      raise InputError(f"{data.source.name}: {empty} photographs have no split")
+    return np.isin(data.split, sorted(_TESTED))
   test = np.zeros(len(data.identity), bool)
   rng = np.random.default_rng(config.split_seed)
   if per_identity:

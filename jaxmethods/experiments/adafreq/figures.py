@@ -9,10 +9,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from jaxmethods.runtime.pictures import COLOURS, GREY
 
-_RIGHT, _WRONG = COLOURS[3], COLOURS[1]
+_BRIGHT = 0.98
+UNKNOWN, WRONG, RIGHT, OWN = -1, 0, 1, 2  # OWN: right, of the query's own sighting or camera
+FRAMES = {UNKNOWN: GREY, WRONG: COLOURS[1], RIGHT: COLOURS[3], OWN: COLOURS[2]}
+MEANINGS = {
+  RIGHT: "the same individual",
+  OWN: "the same individual in the query's own sighting",
+  WRONG: "another one",
+  UNKNOWN: "not known",
+}
 
 
 class Answer(NamedTuple):
@@ -22,14 +31,16 @@ class Answer(NamedTuple):
     query: (h, w, 3) uint8.
     kept: (h, w) in 0..1, share of the patches over a pixel that the second view keeps; None: no such
       view.
+    high: (h, w, 3) in 0..1, its high frequencies; None: no such view.
     title: name of the query.
     images: (k, h, w, 3).
     names: below the photographs.
-    right: (k,) 1 right, 0 wrong, -1 not known.
+    right: (k,) of RIGHT, OWN, WRONG, UNKNOWN.
   """
 
   query: np.ndarray
   kept: np.ndarray | None
+  high: np.ndarray | None
   title: str
   images: np.ndarray
   names: Sequence[str]
@@ -38,31 +49,52 @@ class Answer(NamedTuple):
 
 def matches(answers: Sequence[Answer], title: str) -> Figure:
   """Draws a row for each query: it, its kept patches, and the nearest photographs in frames."""
-  with_kept = answers[0].kept is not None
-  first = 2 if with_kept else 1
+  first = 1 if answers[0].kept is None else 3
   columns = first + len(answers[0].images)
   figure, axes = plt.subplots(
-    len(answers), columns, figsize=(1.15 * columns, 1.35 * len(answers) + 0.5), squeeze=False,
+    len(answers), columns, figsize=(1.15 * columns, 1.36 * len(answers) + 0.7), squeeze=False,
     layout="constrained",
   )  # fmt: skip
   for row, answer in zip(axes, answers, strict=True):
-    row[0].imshow(answer.query)
-    row[0].set_title(answer.title, fontsize=7)
-    if answer.kept is not None:
-      row[1].imshow(highlighted(answer.query, answer.kept))
-      row[1].set_title("kept", fontsize=7)
+    for axis, (name, image) in zip(row, _own(answer), strict=False):
+      axis.imshow(image)
+      axis.set_title(name, fontsize=7)
+      axis.spines[:].set_visible(False)
     for axis, image, name, right in zip(
       row[first:], answer.images, answer.names, answer.right, strict=True
     ):
       axis.imshow(image)
       axis.set_title(name, fontsize=7)
-      _frame(axis, GREY if right < 0 else _RIGHT if right else _WRONG)
+      _frame(axis, FRAMES[int(right)])
   for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
-  for axis in axes[:, :first].flat:
-    axis.spines[:].set_visible(False)
+  seen = {int(right) for answer in answers for right in answer.right}
+  patches = [
+    Patch(color=FRAMES[kind], label=text) for kind, text in MEANINGS.items() if kind in seen
+  ]
   figure.suptitle(title, fontsize=10)
+  figure.legend(
+    handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False
+  )
   return figure
+
+
+def _own(answer: Answer) -> list[tuple[str, np.ndarray]]:
+  """The query, its kept patches and their high frequencies."""
+  shown = [(shortened(answer.title), answer.query)]
+  if answer.kept is not None:
+    shown.append(("kept patches", highlighted(answer.query, answer.kept)))
+  if answer.kept is not None and answer.high is not None:
+    # Few pixels are bright: those above the quantile are white.
+    bright = np.clip(answer.high / max(np.quantile(answer.high, _BRIGHT), 1e-6), 0, 1)
+    shown.append(("their high frequencies", highlighted(255 * bright, answer.kept)))
+  return shown
+
+
+def shortened(name: str, most: int = 16) -> str:
+  """Cuts a name in its middle."""
+  half = (most - 1) // 2
+  return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
 def highlighted(image: np.ndarray, kept: np.ndarray) -> np.ndarray:

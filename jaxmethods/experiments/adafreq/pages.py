@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from jaxmethods.experiments.adafreq import figures as drawn, training
+from jaxmethods.experiments.adafreq import figures as drawn, ranked, training
 from jaxmethods.experiments.adafreq.data import Search
 from jaxmethods.experiments.adafreq.networks import as_inputs
 from jaxmethods.experiments.adafreq.training import Parts, State
-from jaxmethods.experiments.adafreq.views import views
+from jaxmethods.experiments.adafreq.views import centred, high_of, views
 from jaxmethods.methods import adafreq
 from jaxmethods.models.vit import ViT
 from jaxmethods.runtime import compiler
@@ -54,9 +54,9 @@ class Show(NamedTuple):
 class _Found(NamedTuple):
   """Features of every photograph, and the neighbours of each query."""
 
-  features: Array
-  place: Array
-  similarity: Array
+  features: np.ndarray
+  place: np.ndarray
+  similarity: np.ndarray
 
 
 def figures(show: Show, state: State) -> dict[str, Figure]:
@@ -88,7 +88,11 @@ def files(show: Show, state: State) -> dict[str, str | bytes]:
   part[search.query], part[search.gallery] = "query", "gallery"
   identity = np.array([_name(search, place) for place in range(len(search.files))])
   np.savez(archive, features=found.features, files=search.files, part=part, identity=identity)
-  return {"neighbours.csv": text.getvalue(), "embeddings.npz": archive.getvalue()}
+  return {
+    "matches.html": ranked.page(search, found.place, found.similarity, _right(search, found)),
+    "neighbours.csv": text.getvalue(),
+    "embeddings.npz": archive.getvalue(),
+  }
 
 
 def _found(show: Show, state: State) -> _Found:
@@ -96,13 +100,15 @@ def _found(show: Show, state: State) -> _Found:
   count = min(show.top, len(search.gallery) - int((search.itself >= 0).any()))
 
   @compiler.jit
-  def run(state: State, inputs: Array, query: Array, gallery: Array, itself: Array) -> _Found:
+  def run(
+    state: State, inputs: Array, query: Array, gallery: Array, itself: Array
+  ) -> tuple[Array, retrieval.Neighbours]:
     features = training.embed(show.parts, state, inputs)
-    near = retrieval.neighbours(features[query], features[gallery], count, itself=itself)
-    return _Found(features, *near)
+    return features, retrieval.neighbours(features[query], features[gallery], count, itself=itself)
 
   places = (jnp.asarray(x) for x in (search.query, search.gallery, search.itself))
-  return jax.device_get(run(state, jnp.asarray(show.inputs), *places))
+  features, near = jax.device_get(run(state, jnp.asarray(show.inputs), *places))
+  return _Found(features, *near)
 
 
 def _matches(show: Show, state: State) -> Figure:
@@ -111,25 +117,45 @@ def _matches(show: Show, state: State) -> Figure:
   candidates = np.arange(len(search.query)) if show.asked else np.flatnonzero(there)
   chosen = candidates[np.linspace(0, len(candidates) - 1, min(_ROWS, len(candidates))).astype(int)]
   kept = _kept(show, state.params, search.query[chosen])
+  high = _high(show, search.query[chosen])
+  right = _right(search, found)
   answers = []
   for row, i in enumerate(chosen):
     query, near = search.query[i], search.gallery[found.place[i]]
-    own, others = search.identity[query], search.identity[near]
-    right = np.where((others < 0) | (own < 0), -1, others == own)
+    label = lambda place: drawn.shortened(_name(search, place) or "?", 11)
     answers.append(
       drawn.Answer(
         search.images[query],
         None if kept is None else kept[row],
+        None if high is None else high[row],
         _name(search, query) or search.files[query],
         search.images[near],
-        [
-          f"{_name(search, p) or '?'}  {s:.2f}"
-          for p, s in zip(near, found.similarity[i], strict=True)
-        ],
-        right,
+        [f"{label(p)}  {s:.2f}" for p, s in zip(near, found.similarity[i], strict=True)],
+        right[i],
       )
     )
-  return drawn.matches(answers, "Queries and their nearest photographs; green: the same individual")
+  return drawn.matches(
+    answers, f"{len(chosen)} of {len(search.query)} queries, nearest photograph first"
+  )
+
+
+def _right(search: Search, found: _Found) -> np.ndarray:
+  """What is known of each neighbour, (q, k): a code of `figures`."""
+  near = search.gallery[found.place]
+  own, others = search.identity[search.query][:, None], search.identity[near]
+  group, beside = search.group[search.query][:, None], search.group[near]
+  right = np.where(own == others, drawn.RIGHT, drawn.WRONG)
+  right = np.where((own == others) & (group == beside) & (group >= 0), drawn.OWN, right)
+  return np.where((own < 0) | (others < 0), drawn.UNKNOWN, right)
+
+
+def _high(show: Show, places: np.ndarray) -> np.ndarray | None:
+  """The high frequencies of photographs, none put back."""
+  if show.model is None:
+    return None
+  recipe = show.parts.recipe._replace(mix="none")
+  draw = compiler.jit(jax.vmap(functools.partial(high_of, recipe, jax.random.key(0))))
+  return np.asarray(draw(centred(jnp.asarray(show.search.images[places]))))
 
 
 def _kept(show: Show, params: Params, places: np.ndarray) -> list[np.ndarray] | None:
