@@ -231,11 +231,17 @@ class Turns(NamedTuple):
     repeats: processes a side.
     folder: what is done lies there, and is not done again.
     single: stop after one process.
+    workloads: those that are timed; (): all.
   """
 
   repeats: int
   folder: Path
   single: bool
+  workloads: tuple[str, ...]
+
+  def chosen(self, table: dict[str, dict]) -> dict[str, dict]:
+    """Returns the workloads of a part that are timed."""
+    return {name: work for name, work in table.items() if name in (self.workloads or table)}
 
 
 def in_turn(name: str, sides: dict[str, tuple[list[str], dict]], turns: Turns) -> dict[str, dict]:
@@ -286,7 +292,7 @@ def speed(python: dict[str, str], parts: list[str], turns: Turns) -> None:
 def time_dpsgd(python: dict[str, str], turns: Turns) -> dict:
   """Examples a second."""
   table = {}
-  for name, work in DPSGD.items():
+  for name, work in turns.chosen(DPSGD).items():
     given = work | {"threads": 1, "calls": 20}
     peer = lambda peer, name, more={}, given=given: (
       [python[peer], str(SCRIPT), name],
@@ -305,7 +311,7 @@ def time_dpsgd(python: dict[str, str], turns: Turns) -> dict:
 def time_gcg(python: dict[str, str], turns: Turns) -> dict:
   """Candidates a second, on one checkpoint on the disk."""
   table = {}
-  for name, work in GCG.items():
+  for name, work in turns.chosen(GCG).items():
     folder = turns.folder / f"lm {name}"
     if not folder.exists():
       make = {"shape": work["shape"], "folder": str(folder)}
@@ -327,7 +333,7 @@ def time_watermark(python: dict[str, str], turns: Turns) -> dict:
   import numpy as np
 
   table = {}
-  for name, work in WATERMARK.items():
+  for name, work in turns.chosen(WATERMARK).items():
     vocabulary, count = work["vocabulary"], work["tokens"]
     # Zipf's law, as words follow it.
     chance = 1 / np.arange(1, vocabulary + 1)
@@ -372,7 +378,8 @@ def page(found: dict) -> str:
       "",
       f"## {TITLES[part]}",
       "",
-      f"{of['date']}, {of['repeats']} processes a side, machine load {min(loads)} to {max(loads)}.",
+      f"{of['date']}, processes a side: {of['repeats']}, machine load {min(loads)} to {max(loads)}."
+      f"{DISTURBED if max(loads) > 1.5 else ''}",
       "",
       f"| workload | side | version | {of['what']} per CPU second | ours is faster by |",
       "| --- | --- | --- | --- | --- |",
@@ -383,6 +390,7 @@ def page(found: dict) -> str:
         shown = "" if times is None else f"{times:.2f}"
         lines.append(f"| {name} | {side} | {x['version']} | {x['per_cpu_second']:,.0f} | {shown} |")
     lines += ["", *NOTES[part](of)]
+    lines += ["", of["note"]] if "note" in of else []
   return "\n".join(lines) + "\n"
 
 
@@ -448,6 +456,9 @@ def verdict(values: list[float], aim: float) -> str:
   return f"{'met' if min(values) >= aim else 'missed'} ({shown})"
 
 
+DISTURBED = (
+  " **Other work ran on the machine: even CPU times are disturbed, the ratios only orient.**"
+)
 TITLES = {"dpsgd": "DP-SGD", "gcg": "GCG", "watermark": "Watermark"}
 NOTES = {"dpsgd": dpsgd_notes, "gcg": gcg_notes, "watermark": watermark_notes}
 
@@ -457,6 +468,7 @@ def main() -> None:
   parser.add_argument("what", choices=("accountant", "speed", "page", "child"))
   parser.add_argument("--part", choices=PARTS, action="append", help="of speed; default: all")
   parser.add_argument("--repeats", type=int, default=2, help="processes a side")
+  parser.add_argument("--workload", action="append", help="such as toy; default: all of a part")
   parser.add_argument("--parts", type=Path, help="keeps what is done; the same command continues")
   parser.add_argument("--single", action="store_true", help="stop after one process")
   for name in PEERS:
@@ -476,7 +488,11 @@ def main() -> None:
   else:
     folder = args.parts or Path(tempfile.mkdtemp(prefix="llm_safety-"))
     folder.mkdir(parents=True, exist_ok=True)
-    speed(python, args.part or list(PARTS), Turns(args.repeats, folder, args.single))
+    speed(
+      python,
+      args.part or list(PARTS),
+      Turns(args.repeats, folder, args.single, tuple(args.workload or ())),
+    )
 
 
 if __name__ == "__main__":

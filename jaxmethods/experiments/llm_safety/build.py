@@ -24,6 +24,7 @@ from jaxmethods.experiments.llm_safety import (
   memorising,
   poisoning,
   preferring,
+  reading,
   unlearning,
 )
 from jaxmethods.experiments.llm_safety.config import TASKS, WIDTH, Config, Place, columns, places
@@ -53,6 +54,8 @@ def build(config: Config, mesh: Mesh | None = None) -> Experiment:
     InputError: what a stage cannot be made of, named with its key; a mesh.
   """
   checks.no_mesh("llm_safety", mesh)
+  if config.text:
+    return reading.experiment(config)
   made = places(config.task, config.row)
   toy = Toy(config.toy, config.seed)
   stages = _stages(config, toy, {place.task for place in made})

@@ -4,6 +4,11 @@
   python -m eval.run --method llm_safety --task unlearn        # one stage
   python -m eval.compare --method llm_safety --task unlearn    # its rows, five seeds
 
+Two of its tools read texts of the user:
+
+  python -m eval.run --method llm_safety --task watermark --text FILE --model hf:PATH
+  python -m eval.run --method llm_safety --task perplexity_filter --text FILE --model hf:PATH
+
 A step makes one row: a model attacked or defended in one way, and scored. What is harmful is synthetic
 tokens of a toy world. Numbers marked (code), (known), (inferred) say where a default comes from.
 """
@@ -113,7 +118,11 @@ TASKS: dict[str, Task] = {
     "unmarked", "marked", ("z", "z_all", "nll"),
   ),
 }  # fmt: skip
-ALIASES = {"gcg": "jailbreak", "memorize": "memorise", "rome": "edit", "kgw": "watermark"}
+ALIASES = {
+  "gcg": "jailbreak", "memorize": "memorise", "rome": "edit", "kgw": "watermark",
+  "perplexity_filter": "jailbreak",
+}  # fmt: skip
+READERS = ("watermark", "jailbreak")  # tasks with a tool for texts of the user
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,6 +364,14 @@ class Config(RunConfig):
 
   task: str = ALL  # or one of TASKS
   row: str = ""  # one row of that task alone
+
+  text: str = (
+    ""  # file of the user's, .txt or .jsonl, that a task's tool reads in place of its rows
+  )
+  model: str = ""  # whose tokens texts are made of: hf:PATH, gguf:PATH, wheel:smollm2-135m, ...
+  benign: str = ""  # file of texts that the perplexity filter lets pass, but for false_positives
+  window: int = 10  # tokens of a block of the filter (inferred)
+
   toy: ToySettings = dataclasses.field(default_factory=ToySettings)
   poison: PoisonSettings = dataclasses.field(default_factory=PoisonSettings)
   memorise: MemoriseSettings = dataclasses.field(default_factory=MemoriseSettings)
@@ -386,10 +403,25 @@ class Config(RunConfig):
       f"{self.task!r} is none of {', '.join((ALL, *TASKS, *ALIASES))}",
     )
     need(not self.row or name != ALL, "row", "belongs to a task: give the task too")
+    need(not self.row or not self.text, "row", "the tool of a task, which reads text, has no rows")
+    need(
+      not self.text or name in READERS,
+      "text",
+      f"is read with task watermark or perplexity_filter, got {self.task}",
+    )
+    for key in ("model", "benign"):
+      need(bool(self.text) or not getattr(self, key), key, "belongs to a text: give text too")
+    need(not self.benign or name == "jailbreak", "benign", "belongs to task perplexity_filter")
+    checks.at_least(self, 1, "window")
     need(
       not self.row or self.row in TASKS[name].rows, "row",
       f"{self.row!r} is no row of {name}, it has {', '.join(TASKS[name].rows) if name != ALL else ''}",
     )  # fmt: skip
+
+
+def resolved(task: str) -> str:
+  """Returns the name of a task that an alias stands for."""
+  return ALIASES.get(task, task)
 
 
 class Place(NamedTuple):
@@ -422,8 +454,10 @@ def untrained(config: Config) -> bool:
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """The stages; of one task, its rows: attacks, defences and baselines."""
+  """The stages; of one task, its rows: attacks, defences and baselines; of a text, its tool alone."""
   name = ALIASES.get(config.task, config.task)
+  if config.text:
+    return {name: config}
   if name == ALL:
     return {task: dataclasses.replace(config, task=task) for task in TASKS}
   return {row: dataclasses.replace(config, task=name, row=row) for row in TASKS[name].rows}
