@@ -152,6 +152,7 @@ def test_filters_remove_what_they_say(toy):
   bad = stage.corpus.kind == toy_world.POISON
   assert bad.sum() == 10 and stage.listed()[bad].all()
   assert not stage.listed()[stage.corpus.kind == toy_world.FACT].any()
+  assert not stage.surprising()[stage.corpus.kind == toy_world.FACT].any()
   once = stage.corpus.ids[~stage.duplicates()]
   assert len(np.unique(once, axis=0)) == len(once) < len(stage.corpus.ids)
 

@@ -66,7 +66,10 @@ class Poisoning:
     return np.isin(place, np.concatenate(found))
 
   def surprising(self) -> np.ndarray:
-    """Removes the answers that a model of few trusted sequences finds least likely."""
+    """Removes the answers of chat that a model of few trusted sequences finds least likely.
+
+    Facts are left out: a model of few sequences does not know most of them.
+    """
     toy, s = self.toy, self.settings
     trusted = toy_world.corpus(toy.world, s.trusted, toy_world.all_pairs(), toy.rng("trusted"))
     start = toy_models.tiny_gpt.init(toy.key("start"), toy.shape)
@@ -76,7 +79,7 @@ class Poisoning:
     )  # fmt: skip
     examples = toy_models.labelled(self.corpus, answers_only=True)
     nll = np.asarray(toy_models.token_nll(model, **examples, heads=toy.heads)).sum(1)
-    mean = nll / self.corpus.answers.sum(1)
+    mean = np.where(self.corpus.kind == toy_world.FACT, -np.inf, nll / self.corpus.answers.sum(1))
     return np.isin(np.arange(len(mean)), np.argsort(-mean)[: self.quota])
 
   def scores(self, removed: np.ndarray) -> Scores:
