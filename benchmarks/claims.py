@@ -761,6 +761,14 @@ SPEED = (
         ("main", 0, "ours_cpu_median_s"), ("main", 0, "fedjax_cpu_median_s")),
   Ratio("federated round, convnet, 100 clients", "fedjax", "fedavg",
         ("main", 1, "ours_cpu_median_s"), ("main", 1, "fedjax_cpu_median_s")),
+  *(
+    Ratio(f"--method federated, {net}, 100 clients", peer, "federated_speed",
+          ("speed", model, "ours", "cpu_median_s"), ("speed", model, who, "cpu_median_s"))
+    for net, model, who, peer in (
+      ("dense net", "mlp", "fedjax", "fedjax"), ("convnet", "cnn", "fedjax", "fedjax"),
+      ("dense net", "mlp", "flower", "Flower simulation"), ("dense net", "mlp", "pfl", "pfl"),
+    )
+  ),
   Ratio("LoRA step, memory kept", "PEFT", "lora",
         ("ratios", "default", "train_step", "cpu_median_ms")),
   Ratio("LoRA step, memory kept on both sides", "PEFT", "lora",

@@ -137,6 +137,8 @@ def flower(common) -> None:
       self.cpu = Times()
 
   common.Clock = Clock
+  # By Ray's default the workers are nicer than anything else on a shared machine: they would starve.
+  os.environ.setdefault("RAY_worker_niceness", "0")
   import fedavg_flwr as script
 
   script.run_simulation(
