@@ -333,8 +333,14 @@ def page(report: dict) -> str:
         f"| {model} | {name} | {row['cpu_median_s']:.4f} | {times} | {aim} | "
         f"{statistics.median(row['accuracy']):.3f} | {row['first_s']:.1f} |"
       )
+  every = [row for rows in report["speed"].values() for row in rows.values()]
+  said = (
+    f"Processes per figure: {min(len(row['cpu_all_s']) for row in every)}. Load while they ran: up to "
+    f"{max(load for row in every for load in row['load']):.0f} on two cores. Ray's workers were kept at "
+    "niceness 0: by default they are nicer than all else, and starved."
+  )
   lines += [
-    "", "Accuracies are after a few rounds and must agree within noise: the same work was done.", "",
+    "", f"Accuracies are after a few rounds and must agree within noise: the same work was done. {said}", "",
     "![seconds per round against the number of clients](federated_speed.png)", "",
     "## Populations", "",
     "100 clients of a round, drawn by their numbers; digits, dense net. Peak memory of the whole "
