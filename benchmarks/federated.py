@@ -340,7 +340,7 @@ def page(report: dict) -> str:
     "niceness 0: by default they are nicer than all else, and starved."
   )
   lines += [
-    "", f"Accuracies are after a few rounds and must agree within noise: the same work was done. {said}", "",
+    "", f"Accuracies after a few rounds must agree within noise: the same work was done. {said}", "",
     "![seconds per round against the number of clients](federated_speed.png)", "",
     "## Populations", "",
     "100 clients of a round, drawn by their numbers; digits, dense net. Peak memory of the whole "
