@@ -220,9 +220,9 @@ def page(found: dict) -> str:
   lines = [
     "# Tuning a language model: a step beside PEFT",
     "",
-    f"{found['date']}, `{found['command']}`. {found['model']}, LoRA of rank {found['rank']} on all seven "
-    f"projections, batches of {found['batch']} word problems in {ours['tokens']} slots, float32, one "
-    f"thread, {found['steps']} steps; machine load {min(loads)} to {max(loads)}.",
+    f"{found['date']}, `{found['command']}`. {found['model']}, LoRA of rank {found['rank']} on all "
+    f"seven projections, batches of {found['batch']} word problems in {ours['tokens']} slots, "
+    f"float32, one thread, {found['steps']} steps; machine load {min(loads)} to {max(loads)}.",
     *([found["provenance"]] if "provenance" in found else []),
     "",
     "| side | version | CPU s a step | ours / peer's | largest gap of the losses |",
