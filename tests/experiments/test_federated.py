@@ -72,7 +72,8 @@ def test_every_algorithm_learns_with_half_of_the_clients_a_round(source, algorit
 
 
 def test_accuracy_is_that_of_each_clients_own_test(source):
-  experiment, state, _, result = trained(config(source(), algorithm="local"))
+  experiment, state, metrics, result = trained(config(source(), algorithm="local"))
+  assert result["drift"] == metrics["drift"] > 0 == result["bytes_up"]
   table = list(csv.DictReader(io.StringIO(experiment.files(state)["clients.csv"])))
   right = sum(float(row["test_accuracy"]) * int(row["test_examples"]) for row in table)
   tested = sum(int(row["test_examples"]) for row in table)

@@ -17,6 +17,7 @@ from jaxmethods.federated import engine
 from jaxmethods.trees import PyTree
 
 _LOW = 0.1  # quantile over clients that stands for the worst off
+_LAST = ("drift", "bytes_up", "bytes_down")  # of the last round, beside the accuracies
 _SUMMED = ("bytes_up", "bytes_down", "rejected")
 
 
@@ -82,6 +83,7 @@ class State(NamedTuple):
     fixed: of the task.
     key: of the rounds.
     round: rounds completed.
+    last: drift and bytes of the last round.
   """
 
   server: PyTree
@@ -89,6 +91,7 @@ class State(NamedTuple):
   fixed: PyTree
   key: Array
   round: Array
+  last: dict[str, Array]
 
 
 def init(parts: Parts, key: Array) -> State:
@@ -99,7 +102,8 @@ def init(parts: Parts, key: Array) -> State:
   client = method.client(params, model_state)
   clients = tuple(_repeated(client, size) for size in parts.sizes or (1,))
   server = method.algorithm.init(params, algorithm_key)
-  return State(server, clients, parts.task.fixed, round_key, jnp.zeros((), jnp.int32))
+  last = {name: jnp.zeros(()) for name in _LAST}
+  return State(server, clients, parts.task.fixed, round_key, jnp.zeros((), jnp.int32), last)
 
 
 def step(parts: Parts, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
@@ -119,8 +123,9 @@ def step(parts: Parts, state: State, batch: Batch) -> tuple[State, dict[str, Arr
   )  # fmt: skip
   counted = jnp.ones(len(metrics["loss"]), bool) if cohort is None else cohort.taking_part
   kept = after if parts.sizes else state.clients
-  state = state._replace(server=server, clients=kept, round=state.round + 1)
-  return state, _summarised(metrics, counted)
+  told = _summarised(metrics, counted)
+  last = {name: told[name].astype(jnp.float32) for name in _LAST}
+  return State(server, kept, state.fixed, state.key, state.round + 1, last), told
 
 
 def _summarised(metrics: Mapping[str, Array], counted: Array) -> dict[str, Array]:
@@ -171,6 +176,7 @@ def evaluate(parts: Parts, state: State, test: Test) -> dict[str, Array]:
     "spread": jnp.nanstd(accuracy),
     "low_accuracy": jnp.nanquantile(accuracy, _LOW),
     "client_loss": own.loss.sum() / total,
+    **state.last,
   }
 
 
