@@ -607,7 +607,16 @@ def _safety(
 
 
 # Tasks with a results file; the others wait for `python -m benchmarks.llm_safety_suite`.
-_MEASURED = ("harmful_ft", "edit", "unlearn", "jailbreak", "injection", "watermark")
+_MEASURED = (
+  "memorise",
+  "harmful_ft",
+  "dpo",
+  "edit",
+  "unlearn",
+  "jailbreak",
+  "injection",
+  "watermark",
+)
 _measured = lambda cell: cell.file.removeprefix("llm_safety_") in _MEASURED
 
 _SAFETY = (
