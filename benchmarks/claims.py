@@ -608,6 +608,7 @@ def _safety(
 
 # Tasks with a results file; the others wait for `python -m benchmarks.llm_safety_suite`.
 _MEASURED = (
+  "poison",
   "memorise",
   "harmful_ft",
   "dpo",
