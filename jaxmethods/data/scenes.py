@@ -50,6 +50,11 @@ FONTS = (
 )  # fmt: skip
 TASK_FONTS = ("DejaVuSans-Oblique", "DejaVuSerif-Bold", "STIXGeneralBol", "cmr10", "cmti10")
 
+# What captions can name, in the order of `Pairs.shown`.
+ATTRIBUTES = (
+  "shape", "colour", "background", "fill", "count", "place", "extent", "glyph", "style",
+)  # fmt: skip
+
 # A place's centre, in shares of the side.
 _CENTRES = {
   "middle": (0.5, 0.5), "left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.24),
@@ -92,10 +97,19 @@ class Attributes:
 
 
 class Pairs(NamedTuple):
-  """Pictures (n, 32, 32, 3) uint8 and their captions."""
+  """Pictures with captions.
+
+  Attributes:
+    images: (n, 32, 32, 3) uint8.
+    captions: n of them.
+    shown: numbers of `ATTRIBUTES` that pictures have (n, A), -2 where a picture has none.
+    named: those that captions name (n, A), -1 where a caption does not say.
+  """
 
   images: np.ndarray
   captions: list[str]
+  shown: np.ndarray
+  named: np.ndarray
 
 
 def held_out(colour: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -103,12 +117,9 @@ def held_out(colour: np.ndarray, shape: np.ndarray) -> np.ndarray:
   return (colour + shape) % 5 == 0
 
 
-HELD_OUT = tuple(
-  (c, s)
-  for c in range(len(COLOURS))
-  for s in range(len(SHAPES))
-  if held_out(np.array(c), np.array(s))
-)
+_PAIRS = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
+HELD_OUT = tuple(pair for pair in _PAIRS if held_out(*map(np.array, pair)))
+SEEN = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
 
 
 def draw_attributes(random: np.random.Generator, count: int, glyphs: float = 0.0) -> Attributes:
@@ -132,17 +143,24 @@ def draw_attributes(random: np.random.Generator, count: int, glyphs: float = 0.0
     count=number,
     place=np.where(random.random(count) < 0.4, 0, among(PLACES)),
     extent=among(EXTENTS),
-    glyph=np.where(random.random(count) < glyphs, among(GLYPHS), -1),
+    glyph=np.where(random.random(count) < glyphs, _glyph(random, count), -1),
     font=among(FONTS),
     style=among(STYLES),
   )
 
 
+def _glyph(random: np.random.Generator, count: int) -> np.ndarray:
+  """Digits and letters in equal parts."""
+  digit, letter = (random.integers(0, len(of), count) for of in (DIGITS, LETTERS))
+  return np.where(random.random(count) < 0.5, digit, len(DIGITS) + letter)
+
+
 def pretraining_pairs(count: int, seed: int) -> Pairs:
-  """Renders pictures of all pretraining attributes, a third of them letters and digits."""
+  """Renders pictures of all pretraining attributes, 40 % of them letters and digits."""
   random = np.random.default_rng(seed)
-  attributes = draw_attributes(random, count, glyphs=0.35)
-  return Pairs(render(attributes, random), captions(attributes, random))
+  attributes = draw_attributes(random, count, glyphs=0.4)
+  captions, named = described(attributes, random)
+  return Pairs(render(attributes, random), captions, shown(attributes), named)
 
 
 def depict(prompts: Sequence[str], random: np.random.Generator, noise: float) -> np.ndarray:
@@ -196,40 +214,74 @@ def plural(noun: str) -> str:
   return noun + ("es" if noun.endswith("s") else "s")
 
 
-def captions(attributes: Attributes, random: np.random.Generator) -> list[str]:
-  """Writes a caption for each picture; each attribute but the first noun is mentioned at random."""
-  chosen = random.random((len(attributes), 8))
-  return [_caption(attributes, i, chosen[i]) for i in range(len(attributes))]
+# How often a caption of a scene names what, relatively; and how many of them.
+_MENTIONS = {
+  "shape": 0.38, "colour": 0.16, "fill": 0.15, "place": 0.13, "background": 0.12, "extent": 0.06,
+}  # fmt: skip
+_HOW_MANY = (0.6, 0.3, 0.1)
 
 
-def _caption(of: Attributes, i: int, chosen: np.ndarray) -> str:
-  """One sentence; `chosen` in [0, 1) decides on mentions."""
-  style = int(of.style[i])
-  medium = "picture"
-  if chosen[0] < 0.4 and style < len(STYLES):
-    medium = list(STYLES.values())[style]
-  elif chosen[0] < 0.6:
-    medium = "photo"
-  colour = list(COLOURS)[of.colour[i]]
-  ground = f" on {list(BACKGROUNDS)[of.background[i]]}" if chosen[1] < 0.35 else ""
-  if of.glyph[i] >= 0:
-    kind = "digit" if of.glyph[i] < len(DIGITS) else "letter"
-    prefix = f"{colour} " if chosen[2] < 0.3 else ""
-    return f"a {medium} of the {prefix}{kind} {GLYPHS[of.glyph[i]]}{ground}."
-  words = []
-  if of.extent[i] < len(EXTENTS) and chosen[3] < 0.2 and of.count[i] == 0:
-    words.append(EXTENTS[of.extent[i]])
-  if chosen[4] < 0.5:
-    words.append(FILLS[of.fill[i]])
-  if chosen[2] < 0.6:
-    words.append(colour)
-  noun = SHAPES[of.shape[i]] if chosen[5] < 0.75 else "object"
-  if of.count[i] == 0:
-    place = PLACES[of.place[i]]
-    where = f" at the {place}" if chosen[6] < 0.4 else ""
-    article = "one" if chosen[7] < 0.25 else "a"
-    return f"a {medium} of {' '.join([article, *words, noun])}{where}{ground}."
-  return f"a {medium} of {' '.join([COUNTS[of.count[i]], *words, plural(noun)])}{ground}."
+def shown(attributes: Attributes) -> np.ndarray:
+  """Numbers of `ATTRIBUTES` (n, A), -2 where a picture has none: a letter has no shape."""
+  columns = {name: getattr(attributes, name).astype(np.int32) for name in ATTRIBUTES}
+  scene, alone = attributes.glyph < 0, attributes.count == 0
+  for name in ("shape", "fill", "count"):
+    columns[name] = np.where(scene, columns[name], -2)
+  for name in ("place", "extent"):
+    columns[name] = np.where(scene & alone, columns[name], -2)
+  columns["glyph"] = np.where(scene, -2, columns["glyph"])
+  return np.stack(list(columns.values()), axis=1)
+
+
+def described(
+  attributes: Attributes, random: np.random.Generator
+) -> tuple[list[str], np.ndarray]:
+  """Writes a caption for each picture, which names its number and one to three other attributes.
+
+  Returns:
+    captions; what each names (n, A): a number of `ATTRIBUTES`, -1 for what it does not say.
+  """
+  there, count = shown(attributes), len(attributes)
+  at = {name: k for k, name in enumerate(ATTRIBUTES)}
+  named = np.full_like(there, -1)
+  weights = np.log(list(_MENTIONS.values())) + random.gumbel(size=(count, len(_MENTIONS)))
+  wanted = 1 + random.choice(len(_HOW_MANY), count, p=_HOW_MANY)
+  # A number above one is itself something to say.
+  wanted -= (attributes.count > 0) & (random.random(count) < 0.5)
+  weights = np.where(there[:, [at[name] for name in _MENTIONS]] < 0, -np.inf, weights)
+  place = (-weights).argsort(1).argsort(1)
+  chosen = (place < wanted[:, None]) & np.isfinite(weights)
+  glyph = attributes.glyph >= 0
+  sometimes = random.random((count, len(_MENTIONS))) < 0.15
+  for k, name in enumerate(_MENTIONS):
+    known = name in ("colour", "background")
+    says = np.where(glyph, sometimes[:, k] & known, chosen[:, k])
+    named[says, at[name]] = there[says, at[name]]
+  for name in ("count", "glyph"):
+    named[:, at[name]] = np.where(there[:, at[name]] < 0, -1, there[:, at[name]])
+  mediums = np.array([*STYLES.values(), *["photo"] * len(TASK_STYLES)])[attributes.style]
+  says = (random.random(count) < 0.25) & (mediums != "photo")  # any picture may be called a photo
+  named[says, at["style"]] = attributes.style[says]
+  plain = np.where(random.random(count) < 0.3, "photo", "picture")
+  mediums = np.where(says, mediums, plain)
+  return [_caption(row, str(m)) for row, m in zip(named.tolist(), mediums, strict=True)], named
+
+
+def _caption(named: Sequence[int], medium: str) -> str:
+  """One sentence about what is named, see `described`."""
+  of = dict(zip(ATTRIBUTES, named, strict=True))
+  ground = f" on {list(BACKGROUNDS)[of['background']]}" if of["background"] >= 0 else ""
+  words = [tuple(COLOURS)[of["colour"]]] if of["colour"] >= 0 else []
+  if of["glyph"] >= 0:
+    kind = "digit" if of["glyph"] < len(DIGITS) else "letter"
+    return f"a {medium} of the {' '.join([*words, kind, GLYPHS[of['glyph']]])}{ground}."
+  for name, options in (("fill", FILLS), ("extent", EXTENTS)):
+    if of[name] >= 0:
+      words.insert(0, options[of[name]])
+  noun = SHAPES[of["shape"]] if of["shape"] >= 0 else "object"
+  number, noun = ("a", noun) if of["count"] == 0 else (COUNTS[of["count"]], plural(noun))
+  where = f" at the {PLACES[of['place']]}" if of["place"] >= 0 else ""
+  return f"a {medium} of {' '.join([number, *words, noun])}{where}{ground}."
 
 
 # --- rendering --------------------------------------------------------------------------------------

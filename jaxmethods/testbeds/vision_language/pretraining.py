@@ -20,7 +20,7 @@ from jaxmethods.testbeds.vision_language.settings import SmallClip
 from jaxmethods.testbeds.vision_language.words import Tokens, pack, vocabulary
 from jaxmethods.trees import Params, Tree, flatten, unflatten
 
-FORMAT = b"small clip 1"  # changes when the renderer, the model or its training changes
+FORMAT = b"small clip 2"  # changes when the renderer, the model or its training changes
 _WARMUP, _LARGEST_SCALE = 100, float(np.log(100.0))
 
 
@@ -60,26 +60,45 @@ def scaled(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def pair_loss(model: CLIP, params: Params, images: jax.Array, ids: jax.Array) -> jax.Array:
-  """Contrastive loss of pairs; equal captions share the probability.
+def fitting(shown: jax.Array, named: jax.Array) -> jax.Array:
+  """Tells which captions are true of which pictures, (B, B), rows: pictures.
+
+  Args:
+    shown: attributes of pictures, (B, A).
+    named: those that captions name, (B, A), -1 for what they do not say.
+  """
+  return ((named[None] == shown[:, None]) | (named[None] == -1)).all(-1)
+
+
+def pair_loss(
+  model: CLIP,
+  params: Params,
+  images: jax.Array,
+  ids: jax.Array,
+  shown: jax.Array,
+  named: jax.Array,
+) -> jax.Array:
+  """Contrastive loss of pairs; all captions that are true of a picture share the probability.
 
   Args:
     model: CLIP.
     params: its parameters.
     images: (B, 32, 32, 3) uint8.
     ids: captions (B, T).
+    shown, named: see `fitting`.
   """
   output = cast(CLIPOutput, model.apply({"params": params}, scaled(images), ids))
-  logits = output.logits_per_image
-  same = (ids[:, None] == ids[None]).all(-1)
-  target = same / same.sum(-1, keepdims=True)
-  both = (optax.softmax_cross_entropy(side, target).mean() for side in (logits, logits.T))
-  return 0.5 * sum(both)
+  fits = fitting(shown, named)
+  value = jnp.zeros(())
+  for logits, true in ((output.logits_per_image, fits), (output.logits_per_image.T, fits.T)):
+    target = true / true.sum(-1, keepdims=True)
+    value += 0.5 * optax.softmax_cross_entropy(logits, target).mean()
+  return value
 
 
 def _train(model: CLIP, tokens: Tokens, settings: SmallClip) -> Params:
   pairs = scenes.pretraining_pairs(settings.pairs, settings.seed)
-  data = jax.device_put((pairs.images, pack(pairs.captions, tokens)))
+  data = jax.device_put((pairs.images, pack(pairs.captions, tokens), pairs.shown, pairs.named))
   key = jax.random.key(settings.seed)
   optimiser = _optimiser(settings)
 

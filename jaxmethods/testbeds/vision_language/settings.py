@@ -29,8 +29,8 @@ class SmallClip:
   projection: int = 64
   context: int = 40  # longest text in tokens, with learnt prompts
   pairs: int = 24_000
-  steps: int = 1500
-  batch_size: int = 128
+  steps: int = 4000
+  batch_size: int = 64
   learning_rate: float = 2e-3
   seed: int = 0
 

