@@ -37,7 +37,13 @@ def main() -> None:
     value, half = 100 * right.mean(), 196 * right.std() / np.sqrt(len(y))
     chance = 100 / len(task.classes)
     single = lambda value: {"mean": float(value), "ci95": None, "values": [float(value)]}
-    accuracy = {"mean": value, "ci95": half, "low": value - half, "high": value + half, "values": [value]}
+    accuracy = {
+      "mean": value,
+      "ci95": half,
+      "low": value - half,
+      "high": value + half,
+      "values": [value],
+    }
     metrics = {
       "zero_shot": accuracy, "chance": single(chance), "times_chance": single(value / chance),
       "classes": single(len(task.classes)), "tests": single(len(y)),
@@ -51,7 +57,9 @@ def main() -> None:
     f"tasks_above_{CLEARLY:g}_times_chance": above, "rows": rows,
   }  # fmt: skip
   OUT.write_text(json.dumps(contents, indent=1) + "\n")
-  print(f"{above} of {len(rows)} tasks at {CLEARLY:g} times chance or more; {parameters} parameters")
+  print(
+    f"{above} of {len(rows)} tasks at {CLEARLY:g} times chance or more; {parameters} parameters"
+  )
 
 
 if __name__ == "__main__":

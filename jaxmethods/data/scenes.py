@@ -233,9 +233,7 @@ def shown(attributes: Attributes) -> np.ndarray:
   return np.stack(list(columns.values()), axis=1)
 
 
-def described(
-  attributes: Attributes, random: np.random.Generator
-) -> tuple[list[str], np.ndarray]:
+def described(attributes: Attributes, random: np.random.Generator) -> tuple[list[str], np.ndarray]:
   """Writes a caption for each picture, which names its number and one to three other attributes.
 
   Returns:

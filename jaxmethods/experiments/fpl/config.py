@@ -36,7 +36,8 @@ class Config(ClientSettings):
   clip: SmallClip = dataclasses.field(default_factory=SmallClip)
   data: str = "rendered-letters"  # a set of domains or a task of the testbed (ours)
   size: TaskSize = dataclasses.field(default_factory=TaskSize)  # of every domain (ours)
-  held_out: Literal["test", "validation"] = "test"  # validation: a part of training (ours)
+  # validation: of `size.validation`, or a part of training (ours)
+  held_out: Literal["test", "validation"] = "test"
 
   skew: Skew = "both"  # (ours)
   clients: int = 10
@@ -88,10 +89,6 @@ class Config(ClientSettings):
       not self.carry_momentum
       or (self.training == "federated" and not self.fedprox_mu and self.participation == 1),
       "carry_momentum", "needs federated training of all clients without fedprox_mu",
-    )  # fmt: skip
-    checks.require(
-      not self.initial_phrase or not self.class_specific,
-      "initial_phrase", "needs prompts that all classes share",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from jaxmethods.data.records import ArrayData
 from jaxmethods.testbeds.vision_language import tasks
 from jaxmethods.testbeds.vision_language.settings import TaskSize
 
-_VALIDATION = 0.25  # of the training examples
+_VALIDATION = 0.25  # of the training examples, where a task has no part of its own
 _SIDE = 224  # of images of folders
 _TEMPLATE = "a photo of a {}."
 
@@ -54,7 +54,8 @@ def load(name: str, size: TaskSize, held_out: str) -> Data:
   Args:
     name: of `tasks.DOMAIN_SETS` or of a task, or a folder.
     size: of every domain; folders are taken whole.
-    held_out: `test`, or `validation` to test on a part of training.
+    held_out: `test`, or `validation` to test on pictures beside both (`size.validation`), or on a part of
+      training where there are none.
 
   Raises:
     InputError: an unknown name, or data that are missing.
@@ -98,6 +99,8 @@ def _folder(name: str) -> dict[str, tasks.Task]:
 def _parts(task: tasks.Task, held_out: str) -> tuple[tuple, tuple]:
   if held_out == "test":
     return task.train, task.test
+  if len(task.validation[1]):
+    return task.train, task.validation
   cut = max(1, round(len(task.train[1]) * _VALIDATION))
   x, y = task.train
   return (x[cut:], y[cut:]), (x[:cut], y[:cut])

@@ -15,6 +15,8 @@ from jaxmethods.runtime.studies import Cell, Claim, Study
 Rows: TypeAlias = Mapping[str, RunConfig]
 
 _ARMS = {"LPT": "lpt", "VPT": "vpt", "both": "both", "zero-shot": "zero_shot"}
+# Its first words are the hand-written prompt; so every length starts from one.
+_PHRASE = "a picture of a picture of a picture of a"
 _ACCURACY, _WORST, _DRIFT = "test_accuracy", "worst_domain", "agreement"
 
 
@@ -115,15 +117,18 @@ def _aggregation(rows: Rows) -> Study:
 
 
 def _prompt_length(rows: Rows) -> Study:
-  lengths = (1, 4, 16)
-  levels = {str(n): {"text_prompts": n, "vision_prompts": n} for n in lengths}
+  lengths = (1, 4, 10)
+  levels = {
+    str(n): {"text_prompts": n, "vision_prompts": n, "initial_phrase": _PHRASE} for n in lengths
+  }
   cells = _cells(rows, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
   more = lambda arm, a, b: {(arm, a): 1.0, (arm, b): -1.0}
   claims = []
   for arm in ("LPT", "VPT"):
     claims += [
-      Claim(f"{arm}: clients agree less with 16 prompts than with 4", _DRIFT, more(arm, "4", "16")),
-      Claim(f"{arm}: 4 prompts and 16 differ in accuracy", _ACCURACY, more(arm, "16", "4"), "different"),
+      Claim(f"{arm}: clients agree less with 10 prompts than with 1", _DRIFT, more(arm, "1", "10")),
+      Claim(f"{arm}: 1 prompt and 10 differ in accuracy", _ACCURACY, more(arm, "10", "1"), "different"),
+      Claim(f"{arm}: 4 prompts and 10 differ in accuracy", _ACCURACY, more(arm, "10", "4"), "different"),
     ]  # fmt: skip
   return Study(
     "H6: is the best prompt length a flat optimum, and do longer prompts drift more?",

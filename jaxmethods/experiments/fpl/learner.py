@@ -137,7 +137,8 @@ def _start(
     prompts["text"] = random(text_key, *classes, m, widths.text)
     if phrase:
       table = jnp.asarray(towers.words(params))
-      prompts["text"] = table[jnp.array(phrase, jnp.int32)].astype(jnp.float32)
+      words = table[jnp.array(phrase, jnp.int32)].astype(jnp.float32)
+      prompts["text"] = jnp.broadcast_to(words, prompts["text"].shape)
     if config.text_depth > 1:
       prompts["text_deep"] = random(deep_key, config.text_depth - 1, m, widths.text)
   if config.trained in ("vision", "both"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxmethods.errors import InputError
+from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import checks
 from jaxmethods.runtime.experiment import RunConfig
 from jaxmethods.testbeds.vision_language.settings import SmallClip, TaskSize
@@ -27,6 +27,34 @@ Learner = Literal[
   "gift", "zero_shot", "finetune", "l2", "ewc", "lwf", "lwf_vr", "icarl", "wise_ft", "zscl"
 ]
 Order = Literal["given", "alphabetic", "mixed"]
+
+# Rows of a comparison: GIFT, its baselines, and every ablation.
+ROWS: dict[str, dict[str, Any]] = {
+  "gift": {},
+  **{
+    name: {"learner": name}
+    for name in (
+      "zero_shot", "finetune", "l2", "ewc", "lwf", "lwf_vr", "icarl", "wise_ft", "zscl",
+    )
+  },
+  "gift_cd": {"alignment": 0.0, "consolidation": 0.0},
+  "gift_cd_ita": {"consolidation": 0.0},
+  "gift_ita": {"distillation": 0.0, "consolidation": 0.0},
+  "gift_no_ita": {"alignment": 0.0},
+  "gift_no_cd": {"distillation": 0.0},
+  "gift_static": {"fisher": "static"},
+  "gift_ewc": {"fisher": "once"},
+  "gift_l2": {"fisher": "ones"},
+  "gift_per_tensor": {"per_tensor": True},
+  "gift_mse": {"compared": "mse"},
+  "gift_image_only": {"compared": "image"},
+  "gift_text_only": {"compared": "text"},
+  "gift_kl": {"divergence": "kl"},
+  "gift_reverse_kl": {"divergence": "reverse_kl"},
+  "gift_pretrained_teacher": {"teacher": "pretrained"},
+  "gift_merged_teacher": {"teacher": "merge"},
+  "gift_drop_last": {"synthetic_last": "drop"},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +104,9 @@ class Config(RunConfig):
   pieces: int = 5
   batch_size: int = 16  # published: 64
   learning_rate: float = 5e-4  # published: 1e-5 for ViT-B/16
+  # of rows of `eval.compare`, by their names, in place of `learning_rate`
+  rates: dict[str, float] = dataclasses.field(default_factory=dict)
+  held_out: Literal["test", "validation"] = "test"  # validation: of `size.validation` (ours)
   warmup: float = 0.1  # share of a task's steps
   smoothing: float = 0.2
   smallest_crop: float = 0.9
@@ -135,6 +166,13 @@ class Config(RunConfig):
       self.learner == "gift" and self.consolidation > 0 and not uses_pairs and self.fisher != "ones"
     ):
       raise InputError("consolidation: needs distillation or alignment: no loss has no Fisher")
+    if self.held_out == "validation" and not self.size.validation:
+      raise InputError("held_out: validation needs size.validation of at least 1")
+    for name, rate in self.rates.items():
+      if name not in ROWS:
+        raise InputError(f"rates: unknown row {name!r}; {hint(name, ROWS, 'rows')}")
+      if not rate > 0:
+        raise InputError(f"rates: {name} must be positive, got {rate}")
     if self.incremental == "class" and len(self.tasks) != 1:
       raise InputError("incremental: class needs one task in tasks, whose classes come in pieces")
     if self.steps % self.stages:
@@ -147,42 +185,14 @@ class Config(RunConfig):
 
 
 def rows(config: Config) -> dict[str, Config]:
-  """GIFT, its baselines, and every ablation."""
-
-  def row(learner: Any = "gift", **changes: Any) -> Config:
-    return dataclasses.replace(config, learner=learner, **changes)
-
-  baselines = {
-    "zero_shot": row("zero_shot"),
-    "finetune": row("finetune"),
-    "l2": row("l2"),
-    "ewc": row("ewc"),
-    "lwf": row("lwf"),
-    "lwf_vr": row("lwf_vr"),
-    "icarl": row("icarl"),
-    "wise_ft": row("wise_ft"),
-    "zscl": row("zscl"),
-  }
-  ablations = {
-    "gift_cd": row(alignment=0.0, consolidation=0.0),
-    "gift_cd_ita": row(consolidation=0.0),
-    "gift_ita": row(distillation=0.0, consolidation=0.0),
-    "gift_no_ita": row(alignment=0.0),
-    "gift_no_cd": row(distillation=0.0),
-    "gift_static": row(fisher="static"),
-    "gift_ewc": row(fisher="once"),
-    "gift_l2": row(fisher="ones"),
-    "gift_per_tensor": row(per_tensor=True),
-    "gift_mse": row(compared="mse"),
-    "gift_image_only": row(compared="image"),
-    "gift_text_only": row(compared="text"),
-    "gift_kl": row(divergence="kl"),
-    "gift_reverse_kl": row(divergence="reverse_kl"),
-    "gift_pretrained_teacher": row(teacher="pretrained"),
-    "gift_merged_teacher": row(teacher="merge"),
-    "gift_drop_last": row(synthetic_last="drop"),
-  }
-  return {"gift": row()} | baselines | ablations
+  """GIFT, its baselines, and every ablation, each at its own rate where `rates` has one."""
+  found = {}
+  for name, changes in ROWS.items():
+    rate = config.rates.get(name, config.learning_rate)
+    found[name] = dataclasses.replace(
+      config, **{"learner": "gift", "learning_rate": rate, **changes}
+    )
+  return found
 
 
 def untrained(config: Config) -> bool:

@@ -93,6 +93,8 @@ def load(config: Config) -> Material:
     InputError: data or models that are missing, or that cannot be used.
   """
   tasks = ordered(load_tasks(config.tasks, config.size), config)
+  if config.held_out == "validation":
+    tasks = [task._replace(test=task.validation) for task in tasks]
   stage = encoder.load(config.model, config.clip)
   split = config.incremental == "class"
   stages = pieces_of(tasks[0], config.pieces) if split else tasks
@@ -113,6 +115,7 @@ def load(config: Config) -> Material:
     f"{model}, {stage.source.origin}; {len(stages)} tasks, {' and '.join(kinds)}: {sets}"
     + _pairs_named(config, pairs, arrays)
     + (f"; synthetic pairs left out: {left_out}" if left_out else "")
+    + ("" if config.held_out == "test" else "; tested on validation")
   )
   painted = (shown.prompts[:24], shown.images[:24])
   return Material(stage, [task.name for task in stages], arrays, about, painted)

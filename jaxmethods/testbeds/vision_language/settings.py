@@ -50,9 +50,12 @@ class TaskSize:
 
   train: int = 256  # images
   test: int = 100
+  validation: int = 0  # more images, beside training and test, to choose settings by
   seed: int = 0  # of rendering and of the split
 
   def __post_init__(self) -> None:
+    if self.validation < 0:
+      raise InputError(f"tasks.validation: must be at least 0, got {self.validation}")
     for name in ("train", "test"):
       if getattr(self, name) < 1:
         raise InputError(f"tasks.{name}: must be at least 1, got {getattr(self, name)}")

@@ -43,6 +43,7 @@ class Task(NamedTuple):
     train: images (n, 32, 32, 3) uint8 and labels (n,) int32.
     test: the same.
     source: provenance.
+    validation: as train, none of it in the other parts; none where the size asks for none.
   """
 
   name: str
@@ -51,6 +52,10 @@ class Task(NamedTuple):
   train: tuple[np.ndarray, np.ndarray]
   test: tuple[np.ndarray, np.ndarray]
   source: Source
+  validation: tuple[np.ndarray, np.ndarray] = (
+    np.empty((0, scenes.SIZE, scenes.SIZE, 3), np.uint8),
+    np.empty(0, np.int32),
+  )
 
 
 class _Rendered(NamedTuple):
@@ -163,12 +168,14 @@ def _rendered(name: str, look: _Rendered, size: TaskSize) -> Task:
   # The name is part of the seed: tasks of one size share no picture.
   digest = hashlib.sha256(name.encode()).digest()
   random = np.random.default_rng([size.seed, int.from_bytes(digest[:4], "little")])
-  compute = lambda: dict(zip("xy", _render_task(look, size.train + size.test, random), strict=True))
+  count = size.train + size.test + size.validation
+  compute = lambda: dict(zip("xy", _render_task(look, count, random), strict=True))
   about = [_FORMAT, described(size, "size"), name.encode(), repr(look).encode()]
   x, y = (cached("rendered_tasks", about, compute)[part] for part in "xy")
   source = Source(f"rendered:{name}", "rendered by us", "Apache-2.0 (ours)", "none", real=False)
-  train, test = (x[: size.train], y[: size.train]), (x[size.train :], y[size.train :])
-  return Task(name, look.classes, look.templates, train, test, source)
+  ends = [size.train, size.train + size.test]
+  train, test, more = zip(np.split(x, ends), np.split(y, ends), strict=True)
+  return Task(name, look.classes, look.templates, train, test, source, more)
 
 
 def _render_task(
@@ -227,9 +234,13 @@ def _real(
   """Splits off a test part, with the share of every class kept, and cuts both to size."""
   train, test = stratified_split(y, (0.7, 0.3), seed=size.seed)
   random = np.random.default_rng(size.seed)
-  cut = lambda rows, most: random.permutation(rows)[:most]
-  train, test = cut(train, size.train), cut(test, size.test)
-  return Task(name, classes, templates, (x[train], y[train]), (x[test], y[test]), source)
+  rows = random.permutation(train)
+  more, train = rows[: size.validation], rows[size.validation :][: size.train]
+  test = random.permutation(test)[: size.test]
+  if not len(train):
+    raise InputError(f"tasks.validation: {name} has {len(rows)} images, none is left to train with")
+  part = lambda rows: (x[rows], y[rows])
+  return Task(name, classes, templates, part(train), part(test), source, part(more))
 
 
 def _digits() -> _Real:
