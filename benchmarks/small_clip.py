@@ -1,7 +1,7 @@
 """Zero-shot accuracy of the small CLIP on every task that packages carry, beside chance.
 
-The CLIP is `testbeds.vision_language.pretraining`, one model; the tests are 1,000 pictures a task (real tasks
-have fewer), none of which pretraining has seen. Intervals are of the share of right answers (normal).
+The CLIP is `testbeds.vision_language.pretraining`, one model; the tests are 1,000 pictures a task (real
+tasks have fewer), none of which pretraining has seen. Intervals are of the share of right answers.
 
   python -m benchmarks.small_clip
 """

@@ -54,8 +54,8 @@ def load(name: str, size: TaskSize, held_out: str) -> Data:
   Args:
     name: of `tasks.DOMAIN_SETS` or of a task, or a folder.
     size: of every domain; folders are taken whole.
-    held_out: `test`, or `validation` to test on pictures beside both (`size.validation`), or on a part of
-      training where there are none.
+    held_out: `test`, or `validation` to test on pictures beside both (`size.validation`), or on a part
+      of training where there are none.
 
   Raises:
     InputError: an unknown name, or data that are missing.

@@ -85,7 +85,8 @@ def pair_loss(
     params: its parameters.
     images: (B, 32, 32, 3) uint8.
     ids: captions (B, T).
-    shown, named: see `fitting`.
+    shown: attributes of the pictures, see `fitting`.
+    named: attributes that the captions name.
   """
   output = cast(CLIPOutput, model.apply({"params": params}, scaled(images), ids))
   fits = fitting(shown, named)
