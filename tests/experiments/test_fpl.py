@@ -191,6 +191,20 @@ def test_zero_shot_is_the_same_for_every_row_before_training():
     np.testing.assert_allclose(*(value[name] for value in values), atol=1e-6, err_msg=name)
 
 
+def test_prompts_that_start_from_words_are_the_hand_written_text():
+  data = noise()._replace(templates=("a picture of a {}.",))
+  values = []
+  for changes in ({"trained": "none"}, {}, {"class_specific": True}):
+    config = change(text_prompts=4, initial_phrase="a picture of a", **changes)
+    parts = build.make_parts(config, data, clip_towers(stage()))
+    state = rounds.init(parts, jax.random.key(0))
+    params = state.server.inner.params
+    values.append(parts.learner.logits(params, parts.work.frozen, parts.work.x))
+  assert params["prompts"]["text"].shape == (3, 4, 8)
+  for value in values[1:]:
+    np.testing.assert_allclose(value, values[0], atol=1e-3)
+
+
 @pytest.mark.parametrize(
   ("name", "rate"), [("lpt_local", 3.0), ("probe", 0.01), ("fedavg_image_tower", 0.01)]
 )

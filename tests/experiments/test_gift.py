@@ -113,6 +113,24 @@ def test_class_incremental():
   np.testing.assert_allclose(found["average"], (50 + 37.5) / 2)
 
 
+def test_rates_of_rows():
+  config = short(rates={"zscl": 0.25})
+  found = rows(config)
+  assert found["zscl"].learning_rate == 0.25 and found["zscl"].learner == "zscl"
+  assert found["gift"].learning_rate == config.learning_rate
+  assert found["gift_l2"].learner == "gift" and found["gift_l2"].fisher == "ones"
+
+
+def test_validation_takes_the_place_of_the_tests():
+  size = {"train": 40, "test": 20, "validation": 12}
+  data = [
+    material.load(short(size=size, learner="finetune", held_out=part)).data
+    for part in ("test", "validation")
+  ]
+  assert [one.test_n.tolist() for one in data] == [[20, 20], [12, 12]]
+  np.testing.assert_array_equal(data[0].train_x, data[1].train_x)
+
+
 def test_orders():
   tasks = material.load_tasks(["letters", "colours", "shapes", "digits"], short().size)
   of = lambda order: [t.name for t in material.ordered(tasks, short(order=order))]
@@ -172,6 +190,9 @@ def test_pairs_from_a_folder(tmp_path):
     ({"incremental": "class"}, "needs one task"),
     ({"tasks": ["places"], "incremental": "class", "pieces": 8}, "fewer than 8 pieces"),
     ({"clip.context": 6}, "needs .* tokens, the model reads 6"),
+    ({"held_out": "validation"}, "held_out: validation needs size.validation"),
+    ({"rates": {"zslc": 0.1}}, "rates: unknown row 'zslc'; the nearest is zscl"),
+    ({"rates": {"zscl": 0}}, "rates: zscl must be positive"),
     ({"painter.width": 17}, "even multiple"),
     ({"size.train": 0}, "must be at least 1"),
   ],

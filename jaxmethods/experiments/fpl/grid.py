@@ -118,8 +118,9 @@ def _aggregation(rows: Rows) -> Study:
 
 def _prompt_length(rows: Rows) -> Study:
   lengths = (1, 4, 10)
+  phrase = lambda n: " ".join(_PHRASE.split()[:n])
   levels = {
-    str(n): {"text_prompts": n, "vision_prompts": n, "initial_phrase": _PHRASE} for n in lengths
+    str(n): {"text_prompts": n, "vision_prompts": n, "initial_phrase": phrase(n)} for n in lengths
   }
   cells = _cells(rows, ("LPT", "VPT"), levels, skew="labels", alpha=0.5)
   more = lambda arm, a, b: {(arm, a): 1.0, (arm, b): -1.0}

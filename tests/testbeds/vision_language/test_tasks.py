@@ -7,6 +7,7 @@ import pytest
 
 from jaxmethods.data import scenes
 from jaxmethods.errors import InputError
+from jaxmethods.models.clip import CLIPOutput
 from jaxmethods.testbeds.vision_language import encoder, pretraining, tasks, words
 from jaxmethods.testbeds.vision_language.settings import EMBEDDED_TASKS, SmallClip, TaskSize
 
@@ -59,6 +60,58 @@ def test_pretraining_leaves_pairs_and_styles_out():
   words.pack(pairs.captions, words.word_tokens(40))  # every word is known
 
 
+def test_captions_are_true_of_their_pictures():
+  pairs = scenes.pretraining_pairs(400, 1)
+  fits = np.asarray(pretraining.fitting(jnp.asarray(pairs.shown), jnp.asarray(pairs.named)))
+  assert fits.diagonal().all()
+  assert 0.02 < fits.mean() < 0.2  # most are not true of others
+  at = scenes.ATTRIBUTES.index
+  letters = pairs.shown[:, at("glyph")] >= 0
+  assert 0.3 < letters.mean() < 0.5
+  assert not fits[letters][:, ~letters].any() and not fits[~letters][:, letters].any()
+  for caption, named in zip(pairs.captions[:50], pairs.named, strict=False):
+    shape, colour = named[at("shape")], named[at("colour")]
+    assert (shape >= 0) == any(name in caption for name in scenes.SHAPES)
+    assert (colour >= 0) == any(name in caption.split() for name in scenes.COLOURS)
+
+
+def test_equal_pairs_share_the_probability():
+  """With two copies of every pair the least loss is that of a choice between two."""
+  pairs = scenes.pretraining_pairs(2, 0)
+  twice = lambda x: jnp.concatenate([jnp.asarray(x)] * 2)
+  logits = 50.0 * twice(twice(jnp.eye(2)).T)
+
+  class Told:
+    def apply(self, variables, images, ids):
+      return CLIPOutput(None, None, logits)
+
+  ids, shown, named = (twice(x) for x in (np.zeros((2, 4), int), np.eye(2), np.eye(2)))
+  images = twice(pairs.images)
+  loss = pretraining.pair_loss(Told(), {}, images, ids, shown.astype(int), named.astype(int))
+  np.testing.assert_allclose(loss, np.log(2), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "seen"), [("shapes", True), ("colours", True), ("pairs", False)])
+def test_only_one_task_has_pairs_that_pretraining_lacks(name, seen, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    scenes,
+    "render",
+    lambda of, random: drawn.append(of) or np.zeros((len(of), 32, 32, 3), np.uint8),
+  )
+  tasks.load_task(name, TaskSize(train=41, test=30, validation=7))
+  assert (scenes.held_out(drawn[0].colour, drawn[0].shape) != seen).all()
+
+
+@pytest.mark.parametrize("name", ["shapes", "digits"])
+def test_validation_is_apart(name):
+  task = tasks.load_task(name, TaskSize(train=50, test=30, validation=20))
+  parts = [{x.tobytes() for x in part[0]} for part in (task.train, task.test, task.validation)]
+  assert [len(part[1]) for part in (task.train, task.test, task.validation)] == [50, 30, 20]
+  assert not parts[2] & (parts[0] | parts[1])
+  assert not len(tasks.load_task(name, TaskSize(train=5, test=3)).validation[1])
+
+
 def test_prompts_are_depicted():
   random = np.random.default_rng(0)
   prompts = ["a picture of a red star.", "a picture of the digit two.", "a picture of three objects.",
@@ -100,6 +153,10 @@ def test_bad_tasks():
       tasks.load_tasks(names, size)
   with pytest.raises(InputError, match="must be at least 1"):
     TaskSize(train=0)
+  with pytest.raises(InputError, match="validation: must be at least 0"):
+    TaskSize(validation=-1)
+  with pytest.raises(InputError, match="none is left to train with"):
+    tasks.load_task("digits", TaskSize(validation=5000))
 
 
 def test_missing_folder_says_where(tmp_path, monkeypatch):
