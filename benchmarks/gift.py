@@ -130,7 +130,7 @@ def main() -> None:
     "rates": args.rates, "batch_size": config.batch_size, "train": config.size.train,
     "test": config.size.test, "validation": config.size.validation, "seeds": args.seeds,
   }  # fmt: skip
-  contents: dict[str, Any] = {"settings": settings, "rows": []}
+  contents: dict[str, Any] = {"unit": "%", "settings": settings, "rows": []}
   if args.out.exists():
     kept = json.loads(args.out.read_text())
     contents = kept if kept.get("settings") == settings else contents

@@ -1,8 +1,8 @@
 """Pictures of GIFT's painter, and how often the CLIP finds in them what was asked for.
 
-A prompt a class of several kinds is painted several times; the small CLIP chooses among the prompts of the
-kind. The same is asked about pictures that the renderer draws from the prompts. Intervals are of the share of
-right answers.
+A prompt a class of several kinds is painted several times; the small CLIP chooses among the prompts of
+the kind. The same is asked about pictures that the renderer draws from the prompts. Intervals are of the
+share of right answers.
 
   python -m benchmarks.gift_painter
 """
