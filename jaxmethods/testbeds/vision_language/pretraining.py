@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxmethods.data import scenes
-from jaxmethods.data.array_cache import cached, described
+from jaxmethods.data.array_cache import cached, cached_tree, described
 from jaxmethods.models.clip import CLIP, CLIPConfig, CLIPOutput, TextConfig
 from jaxmethods.models.transformer import EncoderConfig
 from jaxmethods.models.vit import ViTConfig
@@ -22,6 +24,7 @@ from jaxmethods.trees import Params, Tree, flatten, unflatten
 
 FORMAT = b"small clip 2"  # changes when the renderer, the model or its training changes
 _WARMUP, _LARGEST_SCALE = 100, float(np.log(100.0))
+_PIECE = 305  # steps after which the state is kept
 
 
 def model_of(settings: SmallClip, tokens: Tokens) -> CLIP:
@@ -51,7 +54,7 @@ def model_of(settings: SmallClip, tokens: Tokens) -> CLIP:
 def pretrained(model: CLIP, tokens: Tokens, settings: SmallClip) -> Tree:
   """Parameters of the model, trained or read from the cache."""
   about = [FORMAT, described(settings, "small clip"), " ".join(vocabulary()).encode()]
-  train = lambda: jax.tree.map(np.asarray, flatten(_train(model, tokens, settings)))
+  train = lambda: jax.tree.map(np.asarray, flatten(_train(model, tokens, settings, about)))
   return unflatten(cached("small_clips", about, train))
 
 
@@ -97,7 +100,10 @@ def pair_loss(
   return value
 
 
-def _train(model: CLIP, tokens: Tokens, settings: SmallClip) -> Params:
+def _train(
+  model: CLIP, tokens: Tokens, settings: SmallClip, about: Sequence[bytes | np.ndarray]
+) -> Params:
+  """Trains in pieces that the cache keeps, so that a run that was killed goes on."""
   pairs = scenes.pretraining_pairs(settings.pairs, settings.seed)
   data = jax.device_put((pairs.images, pack(pairs.captions, tokens), pairs.shown, pairs.named))
   key = jax.random.key(settings.seed)
@@ -117,13 +123,22 @@ def _train(model: CLIP, tokens: Tokens, settings: SmallClip) -> Params:
   example = (scaled(data[0][:1]), jnp.zeros((1, settings.context), jnp.int32))
   params = compiler.jit(model.init)(key, *example)["params"]
   run = compiler.jit(step, donate_argnums=(0, 1))
-  opt_state = optimiser.init(params)
+  state = params, optimiser.init(params)
+  structure = jax.tree.structure(state)
   with Display("pretraining of the small CLIP", 0, settings.steps) as display:
-    for i in range(settings.steps):
-      params, opt_state, loss = run(params, opt_state, jnp.int32(i), data)
-      shown = (i + 1) % 20 == 0 or i + 1 == settings.steps
-      display.update(i + 1, {"loss": float(loss)} if shown else None)
-  return jax.device_get(params)
+
+    def piece(state, start, end):
+      for i in range(start, end):
+        *state, loss = run(*state, jnp.int32(i), data)
+        shown = (i + 1) % 20 == 0 or i + 1 == end
+        display.update(i + 1, {"loss": float(loss)} if shown else None)
+      return tuple(state)
+
+    for start in range(0, settings.steps, _PIECE):
+      end = min(start + _PIECE, settings.steps)
+      train = functools.partial(piece, state, start, end)
+      state = cached_tree("small_clip_pieces", [*about, str(end).encode()], structure, train)
+  return jax.device_get(state[0])
 
 
 def _optimiser(settings: SmallClip) -> optax.GradientTransformation:
