@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jaxmethods.errors import InputError, hint
 from jaxmethods.runtime import checks
-from jaxmethods.runtime.experiment import RunConfig
+from jaxmethods.runtime.experiment import RunConfig, Selection
 from jaxmethods.testbeds.vision_language.settings import SmallClip, TaskSize
 
 TASKS = (
@@ -193,6 +193,14 @@ def rows(config: Config) -> dict[str, Config]:
       config, **{"learner": "gift", "learning_rate": rate, **changes}
     )
   return found
+
+
+def selection(config: Config) -> Selection | None:
+  """Chooses settings by Average on validation images; None for a row without training."""
+  if untrained(config):
+    return None
+  size = dataclasses.replace(config.size, validation=config.size.validation or config.size.test)
+  return Selection(dataclasses.replace(config, held_out="validation", size=size), "average")
 
 
 def untrained(config: Config) -> bool:
