@@ -2,8 +2,8 @@
 
 Cells that two questions share are run once, and data and model are loaded once. Every cell has the
 config that the command gives it, and claims are judged by the same code. Finished cells are kept in
---cells; the same command continues. The rate of text prompts and that of vision prompts are chosen first,
-with the default data on validation pictures, one seed; it is an argument of the jitted round.
+--cells; the same command continues. The rates of text and of vision prompts are chosen first, with the
+default data on validation pictures, one seed; the rate is an argument of the jitted round.
 
   python -m benchmarks.fpl_studies --seeds 3
 """
