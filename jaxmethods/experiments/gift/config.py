@@ -66,7 +66,7 @@ class Painter:
   heads: int = 4
   patch: int = 4
   pairs: int = 12_000  # rendered; pretraining's, and other ones beyond their number
-  steps: int = 3000
+  steps: int = 4000
   batch_size: int = 32
   learning_rate: float = 2e-3
   unconditional: float = 0.1  # share of captions that are hidden in training
