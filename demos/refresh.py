@@ -38,6 +38,7 @@ if Path.cwd().name == "demos":
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 WIDEST = 640  # pixels of a picture that is kept
 LONGEST = 40  # lines of a text that is kept
+PROGRESS = re.compile(r"^[a-z ]+: \d+ s$|━")
 
 
 def main() -> None:
@@ -121,6 +122,7 @@ def small(output: NotebookNode) -> NotebookNode:
   if output.output_type == "stream":
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text).replace("\r\n", "\n").split("\n")
     lines = [line.rpartition("\r")[2].rstrip() for line in lines]
+    lines = [line for line in lines if not PROGRESS.search(line)]
     if len(lines) > LONGEST:
       lines = [*lines[: LONGEST // 2], "...", *lines[-LONGEST // 2 :]]
     output.text = "\n".join(lines)
