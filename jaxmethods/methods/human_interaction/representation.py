@@ -472,10 +472,12 @@ def fit_scaling(
 
 
 def normalise(features: Float[Array, "*n F"], scaling: Scaling) -> Float[Array, "*n F"]:
+  """Subtracts the mean and divides by the standard deviation of the training clips."""
   return (features - scaling.mean) / scaling.std
 
 
 def denormalise(features: Float[Array, "*n F"], scaling: Scaling) -> Float[Array, "*n F"]:
+  """Undoes `normalise`."""
   return features * scaling.std + scaling.mean
 
 
