@@ -77,8 +77,9 @@ def scored(config: Config, kept: Path) -> dict[str, float]:
 
 
 def lines(out: Path) -> list[dict]:
-  """Finished rows."""
-  return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+  """Finished rows, each once: two processes may have worked at the same time."""
+  found = map(json.loads, out.read_text().splitlines()) if out.exists() else ()
+  return list({(line["row"], line["fold"]): line for line in found}.values())
 
 
 def run(out: Path, steps: int) -> None:
