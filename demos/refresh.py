@@ -36,7 +36,12 @@ if importlib.util.find_spec("jaxmethods") is None:
 if Path.cwd().name == "demos":
   os.chdir("..")"""
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-WIDEST = 640  # pixels of a picture that is kept
+WIDEST = (
+  640,
+  480,
+  320,
+)  # pixels of a picture that is kept; the next where a notebook grows too large
+LARGEST = 400_000  # bytes of the pictures of a notebook
 LONGEST = 40  # lines of a text that is kept
 PROGRESS = re.compile(r"^[a-z ]+: \d+ s$|━")
 
@@ -96,7 +101,20 @@ def kept(notebook: NotebookNode) -> NotebookNode:
     cell.metadata.pop("execution", None)
     if cell.cell_type == "code":
       cell.execution_count = None
-      cell.outputs = [small(output) for output in joined(cell.outputs)]
+      cell.outputs = [short(output) for output in joined(cell.outputs)]
+  pictures = [
+    output
+    for cell in notebook.cells
+    for output in cell.get("outputs", ())
+    if "image/png" in output.get("data", {})
+  ]
+  given = [base64.b64decode(picture.data["image/png"]) for picture in pictures]
+  for widest in WIDEST:
+    scaled = [base64.b64encode(small(data, widest)).decode() for data in given]
+    if sum(map(len, scaled)) < LARGEST:
+      break
+  for picture, data in zip(pictures, scaled, strict=True):
+    picture.data["image/png"], picture.metadata = data, {}
   notebook.metadata["language_info"] = {"name": "python"}
   return notebook
 
@@ -115,8 +133,8 @@ def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
   return result
 
 
-def small(output: NotebookNode) -> NotebookNode:
-  """Cuts a long text and scales a large picture."""
+def short(output: NotebookNode) -> NotebookNode:
+  """Cuts a long text, and drops lines of waiting."""
   if "execution_count" in output:
     output.execution_count = None
   if output.output_type == "stream":
@@ -126,14 +144,16 @@ def small(output: NotebookNode) -> NotebookNode:
     if len(lines) > LONGEST:
       lines = [*lines[: LONGEST // 2], "...", *lines[-LONGEST // 2 :]]
     output.text = "\n".join(lines)
-  elif "image/png" in output.get("data", {}):
-    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-    picture.thumbnail((WIDEST, 2 * WIDEST), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.quantize(64).save(stream, "PNG", optimize=True)
-    output.data["image/png"] = base64.b64encode(stream.getvalue()).decode()
-    output.metadata = {}
   return output
+
+
+def small(data: bytes, widest: int) -> bytes:
+  """Scales a PNG down and takes its 64 main colours."""
+  picture = Image.open(io.BytesIO(data)).convert("RGB")
+  picture.thumbnail((widest, 2 * widest), Image.Resampling.LANCZOS)
+  stream = io.BytesIO()
+  picture.quantize(64).save(stream, "PNG", optimize=True)
+  return stream.getvalue()
 
 
 if __name__ == "__main__":
