@@ -30,6 +30,17 @@ def test_notebook_begins_as_all_do(method):
   assert first.source == refresh.INSTALL
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fpl", "gift"}))
+def test_notebook_keeps_small_outputs(method):
+  """All but two, whose small CLIP takes minutes to be trained."""
+  path = DEMOS / f"{method}.ipynb"
+  outputs = [output for cell in read(path).cells for output in cell.get("outputs", ())]
+  assert path.stat().st_size < 500_000
+  assert any("image/png" in output.get("data", {}) for output in outputs)
+  assert not any(output.output_type == "error" for output in outputs)
+  assert not any(cell.get("execution_count") for cell in read(path).cells)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_notebook_runs(method, tmp_path, monkeypatch):
