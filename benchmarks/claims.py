@@ -101,6 +101,7 @@ TASKS = {
   "cot_kinetics": "which reasoned answers to trust (reconstruction)",
   "adafreq": "individual animals found again by their coats",
   "llm_safety": "an attack and a defence for each stage of an LM's life",
+  "human_interaction": "motion of two persons by diffusion",
 }
 
 SOURCES = {
@@ -744,6 +745,25 @@ EXPECTATIONS: dict[str, tuple[Need, ...]] = {
   "llm_safety": tuple(need for need in _EXPECTED if _measured(need.here)),
 }
 
+# --- human interaction ------------------------------------------------------------------------------
+
+HUMAN_CLAIMS = tuple(
+  Claim(
+    "human_interaction",
+    text,
+    f"SBU, {short}",
+    Cell("human_interaction_sbu", "human_interaction", metric),
+    rivals,
+    lower=metric == "fid",
+    headline=metric == "accuracy" and rivals == ("gaussian",),
+  )
+  for metric, short in (("fid", "FID (own)"), ("accuracy", "accuracy %"))
+  for text, rivals in (
+    ("better than a Gaussian of each label", ("gaussian",)),
+    ("better than the mean clip of the label", ("mean",)),
+  )
+)
+
 CLAIMS: tuple[Claim, ...] = (
   FEDSSP_CLAIMS
   + GGEUR_CLAIMS
@@ -756,6 +776,7 @@ CLAIMS: tuple[Claim, ...] = (
   + ADAFREQ_CLAIMS
   + EPEAGENT_CLAIMS
   + SAFETY_CLAIMS
+  + HUMAN_CLAIMS
 )
 
 SPEED = (
