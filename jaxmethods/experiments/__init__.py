@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
     title="LLM safety",
     paper="after the survey by Wang et al., 2025, arXiv 2504.15585",
     summary="an attack, a defence and a metric for every stage of a language model's life (a toy world)",
-    embedded_run="~3 min",
+    embedded_run="~5 min",
   ),
   "lorasculpt": Method(
     title="LoRASculpt",
