@@ -118,7 +118,7 @@ def write(out: Path) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=Path, default=Path("human_interaction_rows.jsonl"))
-  parser.add_argument("--steps", type=int, default=600)
+  parser.add_argument("--steps", type=int, default=Config().steps)
   parser.add_argument("--write", action="store_true")
   args = parser.parse_args()
   if args.write:

@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   args, given = asked.args, command.given(asked)
   untrained = given.method.untrained(given.config)
   workdir = command.workdir(given, "eval-" if untrained else "")
-  kept = workdir / workdir_lib.CONFIG
+  kept, asked_for = workdir / workdir_lib.CONFIG, args.short or args.config
+  if not untrained:
+    session.require_checkpoints(workdir)
   # The config of the run that is there, unless another one is asked for.
-  if not untrained or (args.workdir and kept.exists() and not args.short and not args.config):
+  if not untrained or (args.workdir and kept.exists() and not asked_for):
     file = args.config or kept
-    if not untrained:
-      session.require_checkpoints(workdir)
     given = given._replace(config=command.load(asked, file), file=file)
     untrained = given.method.untrained(given.config)
   if untrained:

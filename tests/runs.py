@@ -68,3 +68,12 @@ def free_ports(count: int) -> list[int]:
   for one in sockets:
     one.close()
   return ports
+
+
+def trained(experiment, seed: int):
+  """Does all steps of an experiment; returns (jitted step, last state, last metrics)."""
+  state, batches = experiment.init(jax.random.key(seed)), experiment.batches(0)
+  step = jax.jit(experiment.step)
+  for _ in range(experiment.num_steps):
+    state, metrics = step(state, next(batches))
+  return step, state, metrics

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jaxmethods.federated.exchange import Teachers
 from jaxmethods.images import augment, views
 from jaxmethods.stats import shapes
-from jaxmethods.stats.losses import cross_entropy, mean_of_real
+from jaxmethods.stats.losses import cross_entropy
 
 DDMForm = Literal["code", "plain"]
 
@@ -281,30 +281,6 @@ def augmentation_weights(
   q = 1 / jnp.maximum(moved, jnp.finfo(moved.dtype).eps)  # 0 where an answer does not move at all
   q = q if present is None else jnp.where(present, q, 0)
   return q / (q.sum() + 1e-7)
-
-
-def prototype_distance(
-  features: Float[Array, "B w"],
-  prototypes: Float[Array, "C w"],
-  known: Bool[Array, " C"],
-  labels: Int[Array, " B"],
-) -> Float[Array, ""]:
-  """FedProto's pull: mean ||h - prototype[y]||^2 over the examples whose class has a prototype.
-
-  Args:
-    features: projected to the clients' common width, (B, w).
-    prototypes: (C, w).
-    known: (C,) bool.
-    labels: (B,) int.
-  """
-  shapes.check(
-    features=(features, "B w"),
-    prototypes=(prototypes, "C w"),
-    known=(known, "C"),
-    labels=(labels, "B"),
-  )
-  far = jnp.square(features - prototypes[labels]).sum(-1)
-  return mean_of_real(far, known[labels])
 
 
 def merge_prototypes(

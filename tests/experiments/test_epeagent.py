@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-import shutil
 import signal
-import subprocess
 import time
 
 import jax
@@ -27,6 +25,7 @@ from jaxmethods.experiments.epeagent import (
 from jaxmethods.experiments.epeagent.config import Config, rows
 from jaxmethods.methods.epeagent import minimise
 from jaxmethods.runtime import workdir
+from tests import browser
 from tests.testbeds.chat_server import ChatServer
 
 SMALL = Config(users=6, stems=1, batch_size=64)
@@ -380,18 +379,11 @@ def test_no_value_stands_in_the_page():
 
 
 def test_page_in_a_browser(tmp_path):
-  chromium = shutil.which("chromium") or shutil.which("google-chrome")
-  if chromium is None:
-    pytest.skip("no chromium on this machine")
   config = dataclasses.replace(SMALL, users=5)
   experiment, state, _ = finished(config)
   file = tmp_path / "messages.html"
   file.write_text(experiment.files(state)["messages.html"])
-  look = lambda query: subprocess.run(
-    [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c",
-     "--dump-dom", f"{file.as_uri()}#{query}"],
-    capture_output=True, text=True, timeout=120,
-  ).stdout  # fmt: skip
+  look = lambda query: browser.document(file, query)
   page = look("user=2&agent=3&channel=messages&held=1")
   found = page.split('id="list">')[1].split("</main>")[0]
   assert "withheld from agent 3: name, annual_income" in found

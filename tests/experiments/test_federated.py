@@ -17,6 +17,7 @@ from jaxmethods.experiments.federated import holdings, population
 from jaxmethods.experiments.federated.build import build
 from jaxmethods.experiments.federated.config import ALGORITHMS, STATELESS, Config, rows
 from jaxmethods.runtime import config as config_lib
+from tests import runs
 
 D, C = 5, 3
 
@@ -50,10 +51,7 @@ def config(data, **changes):
 
 def trained(config):
   experiment = build(config)
-  state = experiment.init(jax.random.key(config.seed))
-  step, batches = jax.jit(experiment.step), experiment.batches(0)
-  for _ in range(config.steps):
-    state, metrics = step(state, next(batches))
+  _, state, metrics = runs.trained(experiment, config.seed)
   return experiment, state, metrics, jax.jit(experiment.evaluate)(state, experiment.test)
 
 

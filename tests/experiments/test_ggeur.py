@@ -12,6 +12,7 @@ from jaxmethods.experiments.ggeur.config import Config, rows
 from jaxmethods.experiments.ggeur.generation import Holdings, exchange
 from jaxmethods.runtime import config as config_lib
 from jaxmethods.testbeds.federated_images import clients
+from tests import runs
 
 D = 5
 
@@ -41,10 +42,7 @@ def config(source, **changes):
 
 def trained(config):
   experiment = build(config)
-  state = experiment.init(jax.random.key(config.seed))
-  step, batches = jax.jit(experiment.step), experiment.batches(0)
-  for _ in range(config.steps):
-    state, metrics = step(state, next(batches))
+  _, state, metrics = runs.trained(experiment, config.seed)
   return experiment, state, metrics
 
 

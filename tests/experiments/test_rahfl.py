@@ -19,6 +19,7 @@ from jaxmethods.experiments.rahfl.config import Config, rows
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models import convnets
 from jaxmethods.runtime import config as config_lib, workdir
+from tests import runs
 
 C, SIDE, CLIENTS = 3, 8, 3
 
@@ -71,11 +72,7 @@ def config(folder, **changes):
 
 def trained(settings):
   experiment = build(settings)
-  state = experiment.init(jax.random.key(settings.seed))
-  step, batches = jax.jit(experiment.step), experiment.batches(0)
-  for _ in range(experiment.num_steps):
-    state, metrics = step(state, next(batches))
-  return experiment, step, state, metrics
+  return experiment, *runs.trained(experiment, settings.seed)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The player of motion: what it holds, what it refuses, and that it draws, in a browser."""
 
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from jaxmethods.errors import InputError
 from jaxmethods.methods.human_interaction.skeleton import SBU15, SMPL22
 from jaxmethods.runtime import motion_page
 from jaxmethods.runtime.motion import Clip, Pair, end_joint
+from tests import browser
 
 _HEIGHTS = (1.65, 1.45, 1.1, 1.42, 1.15, 0.9, 1.42, 1.15, 0.9, 0.95, 0.5, 0.06, 0.95, 0.5, 0.06)
 _ASIDE = (0, 0, 0, -0.2, -0.25, -0.25, 0.2, 0.25, 0.25, -0.1, -0.1, -0.1, 0.1, 0.1, 0.1)
@@ -69,19 +68,11 @@ def test_no_clips():
 @pytest.fixture
 def look(tmp_path):
   """Opens a page in a headless browser: (page, hash, picture or None) -> its document."""
-  chromium = shutil.which("chromium") or shutil.which("google-chrome")
-  if chromium is None:
-    pytest.skip("no chromium on this machine")
 
   def run(page, query, picture=None):
     file = tmp_path / "player.html"
     file.write_text(page)
-    what = ["--dump-dom"] if picture is None else [f"--screenshot={picture}"]
-    return subprocess.run(
-      [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c",
-       "--window-size=900,800", "--virtual-time-budget=1000", *what, f"{file.as_uri()}#{query}"],
-      capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
+    return browser.document(file, query, picture)
 
   return run
 

@@ -16,10 +16,11 @@ from jaxmethods.federated.algorithm import FederatedAlgorithm, Params
 from jaxmethods.federated.algorithms import Loss, local_sgd
 from jaxmethods.federated.batching import shuffled
 from jaxmethods.federated.exchange import Network, Peer
+from jaxmethods.federated.prototypes import prototype_distance
 from jaxmethods.methods import rahfl as method
 from jaxmethods.models.convnets import Classifier
 from jaxmethods.models.init import draw_on_host
-from jaxmethods.stats.losses import cross_entropy
+from jaxmethods.stats.losses import cross_entropy, mean_of_real
 
 Normalise = Callable[[Array], Array]  # uint8 images (..., s, s, 3) -> float32
 Prototypes = tuple[Array, Array]  # (C, w) and which are known, (C,) bool
@@ -107,7 +108,9 @@ def make_loss(network: Network, config: Config, received: Prototypes | tuple[()]
     if received:
       prototypes, known = received
       projected = h[0] @ params["projector"]
-      value += config.fedproto_lambda * method.prototype_distance(projected, prototypes, known, y)
+      # Of known classes only, and summed over the width (code).
+      far = projected.shape[-1] * prototype_distance(projected, y, prototypes, known)
+      value += config.fedproto_lambda * mean_of_real(far, known[y])
       member = jax.nn.one_hot(y, logits.shape[-1])
       sums = member.T @ jax.lax.stop_gradient(projected)
       metrics = {"prototypes": {"sums": sums, "counts": member.sum(0)}}
