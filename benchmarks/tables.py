@@ -298,9 +298,8 @@ def methods_table(page: str = "benchmarks/results/") -> str:
 
 
 def linked(paper: str) -> str:
-  """'A et al., 2025, arXiv 1234.5678' as a link."""
-  text, _, number = paper.partition(", arXiv ")
-  return f"[{text}](https://arxiv.org/abs/{number})" if number else text
+  """'A et al., 2025, arXiv 1234.5678; B, arXiv 2345.6789' as links."""
+  return re.sub(r"([^;\s][^;]*), arXiv (\d+\.\d+)", r"[\1](https://arxiv.org/abs/\2)", paper)
 
 
 def index_table() -> str:

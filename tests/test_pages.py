@@ -33,6 +33,12 @@ def test_links_lead_somewhere(page):
   assert [target for target in local if target and not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_addresses_of_papers_are_whole(page):
+  found = re.findall(r"\]\(https://arxiv.org/abs/([^)]*)\)", page.read_text())
+  assert [number for number in found if not re.fullmatch(r"\d{4}\.\d{4,5}", number)] == []
+
+
 def test_every_claimed_method_has_a_page_with_its_verdicts():
   for method in {claim.method for claim in claims.CLAIMS} | set(claims.TASKS):
     assert method in METHODS
